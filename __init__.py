@@ -1,0 +1,3 @@
+"""Andon: visual anomaly detection for the factory line."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,67 @@
+"""The `andon` command. Each subcommand's module is imported only when it is the one asked for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+#: name -> (module with `configure(parser)` and `main(args) -> dict`, one line of help)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("andon.train.command", "train a method on images of good parts and write a checkpoint"),
+    "enroll": ("andon.runtime.commands.enroll", "make a bundle for a new product from 1 to 4 good images, no training"),
+    "export": ("andon.export.command", "cut the newest checkpoint into verified ONNX stages and write a bundle"),
+    "build": ("andon.runtime.commands.build", "build TensorRT engines from a bundle on this device"),
+    "verify": ("andon.runtime.commands.verify", "replay a bundle's golden set and decision gate on this machine's engines"),
+    "calibrate": ("andon.runtime.commands.calibrate", "set the thresholds of a bundle from held-out good images"),
+    "run": ("andon.runtime.commands.run", "run a line: cameras, verdicts, alarms, delivery over MQTT"),
+    "check": ("andon.runtime.commands.check", "validate a line configuration and its bundle without running it"),
+    "eval": ("andon.runtime.commands.eval", "run a data set through the engines and print the metrics"),
+    "bench": ("andon.runtime.commands.bench", "measure latency per stage, executor overhead and ratio to torch"),
+    "doctor": ("andon.runtime.commands.doctor", "say what this machine can do, what is missing and how to get it"),
+    "watch": ("andon.runtime.commands.watch", "print verdicts, alarms and status as they arrive over MQTT"),
+}
+
+
+def _parser(selected: str | None) -> argparse.ArgumentParser:
+    from . import __version__
+
+    parser = argparse.ArgumentParser(prog="andon", description="Visual anomaly detection for the factory line.")
+    parser.add_argument("--version", action="version", version=f"andon {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, help_line) in COMMANDS.items():
+        sub = commands.add_parser(name, help=help_line, description=help_line)
+        if name == selected:
+            import_module(module).configure(sub)
+            sub.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Exit code 0 only on success, 1 on a refusal or failed gate, 2 on wrong usage."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    selected = next((a for a in arguments if not a.startswith("-")), None)
+    parser = _parser(selected)
+    args = parser.parse_args(arguments)
+    from .runtime.errors import AndonError
+
+    try:
+        result: dict[str, Any] = import_module(COMMANDS[args.command][0]).main(args)
+    except AndonError as error:
+        print(f"andon {args.command}: {error}", file=sys.stderr)
+        if args.json:
+            print(json.dumps({"ok": False, "error": error.what, "found": str(error.found), "next": error.next_step}))
+        return 1
+    except KeyboardInterrupt:
+        print(f"andon {args.command}: interrupted", file=sys.stderr)
+        return 130
+    if args.json:
+        print(json.dumps(result, default=str, allow_nan=False))
+    return 0 if result.get("ok", True) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

