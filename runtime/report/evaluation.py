@@ -1,0 +1,161 @@
+"""The report of an evaluation: metrics, distributions, ROC, confusion, latency and heatmaps, as one HTML file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import charts, page
+from .gallery import pair
+
+#: Given a part, its image as uint8 [h, w, 3] RGB, its map as float [h', w'] and its mask (or None).
+Look = Callable[["Part"], tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One judged part of the evaluation."""
+
+    key: str
+    product: str
+    defect: str
+    score: float
+    label: str
+
+    @property
+    def good(self) -> bool:
+        """Ground truth."""
+        return self.defect == "good"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All the report shows. `metrics` is product -> metric name -> value; `products` fixes the order."""
+
+    title: str
+    lead: str
+    parts: Sequence[Part]
+    metrics: Mapping[str, Mapping[str, float | None]]
+    thresholds: Mapping[str, float]
+    stage_ms: Mapping[str, float] = field(default_factory=dict)
+    tiles: Sequence[tuple[str, str]] = ()
+    facts: Sequence[tuple[str, str]] = ()
+    extra: Sequence[str] = ()
+
+    @property
+    def products(self) -> list[str]:
+        """Products in order of first appearance."""
+        return list(dict.fromkeys(p.product for p in self.parts))
+
+
+def confusion(parts: Sequence[Part]) -> dict[str, int]:
+    """Counts of good and defective parts by what was decided about them."""
+    count = {f"{truth}_{label}": 0 for truth in ("good", "defective") for label in ("OK", "NG", "UNKNOWN")}
+    for p in parts:
+        count[f"{'good' if p.good else 'defective'}_{p.label}"] += 1
+    return count
+
+
+def _scores(parts: Sequence[Part]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    good = np.array([p.score for p in parts if p.good and np.isfinite(p.score)])
+    bad = np.array([p.score for p in parts if not p.good and np.isfinite(p.score)])
+    return good, bad
+
+
+def _product(e: Evaluation, product: str) -> str:
+    parts = [p for p in e.parts if p.product == product]
+    good, bad = _scores(parts)
+    threshold = e.thresholds.get(product)
+    items = [(f"{product}: scores", page.LEGEND + charts.histogram(good, bad, threshold, f"scores of {product}"))]
+    auroc = e.metrics.get(product, {}).get("image_AUROC")
+    if auroc is not None:
+        items.append((f"{product}: ROC", charts.roc(good, bad, auroc, threshold, f"ROC of {product}")))
+    return page.cards(items)
+
+
+def _confusion_table(e: Evaluation) -> str:
+    rows = []
+    for product in e.products:
+        c = confusion([p for p in e.parts if p.product == product])
+        rows.append([product, *(c[k] for k in c)])
+    header = ["product", "good OK", "good NG", "good UNKNOWN", "defective OK", "defective NG", "defective UNKNOWN"]
+    return page.table(header, rows)
+
+
+def choose(parts: Sequence[Part], threshold: float, each: int = 4) -> list[tuple[str, Part]]:
+    """Parts worth looking at: surest hits, misses, false alarms, good parts and what is nearest to the threshold."""
+
+    def pick(name: str, chosen: list[Part], key: Callable[[Part], float]) -> list[tuple[str, Part]]:
+        return [(name, p) for p in sorted(chosen, key=key)[:each]]
+
+    finite = [p for p in parts if np.isfinite(p.score)]
+    bad = [p for p in finite if not p.good]
+    good = [p for p in finite if p.good]
+    return [
+        *pick("defect found", [p for p in bad if p.label == "NG"], lambda p: -p.score),
+        *pick("defect missed", [p for p in bad if p.label == "OK"], lambda p: p.score),
+        *pick("false alarm", [p for p in good if p.label == "NG"], lambda p: -p.score),
+        *pick("good", [p for p in good if p.label == "OK"], lambda p: p.score),
+        *pick("nearest to the threshold", finite, lambda p: abs(p.score - threshold)),
+    ]
+
+
+def _gallery(e: Evaluation, look: Look, each: int) -> str:
+    blocks = []
+    for product in e.products:
+        parts = [p for p in e.parts if p.product == product]
+        threshold = e.thresholds.get(product, float(np.median([p.score for p in parts])))
+        chosen = choose(parts, threshold, each)
+        seen = {p.key: look(p) for _, p in chosen}
+        low, high = _range([m for _, m, _ in seen.values()], threshold)
+        figures = []
+        for name, p in chosen:
+            image, score_map, mask = seen[p.key]
+            css = {"NG": "ng", "OK": "ok"}.get(p.label, "unknown")
+            verdict = f'<b class="{css}">{p.label}</b> {escape(name)} · score {p.score:.4g}'
+            caption = f"{verdict}<br>{escape(p.key)} ({escape(p.defect)})"
+            figures.append(page.figure(pair(image, score_map, low, high, mask), caption))
+        blocks.append(f'<h3>{escape(product)}</h3><div class="gallery wide">{"".join(figures)}</div>')
+    style = "<style>.gallery.wide{grid-template-columns:repeat(auto-fill,minmax(250px,1fr));margin-bottom:18px}</style>"
+    return style + "".join(blocks)
+
+
+def _range(maps: Sequence[NDArray[Any]], threshold: float) -> tuple[float, float]:
+    """Colour range of one product, the same for all its pictures so that they can be compared."""
+    values = np.concatenate([m.ravel() for m in maps])
+    low = float(np.quantile(values, 0.6))
+    high = float(np.quantile(values, 0.998))
+    return low, max(high, low + 1e-9, threshold if threshold < high else low + 1e-9)
+
+
+def render(e: Evaluation, look: Look | None = None, each: int = 4) -> str:
+    """The report as an HTML document. `look` fetches pictures for the gallery; without it there is none."""
+    body = [page.tiles(e.tiles)] if e.tiles else []
+    names = list(dict.fromkeys(n for m in e.metrics.values() for n in m))
+    rows = [[product, *(m.get(n) for n in names)] for product, m in e.metrics.items()]
+    body.append(page.section("Metrics", page.table(["product", *names], rows)))
+    body.append(page.section("Decisions", _confusion_table(e)))
+    body.append(page.section("Scores", *(_product(e, p) for p in e.products)))
+    if e.stage_ms:
+        body.append(
+            page.section("Latency", page.cards([("median per stage", charts.bars(dict(e.stage_ms), "ms", "latency"))]))
+        )
+    body.extend(e.extra)
+    if look is not None:
+        body.append(page.section("Parts worth looking at", _gallery(e, look, each)))
+    if e.facts:
+        body.append(page.section("Provenance", page.table(["what", "value"], e.facts)))
+    return page.page(e.title, e.lead, body)
+
+
+def write(e: Evaluation, path: Path, look: Look | None = None, each: int = 4) -> Path:
+    """Render and write the report; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render(e, look, each), encoding="utf-8")
+    return path

@@ -1,0 +1,97 @@
+"""The evaluation report: its arithmetic, and that it is one well-formed file with nothing to fetch."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from andon.runtime.report import charts, gallery
+from andon.runtime.report.evaluation import Evaluation, Part, choose, confusion, write
+from sklearn.metrics import roc_auc_score
+
+VOID = {"meta", "img", "br", "line", "rect", "circle", "path", "i"}
+
+
+class Balance(HTMLParser):
+    """Fails on an unclosed element; collects what a browser would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.fetched: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.fetched += [v or "" for k, v in attrs if k in ("src", "href") and not (v or "").startswith("data:")]
+        if tag not in VOID:
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.stack.pop() == tag
+
+
+def _parts() -> list[Part]:
+    rng = np.random.default_rng(0)
+    good = [
+        Part(f"g{i}", "tile", "good", float(s), "NG" if s > 2.8 else "OK") for i, s in enumerate(rng.normal(2, 0.4, 60))
+    ]
+    bad = [
+        Part(f"b{i}", "tile", "crack", float(s), "NG" if s > 2.8 else "OK")
+        for i, s in enumerate(rng.normal(3.2, 0.6, 40))
+    ]
+    return [*good, *bad, Part("u", "tile", "crack", float("nan"), "UNKNOWN")]
+
+
+def test_roc_points_enclose_the_area_sklearn_computes() -> None:
+    rng = np.random.default_rng(1)
+    good, bad = np.round(rng.normal(0, 1, 80), 1), np.round(rng.normal(1, 1, 50), 1)
+    fpr, tpr = charts.roc_points(good, bad)
+    area = np.trapezoid(tpr, fpr)
+    expected = roc_auc_score(np.r_[np.zeros(80), np.ones(50)], np.r_[good, bad])
+    assert area == pytest.approx(expected, abs=1e-12)
+    assert (fpr[-1], tpr[-1]) == (1.0, 1.0)
+
+
+def test_confusion_counts_every_part_once() -> None:
+    parts = _parts()
+    count = confusion(parts)
+    assert sum(count.values()) == len(parts)
+    assert count["defective_UNKNOWN"] == 1
+    assert count["good_NG"] == sum(p.good and p.score > 2.8 for p in parts)
+
+
+def test_choice_shows_misses_and_false_alarms_first() -> None:
+    chosen = choose(_parts(), 2.8, each=3)
+    missed = [p for name, p in chosen if name == "defect missed"]
+    assert missed and all(p.label == "OK" and not p.good for p in missed)
+    assert missed[0].score == min(p.score for p in _parts() if p.label == "OK" and not p.good)
+
+
+def test_overlay_leaves_normal_pixels_alone() -> None:
+    image = np.full((40, 60, 3), 120, np.uint8)
+    score_map = np.zeros((4, 6))
+    score_map[1, 1] = 5.0
+    shown = gallery.overlay(image, score_map, low=1.0, high=5.0)
+    assert (shown[30:, 40:] == 120).all()
+    assert (shown[15, 15] != 120).any()
+
+
+def test_report_is_one_well_formed_file(tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    mask = np.zeros((50, 70), np.uint8)
+    mask[10:20, 10:20] = 255
+    e = Evaluation(
+        "hvq <on> tile", "lead & more", _parts(), {"tile": {"image_AUROC": 0.9, "pixel_AUROC": None}}, {"tile": 2.8},
+        stage_ms={"encode": 3.0}, tiles=[("0.9", "AUROC")], facts=[("bundle", "x")],
+    )  # fmt: skip
+    path = write(
+        e, tmp_path / "report.html", lambda p: (rng.integers(0, 255, (50, 70, 3), np.uint8), rng.random((7, 7)), mask)
+    )
+    text = path.read_text()
+    parser = Balance()
+    parser.feed(text)
+    assert parser.stack == []
+    assert parser.fetched == []
+    assert "&lt;on&gt;" in text and "<on>" not in text
+    assert text.count("<figure>") >= 8
