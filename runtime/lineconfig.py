@@ -23,8 +23,6 @@ Seconds = Annotated[float, Field(gt=0)]
 
 def _absolute(path: str, info: ValidationInfo) -> str:
     """Make a path of the file absolute, once, here: nobody else needs to know where the file lies."""
-    if path.startswith("package:"):
-        return path
     return str(Path((info.context or {}).get("base", "."), Path(path).expanduser()).absolute())
 
 
@@ -37,33 +35,44 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class FolderSource(Settings):
-    """Image files of a folder, or of a list of parts, in order; the part id is the file name without its suffix."""
+class PlaybackSource(Settings):
+    """What folders and data sets have in common: image files played one after the other."""
 
-    kind: Literal["folder"] = Field(description="Images of a folder")
-    path: LocalPath = Field(
-        description="Folder; 'package:NAME/SUB' is the folder SUB of an installed Python package (data sets from PyPI)"
-    )
-    parts: LocalPath | None = Field(
-        default=None, description="CSV with a header: path (under the folder), and optionally part_id and product"
-    )
-    pattern: str = Field(default="**/*", description="Glob under the folder; non-image suffixes are ignored")
     fps: float | None = Field(default=None, gt=0, description="Playback rate; null: as fast as frames are consumed")
     player: Literal["direct", "gstreamer"] = Field(
         default="direct", description="gstreamer plays the images through a pipeline, as a camera would"
     )
     through: str = Field(
         default="videoconvert",
-        description="Elements between player and sink, for player: gstreamer; keep one buffer each",
+        description="Elements between player and sink, for player: gstreamer; one buffer out for each buffer in",
     )
     loop: bool = Field(default=False, description="Start again at the end")
+
+
+class FolderSource(PlaybackSource):
+    """Image files of a folder in the order of their names; the part id is the file name without its suffix."""
+
+    kind: Literal["folder"] = Field(description="Images of a folder")
+    path: LocalPath = Field(description="Folder")
+    pattern: str = Field(default="**/*", description="Glob under the folder; files that are no images are left out")
     watch: bool = Field(default=False, description="Hot folder: wait for new files instead of ending")
 
     @model_validator(mode="after")
     def _one_way(self) -> FolderSource:
-        if self.watch and (self.loop or self.parts or self.player == "gstreamer"):
-            raise ValueError("watch goes with neither loop, parts nor player: gstreamer")
+        if self.watch and (self.loop or self.player == "gstreamer"):
+            raise ValueError("watch goes with neither loop nor player: gstreamer")
         return self
+
+
+class DatasetSource(PlaybackSource):
+    """A data set as `andon train --data` takes it; each image brings its product and its key as part id."""
+
+    kind: Literal["dataset"] = Field(description="Images of a data set")
+    data: str = Field(
+        description="Name of an installed data set (elpv) or its folder, as `andon train --data` takes it"
+    )
+    split: Literal["train", "test"] = Field(default="test", description="Which part of it")
+    limit: int | None = Field(default=None, ge=1, description="So many images, spread evenly; null: all")
 
 
 class GstreamerSource(Settings):
@@ -136,7 +145,7 @@ class UsbSource(Settings):
 
 
 SourceConfig = Annotated[
-    FolderSource | GstreamerSource | FileSource | PatternSource | RtspSource | CsiSource | UsbSource,
+    FolderSource | DatasetSource | GstreamerSource | FileSource | PatternSource | RtspSource | CsiSource | UsbSource,
     Field(discriminator="kind"),
 ]
 
@@ -190,10 +199,8 @@ class CameraConfig(Settings):
     def endless(self) -> bool:
         """Whether the source has no end of its own."""
         source = self.source
-        if isinstance(source, FolderSource):
-            return source.loop or source.watch
-        if isinstance(source, FileSource):
-            return source.loop
+        if isinstance(source, FolderSource | DatasetSource | FileSource):
+            return source.loop or (isinstance(source, FolderSource) and source.watch)
         if isinstance(source, PatternSource):
             return source.frames is None
         return not (isinstance(source, GstreamerSource) and not source.live)
@@ -219,6 +226,9 @@ class AlarmConfig(Settings):
     latch: bool = Field(default=True, description="Once raised it stays until acknowledged")
     unknown: Literal["ignore", "count"] = Field(
         default="ignore", description="count: UNKNOWN counts as NG; ignore: it leaves the window as it is"
+    )
+    cannot_judge_after: int | None = Field(
+        default=3, ge=1, description="UNKNOWN verdicts in a row that raise the alarm cannot_judge; null: never"
     )
 
     @model_validator(mode="after")

@@ -1,0 +1,251 @@
+"""Between the cameras and the one inference thread: a short queue per camera, served in turn.
+
+Every camera has a lane. With drop: latest a newer frame replaces the oldest waiting one and the loss is counted; with
+drop: block the source waits. A frame that carries a part id is never dropped in silence: it becomes a :class:`Missed`
+with reason overload. The same holds for a trigger that no frame answered (no_frame) and for a frame that waited past
+its deadline (deadline_missed). So every part that was announced gets exactly one verdict.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from typing import Literal
+
+from .errors import ConfigError
+from .types import Frame
+
+#: Missed items (they hold no picture) and triggers that one lane keeps at most; beyond it the oldest are counted lost.
+MAX_WAITING = 1024
+
+
+@dataclass(frozen=True)
+class Missed:
+    """A part or camera that must be judged UNKNOWN without a picture; `reason` is one of types.UNKNOWN_REASONS."""
+
+    camera: str
+    seq: int
+    reason: str
+    captured: datetime
+    monotonic: float
+    part_id: str | None = None
+    product: str | None = None
+    path: str | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """A part announced for a camera. `at` and `deadline` are monotonic seconds; the frame is captured after `at`."""
+
+    part_id: str
+    at: float
+    deadline: float
+    product: str | None = None
+
+
+@dataclass(frozen=True)
+class LanePolicy:
+    """How a camera's frames wait. `triggered_only`: frames without a trigger are not judged."""
+
+    drop: Literal["latest", "block"] = "latest"
+    queue: int = 1
+    triggered_only: bool = False
+
+
+@dataclass
+class LaneCounts:
+    """Counters of one camera since the start. offered = taken + dropped + untriggered + waiting."""
+
+    offered: int = 0
+    taken: int = 0
+    dropped: int = 0
+    untriggered: int = 0
+    missed: int = 0
+    triggers: int = 0
+
+
+@dataclass
+class _Lane:
+    policy: LanePolicy
+    space: threading.Condition
+    items: deque[Frame | Missed] = field(default_factory=deque)
+    triggers: deque[Trigger] = field(default_factory=deque)
+    counts: LaneCounts = field(default_factory=LaneCounts)
+    seq: int = 0
+
+    def frames(self) -> int:
+        return sum(isinstance(item, Frame) for item in self.items)
+
+
+class Slots:
+    """The lanes of all cameras. Producers call :meth:`put`, one consumer calls :meth:`take`; both are thread-safe."""
+
+    def __init__(self, policies: Mapping[str, LanePolicy], clock: Callable[[], float] = time.monotonic):
+        self._lock = threading.Lock()
+        self._ready = threading.Condition(self._lock)
+        self._lanes = {name: _Lane(policy, threading.Condition(self._lock)) for name, policy in policies.items()}
+        self._order = list(self._lanes)
+        self._clock = clock
+        self._closed = False
+
+    def number(self, camera: str) -> int:
+        """The next sequence number of a camera; one series for frames and missed ones, starting at 1."""
+        with self._lock:
+            return self._number(self._lanes[camera])
+
+    def put(self, item: Frame | Missed) -> bool:
+        """Hand over a frame or a missed one; waits for room with drop: block. False once the slots are closed."""
+        lane = self._lanes[item.camera]
+        with self._lock:
+            while not self._closed and lane.policy.drop == "block" and lane.frames() >= lane.policy.queue:
+                lane.space.wait()
+            if self._closed:
+                return False
+            self._expire(item.camera, lane, self._clock())
+            if isinstance(item, Missed):
+                self._miss(lane, item)
+            else:
+                self._put_frame(lane, item)
+            self._ready.notify()
+            return True
+
+    def trigger(self, camera: str, trigger: Trigger) -> None:
+        """Announce a part: the next frame of the camera captured at or after `trigger.at` is taken for it.
+
+        Raises:
+            ConfigError: no such camera, or too many triggers wait already.
+        """
+        with self._lock:
+            lane = self._lanes.get(camera)
+            if lane is None:
+                raise ConfigError(f"no camera '{camera}'", found=camera, expected=", ".join(self._order))
+            if self._closed or len(lane.triggers) >= MAX_WAITING:
+                raise ConfigError(f"camera {camera} takes no more triggers", found=f"{len(lane.triggers)} waiting")
+            lane.triggers.append(trigger)
+            lane.counts.triggers += 1
+            self._ready.notify()
+
+    def take(self, timeout: float | None = None) -> Frame | Missed | None:
+        """The next item, cameras in turn; None after `timeout` seconds, or when closed and empty."""
+        until = None if timeout is None else self._clock() + timeout
+        with self._lock:
+            while True:
+                now = self._clock()
+                wake = [until] if until is not None else []
+                for name, lane in self._lanes.items():
+                    self._expire(name, lane, now)
+                    wake.extend(trigger.deadline for trigger in lane.triggers)
+                item = self._next(now)
+                if item is not None:
+                    return item
+                if self._closed or (until is not None and now >= until):
+                    return None
+                self._ready.wait(max(0.0, min(wake) - now) if wake else None)
+
+    def close(self) -> None:
+        """Take nothing more; what waits can still be taken, and triggers without a frame become no_frame."""
+        with self._lock:
+            self._closed = True
+            for name, lane in self._lanes.items():
+                self._expire(name, lane, float("inf"))
+                lane.space.notify_all()
+            self._ready.notify_all()
+
+    def waiting(self, camera: str) -> int:
+        """Items of a camera that wait for judgement."""
+        with self._lock:
+            return len(self._lanes[camera].items)
+
+    def counts(self) -> dict[str, LaneCounts]:
+        """A copy of every camera's counters."""
+        with self._lock:
+            return {name: replace(lane.counts) for name, lane in self._lanes.items()}
+
+    # The rest runs under the lock.
+
+    @staticmethod
+    def _number(lane: _Lane) -> int:
+        lane.seq += 1
+        return lane.seq
+
+    def _put_frame(self, lane: _Lane, frame: Frame) -> None:
+        lane.counts.offered += 1
+        if lane.triggers and frame.monotonic >= lane.triggers[0].at:
+            trigger = lane.triggers.popleft()
+            frame = replace(frame, part_id=trigger.part_id, product=trigger.product or frame.product)
+        elif lane.policy.triggered_only:
+            lane.counts.untriggered += 1
+            return
+        lane.items.append(frame)
+        if lane.frames() > lane.policy.queue:
+            self._displace(lane)
+
+    def _displace(self, lane: _Lane) -> None:
+        """One frame must go: the oldest without a part id, else the oldest, which then is a missed part."""
+        frames = [(index, item) for index, item in enumerate(lane.items) if isinstance(item, Frame)]
+        index, victim = next(((i, item) for i, item in frames if item.part_id is None), frames[0])
+        lane.counts.dropped += 1
+        if victim.part_id is None:
+            del lane.items[index]
+        else:
+            lane.items[index] = missed(victim, "overload", "a newer frame came before this one could be judged")
+            lane.counts.missed += 1
+
+    def _miss(self, lane: _Lane, item: Missed) -> None:
+        lane.items.append(item)
+        lane.counts.missed += 1
+        if len(lane.items) - lane.frames() > MAX_WAITING:
+            oldest = next(index for index, other in enumerate(lane.items) if isinstance(other, Missed))
+            del lane.items[oldest]
+            lane.counts.dropped += 1
+
+    def _expire(self, name: str, lane: _Lane, now: float) -> None:
+        for trigger in [trigger for trigger in lane.triggers if trigger.deadline <= now]:
+            lane.triggers.remove(trigger)
+            item = Missed(
+                camera=name,
+                seq=self._number(lane),
+                reason="no_frame",
+                captured=datetime.now(timezone.utc),
+                monotonic=trigger.at,
+                part_id=trigger.part_id,
+                product=trigger.product,
+                detail="no frame came before the trigger's deadline",
+            )
+            self._miss(lane, item)
+
+    def _next(self, now: float) -> Frame | Missed | None:
+        for position, name in enumerate(self._order):
+            lane = self._lanes[name]
+            if not lane.items:
+                continue
+            item = lane.items.popleft()
+            self._order = self._order[position + 1 :] + self._order[: position + 1]
+            if isinstance(item, Frame):
+                lane.counts.taken += 1
+                lane.space.notify()
+                if item.deadline is not None and now > item.deadline:
+                    lane.counts.missed += 1
+                    return missed(item, "deadline_missed", "the frame waited past its deadline")
+            return item
+        return None
+
+
+def missed(frame: Frame, reason: str, detail: str) -> Missed:
+    """The missed item a frame turns into."""
+    return Missed(
+        camera=frame.camera,
+        seq=frame.seq,
+        reason=reason,
+        captured=frame.captured,
+        monotonic=frame.monotonic,
+        part_id=frame.part_id,
+        product=frame.product,
+        path=frame.path,
+        detail=detail,
+    )
