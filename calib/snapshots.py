@@ -1,0 +1,257 @@
+"""Numbered snapshots of calibrated state: written atomically, checked when read, kept in a ring, with an audit log.
+
+A snapshot file is the hexadecimal SHA-256 of what follows, a newline, and an npz with the arrays and a JSON `meta`.
+It is written beside its place, synced and renamed, so a power cut leaves the old file or the new one, never half.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import CalibrationError
+
+Array = NDArray[Any]
+_NAME = re.compile(r"^(ring|pinned)-(\d{10})\.snapshot$")
+_META = "__meta__"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """State as it was saved. identity: what it belongs to (bundle, shapes, classes); a mismatch is refused."""
+
+    number: int
+    identity: Mapping[str, Any]
+    arrays: Mapping[str, Array]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A snapshot that was not used, and why."""
+
+    path: Path
+    reason: str
+
+
+def _encode(snapshot: Snapshot) -> bytes:
+    header = {"number": snapshot.number, "identity": dict(snapshot.identity), "meta": dict(snapshot.meta)}
+    buffer = io.BytesIO()
+    text = np.frombuffer(json.dumps(header, sort_keys=True).encode(), np.uint8)
+    np.savez(buffer, **{_META: text}, **dict(snapshot.arrays))  # type: ignore[arg-type]
+    body = buffer.getvalue()
+    return hashlib.sha256(body).hexdigest().encode() + b"\n" + body
+
+
+def read_snapshot(path: Path) -> Snapshot:
+    """Read and check one file.
+
+    Raises:
+        CalibrationError: the file is missing, truncated, altered or not a snapshot.
+    """
+
+    def refuse(found: str) -> CalibrationError:
+        return CalibrationError(
+            f"snapshot {path.name} cannot be used",
+            found=found,
+            expected="a complete snapshot with a matching SHA-256",
+            next_step="the last good snapshot is used instead; delete this file",
+        )
+
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise refuse(str(error)) from error
+    digest, newline, body = data[:64], data[64:65], data[65:]
+    if newline != b"\n" or hashlib.sha256(body).hexdigest().encode() != digest:
+        raise refuse(f"{len(data)} bytes whose digest does not match")
+    try:
+        with np.load(io.BytesIO(body), allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        header = json.loads(arrays.pop(_META).tobytes())
+        return Snapshot(int(header["number"]), header["identity"], arrays, header["meta"])
+    except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise refuse(f"{type(error).__name__}: {error}") from error
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that after a crash it is either as before or complete: temporary, fsync, rename, fsync folder."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class SnapshotStore:
+    """The snapshots of one line in one folder: a ring of the last `keep` saves and up to `keep` pinned ones.
+
+    Args:
+        folder: created if missing; left-over temporary files of a killed process are removed.
+        identity: what the running bundle is; snapshots of anything else are refused.
+
+    Raises:
+        CalibrationError: the folder cannot be made or written.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], keep: int = 8) -> None:
+        self.folder = folder
+        self.identity: dict[str, Any] = json.loads(json.dumps(dict(identity), sort_keys=True))
+        self.keep = keep
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob(".*.snapshot.*.tmp"):
+                leftover.unlink()
+        except OSError as error:
+            raise CalibrationError(
+                f"state folder {folder} cannot be used",
+                found=str(error),
+                expected="a folder that this user can write",
+                next_step="correct state_dir in the line configuration",
+            ) from error
+
+    def _files(self, kind: str = "(?:ring|pinned)") -> list[tuple[int, Path]]:
+        """Snapshot files by number, newest first."""
+        found = [(m, p) for p in self.folder.iterdir() if (m := _NAME.match(p.name)) and re.match(kind, p.name)]
+        return sorted(((int(m.group(2)), p) for m, p in found), key=lambda item: -item[0])
+
+    def save(self, arrays: Mapping[str, Array], meta: Mapping[str, Any], *, pin: bool = False) -> Snapshot:
+        """Write the next snapshot and drop the oldest of its kind beyond `keep`.
+
+        Raises:
+            CalibrationError: the disk refuses the write; earlier snapshots are untouched.
+        """
+        files = self._files()
+        snapshot = Snapshot((files[0][0] if files else 0) + 1, self.identity, dict(arrays), dict(meta))
+        kind = "pinned" if pin else "ring"
+        path = self.folder / f"{kind}-{snapshot.number:010d}.snapshot"
+        try:
+            write_atomic(path, _encode(snapshot))
+        except OSError as error:
+            raise CalibrationError(
+                f"snapshot {path.name} could not be written",
+                found=str(error),
+                expected="space and permission in the state folder",
+                next_step=f"free space in {self.folder}; the memory goes on unsaved until then",
+            ) from error
+        for _, old in self._files(kind)[self.keep :]:
+            old.unlink(missing_ok=True)
+        return snapshot
+
+    def numbers(self) -> list[int]:
+        """Numbers on disk, newest first, unchecked."""
+        return [number for number, _ in self._files()]
+
+    def load(self, number: int) -> Snapshot:
+        """One snapshot.
+
+        Raises:
+            CalibrationError: there is none of that number, it is damaged, or it belongs to another bundle.
+        """
+        for found, path in self._files():
+            if found == number:
+                snapshot = read_snapshot(path)
+                self._check_identity(path, snapshot)
+                return snapshot
+        raise CalibrationError(
+            f"there is no snapshot {number}",
+            found=self.numbers(),
+            expected="a number from this list",
+            next_step="choose one of them",
+        )
+
+    def _check_identity(self, path: Path, snapshot: Snapshot) -> None:
+        if dict(snapshot.identity) != self.identity:
+            raise CalibrationError(
+                f"snapshot {path.name} belongs to another bundle",
+                found=dict(snapshot.identity),
+                expected=self.identity,
+                next_step="use the bundle it was made with, or reset the memory",
+            )
+
+    def latest(self, skip: int = 0) -> tuple[Snapshot | None, list[Refusal]]:
+        """The newest usable snapshot after skipping `skip` usable ones, and those refused on the way."""
+        refused: list[Refusal] = []
+        for _, path in self._files():
+            try:
+                snapshot = read_snapshot(path)
+                self._check_identity(path, snapshot)
+            except CalibrationError as error:
+                refused.append(Refusal(path, f"{error.what}: {error.found}"))
+                continue
+            if skip == 0:
+                return snapshot, refused
+            skip -= 1
+        return None, refused
+
+
+class AuditLog:
+    """What entered the memory, from which frame, and why: JSON lines, the older half dropped at `limit` bytes.
+
+    Lines are flushed to the operating system at once and synced when a snapshot is saved (:meth:`sync`).
+    """
+
+    def __init__(self, path: Path, limit: int = 16 * 2**20) -> None:
+        self.path = path
+        self.limit = limit
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._end_torn_line()
+        self._file = path.open("ab")
+
+    def _end_torn_line(self) -> None:
+        """A killed process may leave half a line; the next one must not be glued to it."""
+        if self.path.exists() and (data := self.path.read_bytes()) and not data.endswith(b"\n"):
+            with self.path.open("ab") as file:
+                file.write(b"\n")
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """Append one entry; values that JSON has no form for are written as text."""
+        self._file.write(json.dumps(dict(entry), default=str).encode() + b"\n")
+        self._file.flush()
+        if self._file.tell() > self.limit:
+            self._rotate()
+
+    def _rotate(self) -> None:
+        self._file.close()
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        write_atomic(self.path, b"".join(lines[len(lines) // 2 :]))
+        self._file = self.path.open("ab")
+
+    def entries(self) -> list[dict[str, Any]]:
+        """All readable entries, oldest first; a line torn by a power cut is left out."""
+        found = []
+        for line in self.path.read_bytes().splitlines():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+        return found
+
+    def sync(self) -> None:
+        """Force the lines to the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
