@@ -1,0 +1,367 @@
+"""The store between the judge and the broker: a message is committed here before it is offered to MQTT.
+
+One writer thread owns the write connection and commits everything that waits in one transaction (group commit), so a
+lone message is not delayed and a burst costs one fsync. A message leaves the file only after the broker's PUBACK.
+When the disk refuses, messages stay in a bounded memory tail, are offered from there, and the commit is retried.
+
+Order is the order of `put`, kept by an integer key; the wall clock only serves the age cap and may jump.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from .errors import DeliveryError
+from .outbox_file import OutboxFile
+
+log = logging.getLogger("andon.outbox")
+
+_BATCH = 512
+_ACK_BATCH = 256
+_ACK_DELAY = 0.2
+_RETRY = 1.0
+_HOUSEKEEPING = 5.0
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A message on its way to the broker. kind is the topic's last level: verdict or alarm."""
+
+    key: int
+    camera: str
+    kind: str
+    id: str
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class OutboxStats:
+    """What the outbox holds and what it had to do.
+
+    messages, bytes: not yet acknowledged. dropped: lost to the caps since the file was made. degraded: why commits
+    fail at the moment, None when they do not. set_aside: name of a corrupt file found at the start.
+    """
+
+    messages: int
+    bytes: int
+    dropped: int
+    oldest_age_s: float
+    degraded: str | None
+    set_aside: str | None
+    in_memory: int
+
+
+Event = Callable[[str, str], None]
+
+
+class Outbox:
+    """See the module. Thread-safe; a context manager that starts and joins its one thread.
+
+    Args:
+        path: SQLite file; its folder is made.
+        max_bytes, max_age: caps on payload bytes and seconds; beyond them the oldest go, counted.
+        memory_bytes: cap on what is not yet committed, for a disk that refuses.
+        event: called as (what, text) on `set_aside`, `degraded`, `recovered`, `dropped`; from the writer thread or open.
+
+    Raises:
+        DeliveryError: on open, when the disk refuses, another process holds the file, or it is of a newer version.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        max_bytes: int = 256 * 2**20,
+        max_age: float = 7 * 86400,
+        memory_bytes: int = 64 * 2**20,
+        event: Event | None = None,
+        wall: Callable[[], float] = time.time,
+    ):
+        self.path = Path(path)
+        self._caps = (max_bytes, max_age)
+        self._memory_bytes = memory_bytes
+        self._event = event or (lambda what, text: None)
+        self._file = OutboxFile(self.path, wall)
+        self._lock = threading.Condition()
+        self._tail: dict[int, Stored] = {}
+        self._tail_bytes = 0
+        self._states: dict[str, bytes] = {}
+        self._acked: set[int] = set()
+        self._listeners: list[Callable[[], None]] = []
+        self._next = 1
+        self._committed = 0
+        self._last_id = ""
+        self._degraded: str | None = None
+        self._tail_dropped = 0
+        self._said_dropped = 0
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    def open(self) -> Outbox:
+        """Open the file, set a corrupt one aside, start the writer."""
+        self._file.lock()
+        try:
+            self._file.open()
+        except sqlite3.OperationalError as error:
+            self._file.close()
+            raise DeliveryError(
+                f"the outbox {self.path} cannot be opened",
+                found=str(error),
+                expected="a disk with room that this user may write",
+                next_step=f"make room (df -h {self.path.parent}), or set 'outbox.path' in the line configuration",
+            ) from error
+        except BaseException:
+            self._file.close()
+            raise
+        if self._file.set_aside:
+            self._say("set_aside", self._file.set_aside)
+        self._next = self._file.last_key + 1
+        self._committed = self._file.last_key
+        self._last_id = self._file.last_id
+        self._said_dropped = self._file.dropped
+        self._stopping = False
+        self._thread = threading.Thread(target=self._write, name="andon-outbox", daemon=True)
+        self._thread.start()
+        return self
+
+    def close(self) -> None:
+        """Commit what waits, stop the writer, close the file. What a refusing disk kept in memory is lost, and said."""
+        with self._lock:
+            self._stopping = True
+            self._lock.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._tail:
+            self._say("dropped", f"{len(self._tail)} messages were never stored: {self._degraded}")
+        self._file.close()
+
+    def __enter__(self) -> Outbox:
+        return self.open()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- the judge's side ------------------------------------------------------------------------------------------
+
+    def put(
+        self, camera: str, kind: str, identifier: str, payload: bytes, state: tuple[str, bytes] | None = None
+    ) -> int:
+        """Hand over a message; returns its key at once. ``state`` (name, value) is committed with it or before it.
+
+        Raises:
+            DeliveryError: the outbox is closed.
+        """
+        with self._lock:
+            if self._stopping or self._thread is None:
+                raise DeliveryError("the outbox is closed", found=f"{kind} of {camera}", expected="an open outbox")
+            key = self._next
+            self._next += 1
+            self._tail[key] = Stored(key, camera, kind, identifier, payload)
+            self._tail_bytes += len(payload)
+            if state is not None:
+                self._states[state[0]] = state[1]
+            self._last_id = max(self._last_id, identifier)
+            while self._tail_bytes > self._memory_bytes and len(self._tail) > 1:
+                self._forget(next(iter(self._tail)))
+                self._tail_dropped += 1
+            self._lock.notify_all()
+        return key
+
+    def wait(self, key: int, timeout: float) -> bool:
+        """Whether the message of this key is safe on disk, waiting up to ``timeout`` seconds."""
+        with self._lock:
+            return self._lock.wait_for(lambda: self._committed >= key, timeout)
+
+    def save_state(self, name: str, value: bytes) -> None:
+        """Keep a small value over restarts, committed with the next transaction."""
+        with self._lock:
+            self._states[name] = value
+            self._lock.notify_all()
+
+    def load_state(self, name: str) -> bytes | None:
+        """What :meth:`save_state` or :meth:`put` kept, or None."""
+        with self._lock:
+            if name in self._states:
+                return self._states[name]
+        return self._file.load_state(name)
+
+    # -- the publisher's side --------------------------------------------------------------------------------------
+
+    def listen(self, callback: Callable[[], None]) -> None:
+        """Call back after each commit, from the writer thread; the callback must not block."""
+        self._listeners.append(callback)
+
+    @property
+    def next_key(self) -> int:
+        """The key that the next message will get: everything below was there before."""
+        with self._lock:
+            return self._next
+
+    @property
+    def last_id(self) -> str | None:
+        """The greatest identifier ever put: the floor for new ones."""
+        with self._lock:
+            return self._last_id or None
+
+    def cameras(self) -> list[str]:
+        """Cameras that have messages in the file, configured or not."""
+        return self._file.cameras()
+
+    def fetch(self, cameras: Sequence[str], kind: str, after: int, limit: int) -> list[Stored]:
+        """Committed, unacknowledged messages with a key above ``after``, oldest first.
+
+        While the disk refuses, uncommitted ones too: better sent from memory than kept from the line.
+        The tail is read before the file, so a message that is committed in between is seen in the file.
+        """
+        with self._lock:
+            tail = []
+            if self._degraded:
+                tail = [m for m in self._tail.values() if m.key > after and m.kind == kind and m.camera in cameras][
+                    :limit
+                ]
+            acked = set(self._acked)
+        found: dict[int, Stored] = {}
+        cursor = after
+        while len(found) < limit:
+            rows = self._file.fetch(cameras, kind, cursor, limit)
+            found.update((row[0], Stored(*row)) for row in rows if row[0] not in acked)
+            if len(rows) < limit:
+                found.update((message.key, message) for message in tail)
+                break
+            cursor = rows[-1][0]
+        return [found[key] for key in sorted(found)[:limit]]
+
+    def done(self, keys: Iterable[int]) -> None:
+        """The broker acknowledged these; they are deleted with the next transactions."""
+        with self._lock:
+            for key in keys:
+                if self._degraded and key in self._tail:
+                    self._forget(key)
+                else:
+                    self._acked.add(key)
+            self._lock.notify_all()
+
+    def stats(self) -> OutboxStats:
+        """Depth, losses and state at this moment."""
+        with self._lock:
+            fresh = [m for m in self._tail.values() if m.key > self._file.last_key]
+            return OutboxStats(
+                messages=max(0, self._file.count + len(fresh) - len(self._acked)),
+                bytes=self._file.bytes + sum(len(m.payload) for m in fresh),
+                dropped=self._file.dropped + self._tail_dropped,
+                oldest_age_s=self._file.oldest_age(),
+                degraded=self._degraded,
+                set_aside=self._file.set_aside,
+                in_memory=len(self._tail) if self._degraded else 0,
+            )
+
+    # -- the writer thread -----------------------------------------------------------------------------------------
+
+    def _write(self) -> None:
+        housekeeping = time.monotonic() + _HOUSEKEEPING
+        while True:
+            with self._lock:
+                self._await_work(housekeeping)
+                batch = list(islice(self._tail.values(), _BATCH))
+                states, acked = dict(self._states), set(self._acked)
+                last_id = max((message.id for message in batch), default=None)
+                stopping = self._stopping
+            due = time.monotonic() >= housekeeping
+            if batch or states or acked or due:
+                if self._commit(batch, states, acked, last_id, due):
+                    self._settle(batch, states, acked)
+                elif stopping:
+                    return
+                else:
+                    self._pause()
+            if due:
+                housekeeping = time.monotonic() + _HOUSEKEEPING
+            if stopping and not self._tail and not self._acked and not self._states:
+                return
+
+    def _await_work(self, housekeeping: float) -> None:
+        """Sleep until there is something to commit; acknowledgements alone may wait a little to be many."""
+        acks_since: float | None = None
+        while not (self._tail or self._states or self._stopping or len(self._acked) >= _ACK_BATCH):
+            moment = time.monotonic()
+            if self._acked and acks_since is None:
+                acks_since = moment
+            until = housekeeping if acks_since is None else min(housekeeping, acks_since + _ACK_DELAY)
+            if moment >= until:
+                return
+            self._lock.wait(until - moment)
+
+    def _commit(
+        self, batch: list[Stored], states: dict[str, bytes], acked: set[int], last_id: str | None, due: bool
+    ) -> bool:
+        rows = [(m.key, m.camera, m.kind, m.id, m.payload) for m in batch if m.key > self._file.last_key]
+        try:
+            self._file.commit(rows, states, acked, last_id, self._caps if due or rows else None)
+        except sqlite3.OperationalError as error:
+            self._set_degraded(str(error))
+            return False
+        except sqlite3.DatabaseError as error:
+            self._replace(error)
+            return False
+        if self._degraded:
+            self._say("recovered", f"the outbox stores again; {len(batch)} messages came from memory")
+        self._degraded = None
+        return True
+
+    def _replace(self, damage: sqlite3.DatabaseError) -> None:
+        log.error("the outbox file is damaged: %s", damage)
+        try:
+            self._file.replace_damaged()
+        except (sqlite3.DatabaseError, OSError) as error:
+            self._set_degraded(f"damaged ({damage}), and not replaced: {error}")
+        else:
+            self._say("set_aside", str(self._file.set_aside))
+
+    def _settle(self, batch: list[Stored], states: dict[str, bytes], acked: set[int]) -> None:
+        with self._lock:
+            for message in batch:
+                if message.key in self._tail:
+                    self._forget(message.key)
+                self._committed = max(self._committed, message.key)
+            for name, value in states.items():
+                if self._states.get(name) is value:
+                    del self._states[name]
+            self._acked -= acked
+            dropped = self._file.dropped + self._tail_dropped
+            self._lock.notify_all()
+        if dropped > self._said_dropped:
+            self._say("dropped", f"{dropped - self._said_dropped} oldest messages dropped by the outbox caps")
+            self._said_dropped = dropped
+        if batch:
+            self._tell()
+
+    def _pause(self) -> None:
+        self._tell()
+        with self._lock:
+            self._lock.wait_for(lambda: self._stopping, _RETRY)
+
+    def _tell(self) -> None:
+        for listener in self._listeners:
+            listener()
+
+    def _forget(self, key: int) -> None:
+        self._tail_bytes -= len(self._tail.pop(key).payload)
+
+    def _set_degraded(self, reason: str) -> None:
+        if self._degraded != reason:
+            self._say("degraded", f"{self.path}: {reason}; messages wait in memory")
+        self._degraded = reason
+
+    def _say(self, what: str, text: str) -> None:
+        (log.info if what == "recovered" else log.error)("outbox %s: %s", what, text)
+        self._event(what, text)

@@ -1,0 +1,284 @@
+"""The SQLite file under the outbox: schema, caps, damage. Writes come from one thread, reads from any."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from .errors import DeliveryError
+
+log = logging.getLogger("andon.outbox")
+
+VERSION = 1
+_SCHEMA = """
+CREATE TABLE message (
+    key INTEGER PRIMARY KEY, camera TEXT NOT NULL, kind TEXT NOT NULL, id TEXT NOT NULL,
+    payload BLOB NOT NULL, size INTEGER NOT NULL, stored REAL NOT NULL);
+CREATE INDEX message_order ON message (camera, kind, key);
+CREATE TABLE state (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+"""
+#: A wall clock that departs from the monotonic one by more than this was set, not drifting.
+_JUMP = 30.0
+Row = tuple[int, str, str, str, bytes]
+
+
+class OutboxFile:
+    """See the module.
+
+    Attributes:
+        count, bytes: messages and payload bytes in the file.
+        dropped: messages that the caps removed since the file was made.
+        last_key, last_id: greatest key and identifier that were ever committed.
+        set_aside: where a damaged file went, None when there was none.
+    """
+
+    def __init__(self, path: Path, wall: Callable[[], float] = time.time):
+        self._path = path
+        self._wall = wall
+        self._writer: sqlite3.Connection | None = None
+        self._reader: sqlite3.Connection | None = None
+        self._read_lock = threading.Lock()
+        self._lock_file: IO[str] | None = None
+        self._base = (wall(), time.monotonic())
+        self.count = self.bytes = self.dropped = self.last_key = 0
+        self.last_id = ""
+        self.set_aside: str | None = None
+
+    def lock(self) -> None:
+        """Make the folder and take the file for this process alone.
+
+        Raises:
+            DeliveryError: the folder cannot be made, or another process has the outbox open.
+        """
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock_file = self._path.with_name(self._path.name + ".lock").open("w")
+        except OSError as error:
+            raise DeliveryError(
+                f"the outbox cannot be kept at {self._path}",
+                found=error.strerror,
+                expected="a folder that this user may write",
+                next_step="set 'state' or 'outbox.path' in the line configuration",
+            ) from error
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock_file.close()
+            self._lock_file = None
+            raise DeliveryError(
+                f"the outbox {self._path} is in use",
+                found="another process holds it",
+                expected="one `andon run` per state folder",
+                next_step="stop the other process, or give this line its own 'state' folder",
+            ) from error
+
+    def open(self) -> None:
+        """Open or create; a damaged file is set aside, and what can be read of it is carried over.
+
+        Raises:
+            DeliveryError: the file was written by a newer version.
+            sqlite3.OperationalError: the disk refuses.
+        """
+        try:
+            self._open()
+        except sqlite3.OperationalError:
+            self._disconnect()
+            raise
+        except sqlite3.DatabaseError as error:
+            log.error("the outbox file %s is damaged: %s", self._path, error)
+            self.replace_damaged()
+
+    def _open(self) -> None:
+        self._writer = self._connect()
+        version = self._writer.execute("PRAGMA user_version").fetchone()[0]
+        if version > VERSION:
+            self._disconnect()
+            raise DeliveryError(
+                f"the outbox {self._path} was written by a newer Andon",
+                found=f"version {version}",
+                expected=f"version {VERSION} or older",
+                next_step="install that version, or move the file away once its messages are delivered",
+            )
+        if (health := self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+            raise sqlite3.DatabaseError(health)
+        if version == 0:
+            self._writer.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
+        row = self._writer.execute("SELECT COUNT(*), COALESCE(SUM(size), 0), COALESCE(MAX(key), 0) FROM message")
+        self.count, self.bytes, self.last_key = row.fetchone()
+        self.dropped = int(self._state("dropped") or 0)
+        self.last_id = (self._state("last_id") or b"").decode()
+        self._reader = self._connect()
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=10)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute(f"PRAGMA journal_size_limit = {8 * 2**20}")
+        return connection
+
+    def commit(
+        self,
+        rows: Sequence[Row],
+        states: Mapping[str, bytes],
+        acked: Iterable[int],
+        last_id: str | None,
+        caps: tuple[int, float] | None,
+    ) -> None:
+        """One transaction: insert, delete what was acknowledged, keep states, enforce the caps.
+
+        Raises:
+            sqlite3.OperationalError: the disk refuses; nothing was changed.
+            sqlite3.DatabaseError: the file is damaged.
+        """
+        if self._writer is None:
+            self.open()
+        writer = self._writer
+        assert writer is not None  # open() connected or raised
+        now = self._now(writer)
+        writer.execute("BEGIN IMMEDIATE")
+        try:
+            writer.executemany(
+                "INSERT INTO message VALUES (?, ?, ?, ?, ?, ?, ?)", [(*row, len(row[4]), now) for row in rows]
+            )
+            count, size = self.count + len(rows), self.bytes + sum(len(row[4]) for row in rows)
+            for key in acked:
+                gone = writer.execute("DELETE FROM message WHERE key = ? RETURNING size", (key,)).fetchall()
+                count, size = count - len(gone), size - sum(row[0] for row in gone)
+            lost = self._over(writer, size, now, caps) if caps else []
+            writer.executemany("DELETE FROM message WHERE key = ?", [(key,) for key, _ in lost])
+            count, size = count - len(lost), size - sum(row[1] for row in lost)
+            kept = {**states, **({"last_id": last_id.encode()} if last_id and last_id > self.last_id else {})}
+            if lost:
+                kept["dropped"] = str(self.dropped + len(lost)).encode()
+            writer.executemany("INSERT OR REPLACE INTO state VALUES (?, ?)", list(kept.items()))
+            writer.execute("COMMIT")
+        except sqlite3.DatabaseError:
+            if writer.in_transaction:
+                writer.execute("ROLLBACK")
+            raise
+        self.count, self.bytes, self.dropped = count, size, self.dropped + len(lost)
+        self.last_id = max(self.last_id, last_id or "")
+        if rows:
+            self.last_key = rows[-1][0]
+
+    def _over(
+        self, writer: sqlite3.Connection, size: int, now: float, caps: tuple[int, float]
+    ) -> list[tuple[int, int]]:
+        """Keys and sizes of the oldest messages that the caps do not allow."""
+        max_bytes, max_age = caps
+        lost = []
+        for key, length, stored in writer.execute("SELECT key, size, stored FROM message ORDER BY key"):
+            if size <= max_bytes and now - stored <= max_age:
+                break
+            lost.append((key, length))
+            size -= length
+        return lost
+
+    def _now(self, writer: sqlite3.Connection) -> float:
+        """Wall time that never jumps: when the clock was set, the stored times are moved along with it."""
+        elapsed = self._base[0] + time.monotonic() - self._base[1]
+        jump = self._wall() - elapsed
+        if abs(jump) < _JUMP:
+            return elapsed
+        log.warning("the wall clock was set by %+.0f s; ages of waiting messages are kept", jump)
+        writer.execute("UPDATE message SET stored = stored + ?", (jump,))
+        self._base = (self._wall(), time.monotonic())
+        return self._base[0]
+
+    def fetch(self, cameras: Sequence[str], kind: str, after: int, limit: int) -> list[Row]:
+        """Rows of these cameras above a key, oldest first; none while the file cannot be opened."""
+        marks = ", ".join("?" * len(cameras))
+        query = (
+            f"SELECT key, camera, kind, id, payload FROM message WHERE camera IN ({marks}) AND kind = ? AND key > ?"
+            " ORDER BY key LIMIT ?"
+        )
+        return self._read(query, (*cameras, kind, after, limit))
+
+    def cameras(self) -> list[str]:
+        """Distinct cameras with messages."""
+        return [row[0] for row in self._read("SELECT DISTINCT camera FROM message ORDER BY camera", ())]
+
+    def load_state(self, name: str) -> bytes | None:
+        """A kept value, or None."""
+        rows = self._read("SELECT value FROM state WHERE name = ?", (name,))
+        return bytes(rows[0][0]) if rows else None
+
+    def oldest_age(self) -> float:
+        """Seconds that the oldest message has waited; 0 when there is none."""
+        rows = self._read("SELECT stored FROM message ORDER BY key LIMIT 1", ())
+        elapsed = self._base[0] + time.monotonic() - self._base[1]
+        return max(0.0, elapsed - rows[0][0]) if rows else 0.0
+
+    def _read(self, query: str, values: tuple[Any, ...]) -> list[Any]:
+        with self._read_lock:
+            if self._reader is None:
+                return []
+            try:
+                return self._reader.execute(query, values).fetchall()
+            except sqlite3.DatabaseError as error:
+                # The writer meets the same damage at its next commit and replaces the file; until then nothing is read.
+                log.error("the outbox cannot be read: %s", error)
+                return []
+
+    def _state(self, name: str) -> bytes | None:
+        assert self._writer is not None
+        row = self._writer.execute("SELECT value FROM state WHERE name = ?", (name,)).fetchone()
+        return bytes(row[0]) if row else None
+
+    def replace_damaged(self) -> None:
+        """Move the damaged file away under a new name, start a new one, carry over every row that can still be read."""
+        rows, states = self._salvage()
+        before = self.last_key, self.last_id, self.dropped
+        self._disconnect()
+        number = 1
+        while (target := self._path.with_name(f"{self._path.name}.corrupt-{number}")).exists():
+            number += 1
+        for suffix in ("-wal", "-shm", ""):
+            part = self._path.with_name(self._path.name + suffix)
+            if part.exists():
+                part.rename(target.with_name(target.name + suffix))
+        self._open()
+        salvaged = [row for row in rows if isinstance(row[4], bytes)]
+        self.commit(salvaged, states, (), max((row[3] for row in salvaged), default=None), None)
+        self.last_key, self.last_id = max(self.last_key, before[0]), max(self.last_id, before[1])
+        self.dropped = max(self.dropped, before[2])
+        self.set_aside = f"{target} (damaged; {len(salvaged)} waiting messages were saved from it)"
+
+    def _salvage(self) -> tuple[list[Row], dict[str, bytes]]:
+        rows: list[Row] = []
+        states: dict[str, bytes] = {}
+        try:
+            connection = self._writer or self._connect()
+            for name, value in connection.execute("SELECT name, value FROM state"):
+                states[name] = bytes(value)
+        except sqlite3.DatabaseError as error:
+            log.warning("the damaged outbox keeps its states: %s", error)
+        try:
+            connection = self._writer or self._connect()
+            for row in connection.execute(
+                "SELECT key, camera, kind, id, payload FROM message NOT INDEXED ORDER BY key"
+            ):
+                rows.append(row)
+        except sqlite3.DatabaseError as error:
+            log.warning("the damaged outbox gives %d messages, then: %s", len(rows), error)
+        return rows, states
+
+    def _disconnect(self) -> None:
+        with self._read_lock:
+            for connection in (self._reader, self._writer):
+                if connection is not None:
+                    connection.close()
+            self._reader = self._writer = None
+
+    def close(self) -> None:
+        """Close the file and let go of the lock."""
+        self._disconnect()
+        if self._lock_file is not None:
+            self._lock_file.close()
+            self._lock_file = None
