@@ -1,0 +1,79 @@
+"""Image and mask files as arrays. One reader for training and device, so both see the same pixels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import SourceError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
+
+
+def on_disk(path: Path) -> bool:
+    """True for a visible file with the suffix of an image."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def read_rgb(path: str | Path) -> NDArray[Any]:
+    """Read an image as uint8 [H, W, 3] RGB, C-contiguous; grey is replicated, alpha dropped, 16-bit divided by 257.
+
+    Raises:
+        SourceError: the file is missing, truncated, not an image, or of another depth than 8 or 16 bit.
+    """
+    image = _decode(Path(path), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+    if image.dtype == np.uint16:
+        image = ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    elif image.dtype != np.uint8:
+        raise SourceError(
+            f"unsupported depth in {path}",
+            found=str(image.dtype),
+            expected="8 or 16 bit unsigned",
+            next_step="convert the image",
+        )
+    rgb: NDArray[Any] = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return rgb
+
+
+def read_mask(path: str | Path, size: tuple[int, int]) -> NDArray[Any]:
+    """Read a mask as bool [H, W], True where the defect is (above zero). size: (H, W) of the image it belongs to.
+
+    Raises:
+        SourceError: unreadable, or of another size than the image.
+    """
+    mask = _decode(Path(path), cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH)
+    if mask.shape != size:
+        raise SourceError(
+            f"mask {path} is not of its image's size",
+            found=f"{mask.shape[1]}x{mask.shape[0]}",
+            expected=f"{size[1]}x{size[0]}",
+            next_step="export the mask at the image's resolution",
+        )
+    return mask > 0
+
+
+def _decode(path: Path, flags: int) -> NDArray[Any]:
+    try:
+        data = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise SourceError(
+            f"cannot read {path}: {error.strerror}", next_step="check the path and permissions"
+        ) from error
+    image = None if data.size == 0 or _truncated_jpeg(data) else cv2.imdecode(data, flags)
+    if image is None:
+        raise SourceError(
+            f"cannot decode {path}",
+            found=f"{data.size} bytes that are not a whole image",
+            expected="an intact image file",
+            next_step="replace or remove the file, or train with --on-corrupt skip",
+        )
+    return image
+
+
+def _truncated_jpeg(data: NDArray[Any]) -> bool:
+    """OpenCV fills the missing part of a cut JPEG with grey and reports success; the end marker tells."""
+    return data[:2].tobytes() == b"\xff\xd8" and b"\xff\xd9" not in data[-4096:].tobytes()
