@@ -93,13 +93,21 @@ class Slots:
         self._clock = clock
         self._closed = False
 
-    def number(self, camera: str) -> int:
-        """The next sequence number of a camera; one series for frames and missed ones, starting at 1."""
+    def wanted(self, camera: str, monotonic: float) -> bool:
+        """False where only triggered frames count and no trigger waits for one captured then; that frame is counted."""
+        lane = self._lanes[camera]
         with self._lock:
-            return self._number(self._lanes[camera])
+            wanted = not lane.policy.triggered_only or (bool(lane.triggers) and monotonic >= lane.triggers[0].at)
+            if not wanted:
+                lane.counts.offered += 1
+                lane.counts.untriggered += 1
+            return wanted
 
     def put(self, item: Frame | Missed) -> bool:
-        """Hand over a frame or a missed one; waits for room with drop: block. False once the slots are closed."""
+        """Hand over a frame or a missed one; waits for room with drop: block. False once the slots are closed.
+
+        The item's sequence number is set here: one series per camera, from 1, in the order in which items are taken.
+        """
         lane = self._lanes[item.camera]
         with self._lock:
             while not self._closed and lane.policy.drop == "block" and lane.frames() >= lane.policy.queue:
@@ -107,6 +115,7 @@ class Slots:
             if self._closed:
                 return False
             self._expire(item.camera, lane, self._clock())
+            item = replace(item, seq=self._number(lane))
             if isinstance(item, Missed):
                 self._miss(lane, item)
             else:

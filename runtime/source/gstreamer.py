@@ -1,0 +1,223 @@
+"""GStreamer pipelines that end in an appsink. `gi` is imported here, late: the rest of the runtime needs none of it."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+
+from ..errors import SourceError
+from .base import Array, EndOfSource, Shot, utc_now
+
+SINK = "andon_sink"
+#: A buffer's age is believed up to this; beyond it the source's clock is not the pipeline's, and arrival time counts.
+MAX_AGE = 5.0
+APT = (
+    "apt-get install gstreamer1.0-plugins-base gstreamer1.0-plugins-good gir1.2-gst-plugins-base-1.0 "
+    "gir1.2-gstreamer-1.0 python3-gi python3-gst-1.0, and make gi visible in the environment (see README)"
+)
+
+
+def gst() -> Any:
+    """The modules Gst, GstApp and GstVideo, as attributes of one object; initialised.
+
+    Raises:
+        SourceError: GStreamer or its Python bindings are not installed.
+    """
+    try:
+        import gi
+
+        for name in ("Gst", "GstApp", "GstVideo"):
+            gi.require_version(name, "1.0")
+        from gi.repository import GLib, Gst, GstApp, GstVideo
+    except (ImportError, ValueError) as error:
+        raise SourceError("GStreamer cannot be used from Python", found=error, next_step=APT) from error
+    Gst.init(None)
+    return _Modules(GLib, Gst, GstApp, GstVideo)
+
+
+class _Modules:
+    def __init__(self, glib: Any, gst_: Any, app: Any, video: Any):
+        self.GLib, self.Gst, self.GstApp, self.GstVideo = glib, gst_, app, video
+
+
+def has_element(name: str) -> bool:
+    """Whether an element of this name is installed."""
+    return gst().Gst.ElementFactory.find(name) is not None
+
+
+def parse(text: str) -> Any:
+    """Make a pipeline of gst-launch text.
+
+    Raises:
+        SourceError: GStreamer refuses it; carries GStreamer's message.
+    """
+    modules = gst()
+    try:
+        return modules.Gst.parse_launch(text)
+    except modules.GLib.Error as error:
+        raise SourceError(
+            f"GStreamer refuses the pipeline: {error.message}",
+            found=text,
+            expected="elements that exist and link, ending in raw video",
+            next_step=f"try it by hand: gst-launch-1.0 {text.replace(SINK, 's')}",
+        ) from error
+
+
+def to_array(modules: Any, sample: Any) -> Array:
+    """The RGB picture of a sample as uint8 [h, w, 3], copied row by row as its stride says.
+
+    Raises:
+        SourceError: the buffer cannot be read or is smaller than its caps say.
+    """
+    buffer = sample.get_buffer()
+    info = modules.GstVideo.VideoInfo.new_from_caps(sample.get_caps())
+    meta = modules.GstVideo.buffer_get_video_meta(buffer)
+    stride, offset = (meta.stride[0], meta.offset[0]) if meta is not None else (info.stride[0], info.offset[0])
+    readable, mapped = buffer.map(modules.Gst.MapFlags.READ)
+    if not readable:
+        raise SourceError("a frame's memory cannot be read", next_step="end the pipeline in system memory (nvvidconv)")
+    try:
+        return unpack(mapped.data, info.width, info.height, stride, offset)
+    finally:
+        buffer.unmap(mapped)
+
+
+def unpack(data: Any, width: int, height: int, stride: int, offset: int = 0) -> Array:
+    """Packed RGB rows of `stride` bytes each as a contiguous uint8 [height, width, 3] copy.
+
+    Raises:
+        SourceError: fewer bytes than width, height and stride ask for (the last row may lack its padding).
+    """
+    needed = offset + stride * (height - 1) + 3 * width
+    if stride < 3 * width or len(data) < needed:
+        raise SourceError(
+            "a frame does not fit its caps", found=f"{len(data)} bytes, stride {stride}", expected=f"{needed} bytes"
+        )
+    return np.ndarray((height, width, 3), np.uint8, data, offset, (stride, 3, 1)).copy()
+
+
+class Pipeline:
+    """An opened pipeline and its sink. Used by one thread."""
+
+    def __init__(self, text: str, *, live: bool, sync: bool, keep_all: bool):
+        """text: gst-launch text that ends in raw video. sync: hand frames out when they are due, not as they come.
+        keep_all: the sink never drops; else it keeps the newest two.
+        """
+        self._live = live
+        self._text = (
+            f"{text} ! videoconvert ! video/x-raw,format=RGB ! appsink name={SINK} max-buffers=2 "
+            f"drop={'false' if keep_all else 'true'} sync={'true' if sync else 'false'} qos=false"
+        )
+        self._modules: Any = None
+        self._pipeline: Any = None
+        self._sink: Any = None
+
+    def check(self) -> str:
+        """Parse it, start nothing; SourceError when GStreamer refuses."""
+        parse(self._text)
+        return self._text
+
+    def open(self, properties: dict[str, dict[str, Any]] | None = None) -> None:
+        """Start playing. properties: element name -> property -> value, set before (secrets never enter the text)."""
+        self._modules = gst()
+        self._pipeline = parse(self._text)
+        self._sink = self._pipeline.get_by_name(SINK)
+        for element, values in (properties or {}).items():
+            for name, value in values.items():
+                self._pipeline.get_by_name(element).set_property(name, value)
+        if self._pipeline.set_state(self._modules.Gst.State.PLAYING) == self._modules.Gst.StateChangeReturn.FAILURE:
+            error = self._error() or SourceError("the pipeline does not start", found=self._text)
+            self.close()
+            raise error
+
+    def element(self, name: str) -> Any:
+        """An element of the opened pipeline."""
+        return self._pipeline.get_by_name(name)
+
+    def pull(self, timeout: float) -> Any | None:
+        """The next sample, or None; EndOfSource and SourceError as in Source.read."""
+        sample = self._sink.try_pull_sample(int(timeout * self._modules.Gst.SECOND))
+        if sample is None:
+            error = self._error()
+            if error is not None:
+                raise error
+            if self._sink.is_eos():
+                raise EndOfSource
+        return sample
+
+    def shot(self, sample: Any) -> Shot:
+        """A sample as a shot, dated by the pipeline's clock where the source is live."""
+        modules, age = self._modules, self._age(sample)
+        return Shot(
+            load=lambda: to_array(modules, sample),
+            captured=utc_now() - timedelta(seconds=age),
+            monotonic=time.monotonic() - age,
+        )
+
+    def close(self) -> None:
+        """Stop and free the pipeline. Waits for its threads."""
+        if self._pipeline is not None:
+            self._pipeline.set_state(self._modules.Gst.State.NULL)
+        self._pipeline = self._sink = None
+
+    def _age(self, sample: Any) -> float:
+        pts = sample.get_buffer().pts
+        clock = self._pipeline.get_clock() if self._live else None
+        if clock is None or pts == self._modules.Gst.CLOCK_TIME_NONE:
+            return 0.0
+        running = sample.get_segment().to_running_time(self._modules.Gst.Format.TIME, pts)
+        age = (clock.get_time() - self._pipeline.get_base_time() - running) / self._modules.Gst.SECOND
+        return float(age) if 0 <= age <= MAX_AGE else 0.0
+
+    def _error(self) -> SourceError | None:
+        message = self._pipeline.get_bus().pop_filtered(self._modules.Gst.MessageType.ERROR)
+        if message is None:
+            return None
+        error, debug = message.parse_error()
+        return SourceError(f"{message.src.get_name()}: {error.message}", found=(debug or "").strip() or None)
+
+
+class GstreamerCamera:
+    """A source that is one pipeline: camera, network stream, video file, test picture."""
+
+    def __init__(
+        self,
+        text: str,
+        *,
+        live: bool = True,
+        sync: bool = False,
+        keep_all: bool = False,
+        loop: bool = False,
+        properties: dict[str, dict[str, Any]] | None = None,
+    ):
+        """loop: start again at the end of the stream."""
+        self._pipeline = Pipeline(text, live=live, sync=sync, keep_all=keep_all)
+        self._properties = properties
+        self._loop = loop
+
+    def check(self) -> str:
+        """See :class:`Source`."""
+        return self._pipeline.check()
+
+    def open(self) -> None:
+        """See :class:`Source`."""
+        self._pipeline.open(self._properties)
+
+    def read(self, timeout: float) -> Shot | None:
+        """See :class:`Source`."""
+        try:
+            sample = self._pipeline.pull(timeout)
+        except EndOfSource:
+            if not self._loop:
+                raise
+            self.close()
+            self.open()
+            return None
+        return None if sample is None else self._pipeline.shot(sample)
+
+    def close(self) -> None:
+        """See :class:`Source`."""
+        self._pipeline.close()

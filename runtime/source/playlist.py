@@ -1,0 +1,118 @@
+"""Image files as parts on a line: which files, in which order, with which part id and product."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..dataset import open_dataset
+from ..errors import SourceError
+from ..images import IMAGE_SUFFIXES, on_disk, read_rgb
+from ..lineconfig import DatasetSource, FolderSource
+from .base import EndOfSource, Shot
+
+
+@dataclass(frozen=True)
+class Part:
+    """One image file and whose picture it is."""
+
+    path: Path
+    part_id: str
+    product: str | None = None
+
+
+def parts(config: FolderSource | DatasetSource) -> list[Part]:
+    """The images of a folder or data set, in playing order.
+
+    Raises:
+        SourceError: there is no such folder or data set, or no image in it (a watched folder may be empty).
+    """
+    if isinstance(config, DatasetSource):
+        samples = open_dataset(config.data).select(split=config.split).samples
+        if config.limit is not None and config.limit < len(samples):
+            samples = tuple(samples[index * len(samples) // config.limit] for index in range(config.limit))
+        found = [Part(sample.path, Path(sample.key).with_suffix("").as_posix(), sample.product) for sample in samples]
+        where = f"data set {config.data}, split {config.split}"
+    else:
+        root = Path(config.path)
+        if not root.is_dir():
+            raise SourceError(f"no folder {root}", next_step="name an existing folder of images as source.path")
+        found = [Part(path, path.stem) for path in sorted(root.glob(config.pattern)) if on_disk(path)]
+        where = f"{root} with pattern {config.pattern}"
+        if config.watch:
+            return found
+    if not found:
+        raise SourceError(f"no image in {where}", expected=", ".join(IMAGE_SUFFIXES), next_step="put images there")
+    return found
+
+
+def playing(config: FolderSource | DatasetSource) -> Iterator[Part | None]:
+    """The parts as they are due, again and again with `loop`; None means: nothing yet (a watched folder)."""
+    if isinstance(config, FolderSource) and config.watch:
+        yield from _watched(config)
+    while True:
+        yield from parts(config)
+        if not config.loop:
+            return
+
+
+def _watched(config: FolderSource) -> Iterator[Part | None]:
+    """New files once they have stopped growing between two looks."""
+    seen: set[Path] = set()
+    sizes: dict[Path, int] = {}
+    while True:
+        fresh = [part for part in parts(config) if part.path not in seen]
+        for part in fresh:
+            size = part.path.stat().st_size
+            if sizes.get(part.path) == size:
+                seen.add(part.path)
+                del sizes[part.path]
+                yield part
+            else:
+                sizes[part.path] = size
+        yield None
+
+
+class FolderPlayer:
+    """Plays image files without a pipeline: at a rate, or as fast as the line takes them."""
+
+    def __init__(self, config: FolderSource | DatasetSource):
+        self._config = config
+        self._playing: Iterator[Part | None] = iter(())
+        self._due = 0.0
+
+    def check(self) -> str:
+        """See :class:`Source`."""
+        return f"{len(parts(self._config))} images"
+
+    def open(self) -> None:
+        """See :class:`Source`."""
+        parts(self._config)
+        self._playing = playing(self._config)
+        self._due = time.monotonic()
+
+    def read(self, timeout: float) -> Shot | None:
+        """See :class:`Source`."""
+        wait = self._due - time.monotonic()
+        if wait > 0:
+            time.sleep(min(wait, timeout))
+            if wait > timeout:
+                return None
+        part = next(self._playing, _END)
+        if part is _END:
+            raise EndOfSource
+        if part is None:
+            time.sleep(timeout)
+            return None
+        if self._config.fps is not None:
+            self._due = max(self._due + 1 / self._config.fps, time.monotonic() - 1)
+        return Shot(load=lambda: read_rgb(part.path), part_id=part.part_id, product=part.product, path=str(part.path))
+
+    def close(self) -> None:
+        """See :class:`Source`."""
+        self._playing = iter(())
+
+
+_END = Part(Path(), "")
