@@ -21,12 +21,12 @@ Milliseconds = Annotated[float, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
 
 
-def _absolute(path: str, info: ValidationInfo) -> str:
+def _absolute(path: Path, info: ValidationInfo) -> Path:
     """Make a path of the file absolute, once, here: nobody else needs to know where the file lies."""
-    return str(Path((info.context or {}).get("base", "."), Path(path).expanduser()).absolute())
+    return Path((info.context or {}).get("base", "."), path.expanduser()).absolute()
 
 
-LocalPath = Annotated[str, AfterValidator(_absolute)]
+LocalPath = Annotated[Path, AfterValidator(_absolute)]
 
 
 class Settings(BaseModel):
@@ -209,6 +209,10 @@ class CameraConfig(Settings):
 class JudgeConfig(Settings):
     """From scores to verdicts."""
 
+    check_product: bool = Field(
+        default=False,
+        description="UNKNOWN, wrong_product, where the bundle's classifier sees another product than given",
+    )
     thresholds: dict[str, float] = Field(default={}, description="Product -> threshold that replaces the bundle's")
     pixel_threshold: float | None = Field(
         default=None, description="Map value above which a pixel is part of a region; null: the bundle's"

@@ -8,7 +8,6 @@ decodebin chooses among what is installed and videoconvert converts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ..configfile import secret
@@ -97,9 +96,9 @@ def camera_source(name: str, camera: CameraConfig, has: Has = has_element) -> Gs
     if isinstance(source, RtspSource):
         return GstreamerCamera(rtsp(source, has), keep_all=keep_all, properties=_login(name, source))
     if isinstance(source, FileSource):
-        if not Path(source.path).is_file():
+        if not source.path.is_file():
             raise SourceError(f"camera {name}: no file {source.path}", next_step="name an existing video file")
-        properties = {FILE: {"location": source.path}}
+        properties = {FILE: {"location": str(source.path)}}
         return GstreamerCamera(
             video_file(source, has),
             live=False,
@@ -112,8 +111,7 @@ def camera_source(name: str, camera: CameraConfig, has: Has = has_element) -> Gs
 
 
 def _login(name: str, source: RtspSource) -> dict[str, dict[str, Any]]:
-    file = Path(source.password_file) if source.password_file else None
-    password = secret(f"cameras.{name}.source.password", source.password_env, file)
+    password = secret(f"cameras.{name}.source.password", source.password_env, source.password_file)
     login = {"user-id": source.user, "user-pw": password}
     return {RTSP: {key: value for key, value in login.items() if value is not None}}
 

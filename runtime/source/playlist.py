@@ -36,7 +36,7 @@ def parts(config: FolderSource | DatasetSource) -> list[Part]:
         found = [Part(sample.path, Path(sample.key).with_suffix("").as_posix(), sample.product) for sample in samples]
         where = f"data set {config.data}, split {config.split}"
     else:
-        root = Path(config.path)
+        root = config.path
         if not root.is_dir():
             raise SourceError(f"no folder {root}", next_step="name an existing folder of images as source.path")
         found = [Part(path, path.stem) for path in sorted(root.glob(config.pattern)) if on_disk(path)]

@@ -1,0 +1,54 @@
+"""From an anomaly map to the places on the picture where the defect is."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from .types import Region
+
+Box = tuple[int, int, int, int]
+
+
+def find_regions(
+    anomaly_map: NDArray[Any], threshold: float, box: Box, *, min_area: int = 1, limit: int = 16
+) -> tuple[Region, ...]:
+    """Connected components (8 neighbours) of the map above the threshold, in camera pixels, largest peak first.
+
+    Args:
+        anomaly_map: float32 [h, w]; it covers `box` of the picture.
+        threshold: a pixel of the map belongs to a region when it is above.
+        box: x, y, width, height of the region of interest in the picture, in pixels.
+        min_area: regions of fewer camera pixels are left out.
+        limit: so many regions at most.
+    """
+    above = (anomaly_map > threshold).astype(np.uint8)
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(above, connectivity=8)
+    if count < 2:
+        return ()
+    peaks = np.full(count, -np.inf)
+    inside = labels > 0
+    np.maximum.at(peaks, labels[inside], anomaly_map[inside])
+    scale_x, scale_y = box[2] / anomaly_map.shape[1], box[3] / anomaly_map.shape[0]
+    regions = []
+    for index in sorted(range(1, count), key=lambda i: -peaks[i]):
+        left, top, width, height, cells = (int(value) for value in stats[index])
+        area = round(cells * scale_x * scale_y)
+        if area >= min_area:
+            x, y = math.floor(left * scale_x), math.floor(top * scale_y)
+            right, bottom = math.ceil((left + width) * scale_x), math.ceil((top + height) * scale_y)
+            regions.append(Region((box[0] + x, box[1] + y, right - x, bottom - y), area, float(peaks[index])))
+    return tuple(regions[:limit])
+
+
+def clip_roi(roi: Box | None, width: int, height: int) -> Box | None:
+    """The region of interest within a picture of this size; the whole picture for None, None when it lies outside."""
+    if roi is None:
+        return (0, 0, width, height)
+    x, y = min(roi[0], width), min(roi[1], height)
+    clipped = (x, y, min(roi[2], width - x), min(roi[3], height - y))
+    return clipped if clipped[2] > 0 and clipped[3] > 0 else None
