@@ -92,11 +92,11 @@ class OnlineCalibrator:
         if not decision.admit:
             self.counts[decision.reason] += 1
             return Outcome(decision)
+        median = float(np.median(seen.patch_score))
+        self._typical_patch = median if np.isnan(self._typical_patch) else 0.95 * self._typical_patch + 0.05 * median
         patches = self._select(seen)
         if not len(patches):
             return self._refuse("no_candidate")
-        median = float(np.median(seen.patch_score))
-        self._typical_patch = median if np.isnan(self._typical_patch) else 0.95 * self._typical_patch + 0.05 * median
         self.admissions += 1
         labels = None if self.memory.foreground is None or seen.matched is None else self._labels(seen)[patches]
         change = self.memory.admit(seen.candidates[patches], self.admissions, labels)
@@ -126,7 +126,7 @@ class OnlineCalibrator:
                 next_step="set memory.selection: farthest",
             )
         eligible = None
-        if self.guard.policy.gate and not np.isnan(self._typical_patch):
+        if self.guard.policy.gate:
             # An anomalous patch can have a high transport probability (METHODS.md 5.4): take known-normal ones only.
             eligible = seen.patch_score <= self._typical_patch
         front = self._labels(seen) > 0

@@ -1,0 +1,69 @@
+"""Drift monitor: quiet while nothing moves, warns when scores rise, clears, survives a restart."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from andon.calib.drift import DriftMonitor, DriftPolicy
+from andon.calib.errors import CalibrationError
+from scipy.stats import ks_2samp
+
+
+def feed(monitor, scores):
+    return [monitor.observe(float(s)) for s in scores]
+
+
+def test_quiet_on_a_steady_line_and_on_falling_scores():
+    rng = np.random.default_rng(0)
+    monitor = DriftMonitor(DriftPolicy())
+    assert not any(d.warning for d in feed(monitor, rng.normal(10, 1, 5000)))
+    assert not any(d.warning for d in feed(monitor, rng.normal(5, 1, 500)))
+
+
+def test_warns_once_when_scores_rise_and_clears_when_they_return():
+    rng = np.random.default_rng(1)
+    monitor = DriftMonitor(DriftPolicy())
+    feed(monitor, rng.normal(10, 1, 300))
+    risen = feed(monitor, rng.normal(12, 1, 200))
+    assert [d.warning for d in risen if d.changed] == [True]
+    back = feed(monitor, rng.normal(10, 1, 300))
+    assert [d.warning for d in back if d.changed] == [False]
+
+
+def test_statistic_equals_scipy():
+    rng = np.random.default_rng(2)
+    monitor = DriftMonitor(DriftPolicy())
+    reference, recent = rng.normal(0, 1, 100), rng.normal(0.5, 1, 100)
+    feed(monitor, np.concatenate([reference, recent]))
+    expected = ks_2samp(reference, recent, alternative="greater")
+    assert monitor.statistic() == pytest.approx(expected.statistic)
+
+
+def test_critical_value_means_alpha():
+    """By simulation at an alpha that can be simulated."""
+    policy = DriftPolicy(alpha=0.05)
+    rng = np.random.default_rng(3)
+    hits = 0
+    for _ in range(400):
+        monitor = DriftMonitor(policy)
+        hits += feed(monitor, rng.normal(size=200))[-1].warning
+    assert hits / 400 < 0.08
+
+
+def test_a_restart_changes_nothing():
+    rng = np.random.default_rng(4)
+    a, b = DriftMonitor(DriftPolicy()), DriftMonitor(DriftPolicy())
+    feed(a, rng.normal(10, 1, 250))
+    b.restore(a.state())
+    later = rng.normal(11.5, 1, 150)
+    assert feed(a, later) == feed(b, later)
+    a.reset()
+    assert not a.warning and a.statistic() == 0
+
+
+def test_scores_that_are_not_finite_do_not_count():
+    monitor = DriftMonitor(DriftPolicy(reference=5, window=5))
+    feed(monitor, [1, 2, 3, 4, 5, float("nan"), float("inf")])
+    assert len(monitor.state()["recent"]) == 0
+    with pytest.raises(CalibrationError, match="drift policy"):
+        DriftPolicy(window=1)

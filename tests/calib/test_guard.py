@@ -1,0 +1,250 @@
+"""Attacks on the memory and honest drift, on a stream of synthetic patches whose geometry is known."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from andon.calib.calibrator import Observation, OnlineCalibrator
+from andon.calib.distance import nearest
+from andon.calib.errors import CalibrationError
+from andon.calib.guard import AdmissionGuard, GuardPolicy
+from andon.calib.memory import MemoryPolicy
+
+PATCHES, D, SEMANTIC = 100, 8, 100
+DEFECT = slice(40, 44)
+
+
+class Line:
+    """Patches of good parts around fixed places; a defect moves four of them, light moves all of them."""
+
+    def __init__(self, gate, seed=0):
+        self.rng = np.random.default_rng(seed)
+        self.places = self.rng.normal(0, 3, (PATCHES, D)).astype(np.float32)
+        self.direction = np.ones(D, np.float32) / np.sqrt(D)
+        bank = np.zeros((SEMANTIC + 200, D), np.float32)
+        bank[:SEMANTIC] = self.part()
+        valid = (np.arange(len(bank)) < SEMANTIC).astype(np.float32)
+        self.calibrator = OnlineCalibrator.create(
+            bank, valid, SEMANTIC, MemoryPolicy(capacity=200, per_frame=20), GuardPolicy(gate=gate)
+        )
+
+    def part(self, defect=0.0, light=0.0):
+        patches = self.places + self.rng.normal(0, 0.3, (PATCHES, D)).astype(np.float32)
+        patches[DEFECT] += defect * 10 * self.direction
+        return patches + light * self.direction
+
+    def score(self, patches):
+        return float(nearest(patches, self.calibrator.memory.rows)[0].max())
+
+    def frozen_score(self, patches):
+        return float(nearest(patches, self.calibrator.memory.semantic)[0].max())
+
+    def see(self, patches):
+        distance, _ = nearest(patches, self.calibrator.memory.rows)
+        return self.calibrator.observe(Observation(float(distance.max()), patches, distance))
+
+    def run_in(self, frames=60):
+        for _ in range(frames):
+            self.see(self.part())
+
+    def threshold(self):
+        """The largest score of 100 good parts with the memory as it is."""
+        return max(self.score(self.part()) for _ in range(100))
+
+
+def absorbed(line, threshold):
+    """Share of full defects that pass as good."""
+    return np.mean([line.score(line.part(defect=1.0)) <= threshold for _ in range(20)])
+
+
+@pytest.mark.parametrize(("gate", "expected"), [(True, 0.0), (False, 1.0)])
+def test_slow_drift_attack(gate, expected):
+    """A defect that fades in over 500 frames, in every frame: the relative gate alone would follow it."""
+    line = Line(gate)
+    line.run_in()
+    threshold = line.threshold()
+    for k in range(500):
+        line.see(line.part(defect=k / 500))
+    assert absorbed(line, threshold) == expected
+    if gate:
+        assert line.calibrator.counts["anchor_local"] > 0
+
+
+def test_slow_drift_is_stopped_by_the_anchor_not_by_the_score_gate():
+    """The same attack with the anchors wide open is absorbed, so it is the anchor that the test above tests."""
+    line = Line(True)
+    line.calibrator.guard = AdmissionGuard(GuardPolicy(local_bound=1e6, global_bound=1e6, quantile=1.0))
+    line.run_in()
+    threshold = line.threshold()
+    for k in range(500):
+        line.see(line.part(defect=k / 500))
+    assert absorbed(line, threshold) > 0.8
+
+
+@pytest.mark.parametrize(("gate", "expected"), [(True, 0.0), (False, 1.0)])
+def test_burst_attack(gate, expected):
+    """Forty full defects in a row."""
+    line = Line(gate)
+    line.run_in()
+    threshold = line.threshold()
+    for _ in range(40):
+        line.see(line.part(defect=1.0))
+    assert absorbed(line, threshold) == expected
+
+
+def test_light_is_followed_and_a_frozen_memory_raises_false_alarms():
+    line = Line(True)
+    line.run_in()
+    threshold = line.threshold()
+    for k in range(400):
+        line.see(line.part(light=1.2 * k / 400))
+    drifted = [line.part(light=1.2) for _ in range(200)]
+    followed = np.mean([line.score(p) > threshold for p in drifted])
+    frozen_threshold = max(line.frozen_score(line.part()) for _ in range(100))
+    frozen = np.mean([line.frozen_score(p) > frozen_threshold for p in drifted])
+    assert followed <= 0.02 < 0.2 < frozen
+    assert line.score(line.part(light=1.2, defect=1.0)) > threshold
+
+
+def test_light_beyond_the_global_anchor_is_refused():
+    line = Line(True)
+    line.run_in()
+    version = line.calibrator.memory.version
+    for k in range(300):
+        line.see(line.part(light=5 + 5 * k / 300))
+    assert line.calibrator.counts["anchor_global"] > 0
+    assert line.calibrator.memory.version == version
+
+
+def test_frozen_untrusted_and_not_finite_frames_teach_nothing():
+    line = Line(True)
+    line.run_in()
+    version, patches = line.calibrator.memory.version, line.part()
+    distance, _ = nearest(patches, line.calibrator.memory.rows)
+    seen = Observation(0.0, patches, distance)
+    assert line.calibrator.observe(seen, trusted=False).decision.reason == "not_ok"
+    broken = Observation(float("nan"), patches, distance)
+    assert line.calibrator.observe(broken).decision.reason == "not_finite"
+    line.calibrator.frozen = True
+    assert line.calibrator.observe(seen).decision.reason == "frozen"
+    assert line.calibrator.memory.version == version
+    line.calibrator.frozen = False
+    assert line.calibrator.observe(seen).decision.admit
+
+
+def test_score_gate_admits_the_quantile_it_promises():
+    guard = AdmissionGuard(GuardPolicy(quantile=0.8, window=50, local_bound=1e9, global_bound=1e9))
+    rng = np.random.default_rng(0)
+    admitted = [guard.judge(float(rng.normal()), np.ones(4)).admit for _ in range(3000)]
+    assert np.mean(admitted) == pytest.approx(0.8, abs=0.03)
+    assert not any(admitted[:10])
+
+
+def test_cap_per_frame():
+    policy = MemoryPolicy(capacity=100, per_frame=50)
+    assert AdmissionGuard(GuardPolicy()).rows_per_frame(policy.per_frame, policy.capacity) == 25
+    assert AdmissionGuard(GuardPolicy(gate=False)).rows_per_frame(policy.per_frame, policy.capacity) == 50
+
+
+def test_gate_off_follows_the_papers_length_cycle():
+    line = Line(False)
+    line.calibrator = OnlineCalibrator.create(
+        line.calibrator.memory.bank,
+        line.calibrator.memory.valid,
+        SEMANTIC,
+        MemoryPolicy(capacity=100, keep=0.25, per_frame=50),
+        GuardPolicy(gate=False),
+    )
+    lengths = []
+    for _ in range(6):
+        line.see(line.part())
+        lengths.append(line.calibrator.memory.length)
+    assert lengths == [50, 25, 75, 25, 75, 25]
+
+
+def transport_line(gate):
+    """Foreground patches 0..49 match row 0, background ones row 1."""
+    bank = np.zeros((2 + 100, D), np.float32)
+    bank[1] = 1
+    valid = (np.arange(102) < 2).astype(np.float32)
+    labels = np.zeros(102, np.float32)
+    labels[0] = 1
+    guard = GuardPolicy(gate=gate, local_bound=1e9, global_bound=1e9)
+    policy = MemoryPolicy(capacity=100, selection="transport", foreground=3, background=5)
+    return OnlineCalibrator.create(bank, valid, 2, policy, guard, labels)
+
+
+def test_transport_selection_takes_both_labels_and_needs_probabilities():
+    calibrator = transport_line(False)
+    rng = np.random.default_rng(0)
+    patches = rng.normal(size=(100, D)).astype(np.float32)
+    transport, matched = rng.random(100), np.repeat([0, 1], 50).astype(np.int32)
+    outcome = calibrator.observe(Observation(1.0, patches, rng.random(100), transport, matched))
+    front, back = outcome.patches[:3], outcome.patches[3:]
+    assert (front < 50).all() and (back >= 50).all() and len(back) == 5
+    assert transport[front].min() >= np.sort(transport[:50])[-3]
+    assert calibrator.memory.foreground[2:10].tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
+    with pytest.raises(CalibrationError, match="transport"):
+        calibrator.observe(Observation(1.0, patches, rng.random(100)))
+
+
+def test_gate_keeps_an_anomaly_with_high_transport_probability_out():
+    """METHODS.md 5.4: P is relative, an anomalous patch may have the highest. Its score gives it away."""
+    for gate, enters in ((True, False), (False, True)):
+        calibrator = transport_line(gate)
+        rng = np.random.default_rng(1)
+        for _ in range(20):
+            patches = rng.normal(size=(100, D)).astype(np.float32)
+            score, transport = np.full(100, 1.0), np.full(100, 0.4)
+            patches[7], score[7], transport[7] = 9.0, 1.1, 0.9
+            matched = np.repeat([0, 1], 50).astype(np.int32)
+            calibrator.observe(Observation(1.1, patches, score, transport, matched))
+        assert (calibrator.memory.episodic == 9.0).all(axis=1).any() == enters
+
+
+def test_state_survives_save_and_restore_bit_exact():
+    line, other = Line(True), Line(True, seed=5)
+    line.run_in(30)
+    other.calibrator.memory.bank[:SEMANTIC] = line.calibrator.memory.bank[:SEMANTIC]
+    other.calibrator.restore(line.calibrator.state())
+    frames = [line.part() for _ in range(40)]
+    for patches in frames:
+        a, b = line.see(patches), other.see(patches)
+        assert a.decision == b.decision
+    assert line.calibrator.memory.bank.tobytes() == other.calibrator.memory.bank.tobytes()
+    assert all(
+        x.tobytes() == y.tobytes()
+        for (_, x), (_, y) in zip(
+            sorted(line.calibrator.state().items()), sorted(other.calibrator.state().items()), strict=True
+        )
+    )
+
+
+def test_incomplete_state_is_refused_and_changes_nothing():
+    line = Line(True)
+    line.run_in(30)
+    before = line.calibrator.state()
+    for name in before:
+        broken = {k: v for k, v in before.items() if k != name}
+        with pytest.raises(CalibrationError, match="incomplete"):
+            line.calibrator.restore(broken)
+    assert all((before[k] == v).all() or k == "typical_patch" for k, v in line.calibrator.state().items())
+
+
+def test_policies_out_of_range_are_refused():
+    for wrong in ({"quantile": 0}, {"warmup": 0}, {"warmup": 60}, {"share": 2}, {"local_bound": -1}):
+        with pytest.raises(CalibrationError, match="guard policy"):
+            GuardPolicy(**wrong)
+
+
+def test_versions_only_grow():
+    line = Line(False)
+    versions = []
+    for _ in range(5):
+        line.see(line.part())
+        versions.append(line.calibrator.memory.version)
+    line.calibrator.reset()
+    versions.append(line.calibrator.memory.version)
+    assert all(b > a for a, b in pairwise(versions))

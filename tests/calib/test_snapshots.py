@@ -1,0 +1,170 @@
+"""Snapshots: atomic under kill -9 (a real process), checked when read, a ring with rollback; the audit log."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+from andon.calib.errors import CalibrationError
+from andon.calib.snapshots import AuditLog, SnapshotStore, read_snapshot, write_atomic
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+IDENTITY = {"bundle": "abc", "shape": [4, 2]}
+
+
+def arrays(value):
+    return {"rows": np.full((4, 2), value, np.float32), "flag": np.array(True)}
+
+
+def test_save_and_load_bit_exact(tmp_path):
+    store = SnapshotStore(tmp_path, IDENTITY)
+    saved = store.save(arrays(1.5), {"version": 7})
+    loaded = store.load(saved.number)
+    assert loaded.meta == {"version": 7} and loaded.identity == IDENTITY
+    assert all(loaded.arrays[k].tobytes() == v.tobytes() for k, v in arrays(1.5).items())
+
+
+def test_ring_keeps_the_last_and_pins_stay(tmp_path):
+    store = SnapshotStore(tmp_path, IDENTITY, keep=3)
+    pinned = store.save(arrays(0), {}, pin=True).number
+    for k in range(6):
+        store.save(arrays(k), {})
+    assert store.numbers() == [7, 6, 5, pinned]
+    assert float(store.load(pinned).arrays["rows"][0, 0]) == 0
+
+
+def test_numbers_go_on_after_a_restart(tmp_path):
+    assert SnapshotStore(tmp_path, IDENTITY).save(arrays(1), {}).number == 1
+    assert SnapshotStore(tmp_path, IDENTITY).save(arrays(2), {}).number == 2
+
+
+def test_latest_skips_back(tmp_path):
+    store = SnapshotStore(tmp_path, IDENTITY)
+    for k in range(4):
+        store.save(arrays(k), {"k": k})
+    assert [store.latest(skip)[0].meta["k"] for skip in range(4)] == [3, 2, 1, 0]
+    assert store.latest(4)[0] is None
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "foreign"])
+def test_damage_is_refused_and_the_last_good_one_used(tmp_path, damage):
+    store = SnapshotStore(tmp_path, IDENTITY)
+    store.save(arrays(1), {"k": 1})
+    bad = tmp_path / f"ring-{store.save(arrays(2), {'k': 2}).number:010d}.snapshot"
+    data = bytearray(bad.read_bytes())
+    if damage == "truncate":
+        del data[-20:]
+    elif damage == "flip":
+        data[len(data) // 2] ^= 1
+    elif damage == "empty":
+        data.clear()
+    bad.write_bytes(data)
+    if damage == "foreign":
+        SnapshotStore(tmp_path, {"bundle": "another"}).save(arrays(3), {})
+        bad = tmp_path / "ring-0000000003.snapshot"
+    snapshot, refused = store.latest()
+    assert [r.path for r in refused] == [bad]
+    assert snapshot.meta["k"] == (2 if damage == "foreign" else 1)
+    with pytest.raises(CalibrationError, match="another bundle" if damage == "foreign" else "cannot be used"):
+        store.load(snapshot.number + 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cut=st.integers(0, 10_000))
+def test_no_prefix_of_a_snapshot_is_taken_for_one(tmp_path_factory, cut):
+    folder = tmp_path_factory.mktemp("s")
+    store = SnapshotStore(folder, IDENTITY)
+    store.save(arrays(1), {})
+    path = next(folder.glob("*.snapshot"))
+    data = path.read_bytes()
+    path.write_bytes(data[: cut % len(data)])
+    with pytest.raises(CalibrationError):
+        read_snapshot(path)
+
+
+def test_kill_9_in_the_middle_of_a_snapshot_leaves_a_loadable_state(tmp_path):
+    """A process that does nothing but save is killed many times; a usable state is there every time."""
+    code = textwrap.dedent(
+        """
+        import sys
+        from pathlib import Path
+        import numpy as np
+        from andon.calib.snapshots import SnapshotStore
+        store = SnapshotStore(Path(sys.argv[1]), {"a": 1}, keep=3)
+        k = 0
+        while True:
+            k += 1
+            store.save({"rows": np.full((600, 200), k, np.float32)}, {"k": k})
+            print(k, flush=True)
+        """
+    )
+    interrupted = 0
+    for attempt in range(6):
+        process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        for _ in range(3):
+            process.stdout.readline()
+        time.sleep(0.0007 * attempt)
+        process.send_signal(signal.SIGKILL)
+        tail = process.stdout.read().split()
+        process.wait()
+        interrupted += any(tmp_path.glob(".*.tmp"))
+        snapshot, refused = SnapshotStore(tmp_path, {"a": 1}, keep=3).latest()
+        assert refused == []
+        assert (snapshot.arrays["rows"] == snapshot.meta["k"]).all()
+        assert snapshot.meta["k"] >= (int(tail[-1]) if tail else 3)
+        assert not any(tmp_path.glob(".*.tmp"))
+    assert interrupted, "no kill fell into a write; the test proves nothing"
+
+
+def test_a_failing_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    store = SnapshotStore(tmp_path, IDENTITY)
+    store.save(arrays(1), {"k": 1})
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("andon.calib.snapshots.os.fsync", full)
+    with pytest.raises(CalibrationError, match="could not be written"):
+        store.save(arrays(2), {"k": 2})
+    assert store.latest()[0].meta == {"k": 1}
+    assert not any(tmp_path.glob(".*.tmp"))
+
+
+def test_a_folder_that_cannot_be_used_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CalibrationError, match="cannot be used"):
+        SnapshotStore(tmp_path / "file", IDENTITY)
+
+
+def test_audit_log_appends_survives_a_torn_line_and_rotates(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    log = AuditLog(path)
+    log.write({"version": 1, "frame": 5})
+    log.close()
+    with path.open("ab") as file:
+        file.write(b'{"version": 2, "fr')
+    log = AuditLog(path, limit=2000)
+    log.write({"version": 3})
+    log.sync()
+    assert [e["version"] for e in log.entries()] == [1, 3]
+    for k in range(4, 200):
+        log.write({"version": k})
+    assert path.stat().st_size < 2100
+    versions = [e["version"] for e in log.entries()]
+    assert versions[-1] == 199 and versions == list(range(versions[0], 200))
+    log.close()
+
+
+def test_write_atomic_replaces(tmp_path):
+    path = tmp_path / "x.json"
+    for value in (1, 2):
+        write_atomic(path, json.dumps(value).encode())
+    assert path.read_text() == "2" and [p.name for p in tmp_path.iterdir()] == ["x.json"]
