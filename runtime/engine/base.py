@@ -72,6 +72,12 @@ class Backend(Protocol):
     """A device: memory, engines, ordering. A context manager; everything it opened dies with it."""
 
     name: str
+    #: True if a launch returns before its work is done; the executor then times whole frames, not stages.
+    asynchronous: bool
+
+    def allocate_host(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """Zero-filled host array that uploads and downloads fastest (page-locked on the GPU)."""
+        ...
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """Zero-filled buffer; lives until the backend closes."""
@@ -81,8 +87,8 @@ class Backend(Protocol):
         """`rows` buffers of one block, each aligned for binding (256 bytes on the GPU): tables, class-bound state."""
         ...
 
-    def upload(self, buffer: Buffer, array: Array) -> None:
-        """Host to buffer, ordered before later launches."""
+    def upload(self, buffer: Buffer, array: Array, start: int = 0) -> None:
+        """Host to rows `start` to `start + len(array)` of the buffer's leading axis, ordered before later launches."""
         ...
 
     def download(self, buffer: Buffer, out: Array) -> None:

@@ -1,0 +1,408 @@
+"""The bundle on the device: loaded once, every byte checked, nothing executed (DESIGN.md 3).
+
+A bundle is a directory or a .tar of one. `manifest.json` says what the method is; `manifest.sha256` beside it holds the
+manifest's hash and the manifest holds the hash of every other file. ``python -m andon.runtime.bundle`` prints the
+published JSON Schema of the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from .errors import BundleError, ConfigError, ProductError
+from .manifest import Manifest, State, Table, Threshold, Variant
+from .wiring import check
+
+MANIFEST = "manifest.json"
+DIGEST = "manifest.sha256"
+MAX_MANIFEST_BYTES = 16 << 20
+MAX_FILE_BYTES = 4 << 30
+MAX_TOTAL_BYTES = 8 << 30
+MAX_FILES = 4096
+_CHUNK = 1 << 20
+_COPY_AGAIN = "copy the bundle again from the machine that exported it"
+
+
+class Bundle:
+    """A loaded, checked bundle. A context manager: a bundle that came from a .tar is unpacked until it closes.
+
+    Attributes:
+        path: what was loaded (directory or .tar).
+        root: directory the files are in.
+        manifest: the validated manifest.
+        id: first 12 hex digits of the manifest's SHA-256; what verdicts carry.
+        model_id: the same without thresholds; equal before and after `andon calibrate`.
+    """
+
+    def __init__(self, path: Path, root: Path, manifest: Manifest, digest: str, unpacked: Any = None):
+        self.path = path
+        self.root = root
+        self.manifest = manifest
+        self.id = digest[:12]
+        self.model_id = _model_id(manifest)
+        self._unpacked = unpacked
+
+    @classmethod
+    def load(cls, path: str | Path) -> Bundle:
+        """Load a bundle and check every file's SHA-256 and the program's wiring.
+
+        Raises:
+            BundleError: it is missing, tampered with, incomplete, of another schema, or leaves its directory.
+        """
+        path = Path(path)
+        if path.is_file():
+            unpacked = tempfile.TemporaryDirectory(prefix="andon-bundle-")
+            try:
+                return cls._load(path, _unpack(path, Path(unpacked.name)), unpacked)
+            except BaseException:
+                unpacked.cleanup()
+                raise
+        if not path.is_dir():
+            raise BundleError(
+                f"there is no bundle at {path}",
+                found="nothing",
+                expected="a bundle directory or .tar",
+                next_step="andon export --method <method>",
+            )
+        return cls._load(path, path, None)
+
+    @classmethod
+    def _load(cls, path: Path, root: Path, unpacked: Any) -> Bundle:
+        raw = _read_manifest(root)
+        digest = hashlib.sha256(raw).hexdigest()
+        listed = _listed_digests(root)
+        if digest not in listed:
+            raise BundleError(
+                f"{root / MANIFEST} was changed after it was written",
+                found=f"sha256 {digest}",
+                expected=f"sha256 {' or '.join(listed)} ({DIGEST})",
+                next_step=_COPY_AGAIN,
+            )
+        manifest = parse_manifest(raw, str(root / MANIFEST))
+        _check_files(root, manifest)
+        check(manifest)
+        return cls(path, root, manifest, digest, unpacked)
+
+    def __enter__(self) -> Bundle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the unpacked copy of a .tar; nothing to do for a directory."""
+        if self._unpacked is not None:
+            self._unpacked.cleanup()
+            self._unpacked = None
+
+    def stage_path(self, stage: str, variant: Variant) -> Path:
+        """Path of a stage's ONNX file.
+
+        Raises:
+            ConfigError: the bundle does not have this precision variant.
+        """
+        if variant not in self.manifest.variants:
+            raise ConfigError(
+                f"the bundle has no {variant} variant",
+                found=variant,
+                expected=", ".join(self.manifest.variants),
+                next_step=f"andon export --method {self.manifest.method} --{variant}",
+            )
+        return inside(self.root, self.manifest.stages[stage].files[variant])
+
+    def array(self, entry: State | Table) -> NDArray[Any]:
+        """Read one state tensor or table; its shape and dtype are as the manifest says.
+
+        Raises:
+            BundleError: the npz lacks it, or it has another shape or type.
+        """
+        arrays = read_npz(inside(self.root, entry.file), (entry.key,), limit=entry.size * 8 + 4096)
+        array = arrays[entry.key]
+        if array.shape != entry.shape or array.dtype.name != entry.dtype:
+            raise BundleError(
+                f"{entry.file}: array {entry.key} is not what the manifest says",
+                found=f"{array.dtype.name}{list(array.shape)}",
+                expected=f"{entry.dtype}{list(entry.shape)}",
+                next_step=_COPY_AGAIN,
+            )
+        return array
+
+    def class_index(self, product: str) -> int:
+        """Index of a product on every class-bound axis.
+
+        Raises:
+            ProductError: the bundle does not know the product.
+        """
+        try:
+            return self.manifest.classes.index(product)
+        except ValueError:
+            raise ProductError(
+                f"unknown product {product!r}",
+                found=product,
+                expected=", ".join(self.manifest.classes),
+                next_step="give one of these products, or train on images of the new one",
+            ) from None
+
+    def threshold(self, product: str, program: str = "default") -> Threshold | None:
+        """The calibrated threshold of a product under a program, or None before `andon calibrate`."""
+        return self.manifest.thresholds.get(product, {}).get(program)
+
+    def save_thresholds(self, thresholds: Mapping[str, Mapping[str, Threshold]]) -> Bundle:
+        """Write thresholds (product -> program -> threshold) into the bundle, merged with those it has.
+
+        Atomic: after a crash the bundle holds either the old or the new thresholds.
+
+        Raises:
+            BundleError: the bundle is a .tar, or a product or program is unknown.
+        """
+        if self._unpacked is not None:
+            raise BundleError(
+                f"{self.path} is packed and cannot be changed",
+                found=".tar",
+                expected="a bundle directory",
+                next_step=f"mkdir bundle && tar -xf {self.path} -C bundle",
+            )
+        merged = {product: dict(entries) for product, entries in self.manifest.thresholds.items()}
+        for product, entries in thresholds.items():
+            merged.setdefault(product, {}).update(entries)
+        manifest = self.manifest.model_copy(update={"thresholds": merged})
+        check(manifest)
+        return Bundle(self.path, self.root, manifest, write_manifest(self.root, manifest))
+
+
+def parse_manifest(raw: bytes, where: str) -> Manifest:
+    """Validate manifest bytes.
+
+    Raises:
+        BundleError: listing the fields that are wrong.
+    """
+    try:
+        return Manifest.model_validate_json(raw)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc'])) or 'document'}: {e['msg']}" for e in error.errors()[:5]]
+        raise BundleError(
+            f"{where} is not a valid manifest",
+            found="; ".join(problems),
+            expected="schema andon.bundle/1 (configs/schema/bundle.json)",
+            next_step="export the bundle again with this version of Andon",
+        ) from error
+
+
+def write_manifest(root: Path, manifest: Manifest) -> str:
+    """Write manifest.json and manifest.sha256 and return the SHA-256.
+
+    The digest file lists old and new hash while the manifest is being replaced, so a crash at any point leaves a
+    bundle that loads.
+    """
+    raw = (manifest.model_dump_json(by_alias=True, indent=1) + "\n").encode()
+    digest = hashlib.sha256(raw).hexdigest()
+    previous = (root / DIGEST).read_text() if (root / DIGEST).is_file() else ""
+    _replace(root / DIGEST, previous.encode() + f"{digest}  {MANIFEST}\n".encode())
+    _replace(root / MANIFEST, raw)
+    _replace(root / DIGEST, f"{digest}  {MANIFEST}\n".encode())
+    return digest
+
+
+def hash_file(path: Path) -> tuple[str, int]:
+    """SHA-256 (hex) and size in bytes of a file, read once."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return digest.hexdigest(), size
+
+
+def inside(root: Path, name: str) -> Path:
+    """The file `name` of a bundle; refuses anything that could lie outside its directory.
+
+    Raises:
+        BundleError: the path is absolute, has `..`, a backslash or a drive, or passes through a symbolic link.
+    """
+    pure = PurePosixPath(name)
+    plain = name and "\\" not in name and ":" not in name and "\0" not in name
+    if not plain or pure.is_absolute() or ".." in pure.parts or name != pure.as_posix():
+        raise BundleError(
+            "a path in the bundle leaves its directory",
+            found=name,
+            expected="a relative path without '..'",
+            next_step="do not use this bundle; " + _COPY_AGAIN,
+        )
+    path = root
+    for part in pure.parts:
+        path = path / part
+        if path.is_symlink():
+            raise BundleError(
+                "a file of the bundle is a symbolic link",
+                found=name,
+                expected="a plain file",
+                next_step="do not use this bundle; " + _COPY_AGAIN,
+            )
+    return path
+
+
+def read_npz(path: Path, keys: tuple[str, ...] | None = None, limit: int = MAX_FILE_BYTES) -> dict[str, NDArray[Any]]:
+    """Read arrays of an npz without pickle; `limit` bounds each array's unpacked size in bytes.
+
+    Raises:
+        BundleError: a key is missing, an array is larger than the limit, or the file is not an npz of plain arrays.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            sizes = {i.filename.removesuffix(".npy"): i.file_size for i in archive.infolist()}
+        wanted = tuple(sizes) if keys is None else keys
+        for key in wanted:
+            if key not in sizes or sizes[key] > limit:
+                raise BundleError(
+                    f"{path.name} has no usable array {key!r}",
+                    found=f"{sizes[key]} bytes" if key in sizes else ", ".join(sizes),
+                    expected=f"at most {limit} bytes" if key in sizes else key,
+                    next_step=_COPY_AGAIN,
+                )
+        with np.load(path, allow_pickle=False) as data:
+            return {key: np.ascontiguousarray(data[key]).reshape(data[key].shape) for key in wanted}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise BundleError(f"{path.name} cannot be read", found=error, expected="an npz of plain arrays") from error
+
+
+def schema() -> dict[str, Any]:
+    """The published JSON Schema of manifest.json (configs/schema/bundle.json)."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Manifest.model_json_schema(by_alias=True)}
+
+
+def _model_id(manifest: Manifest) -> str:
+    bare = manifest.model_copy(update={"thresholds": {}})
+    return hashlib.sha256(bare.model_dump_json(by_alias=True).encode()).hexdigest()[:12]
+
+
+def _read_manifest(root: Path) -> bytes:
+    path = root / MANIFEST
+    for name in (MANIFEST, DIGEST):
+        if not (root / name).is_file() or (root / name).is_symlink():
+            raise BundleError(
+                f"{root} is not a bundle",
+                found=f"no {name}",
+                expected=f"{MANIFEST} and {DIGEST}",
+                next_step="andon export --method <method>",
+            )
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{path} is too large", found=path.stat().st_size, expected=f"<= {MAX_MANIFEST_BYTES} bytes")
+    return path.read_bytes()
+
+
+def _listed_digests(root: Path) -> list[str]:
+    with (root / DIGEST).open() as stream:
+        text = stream.read(4096)
+    return [line.split()[0] for line in text.splitlines() if line.strip()]
+
+
+def _check_files(root: Path, manifest: Manifest) -> None:
+    """Every file the manifest uses is listed; every listed file is there, whole and unchanged."""
+    used = {file for stage in manifest.stages.values() for file in stage.files.values()}
+    used |= {e.file for e in manifest.state.values()} | {e.file for e in manifest.tables.values()}
+    for name in sorted(used | set(manifest.files)):
+        inside(root, name)
+    unlisted = sorted(used - set(manifest.files))
+    if unlisted:
+        raise BundleError("the manifest uses a file it does not list", found=unlisted[0], expected="an entry in files")
+    total = sum(entry.bytes for entry in manifest.files.values())
+    if total > MAX_TOTAL_BYTES or len(manifest.files) > MAX_FILES:
+        raise BundleError(
+            "the bundle is too large",
+            found=f"{total} bytes in {len(manifest.files)} files",
+            expected=f"<= {MAX_TOTAL_BYTES} bytes in <= {MAX_FILES} files",
+        )
+    for name, entry in manifest.files.items():
+        path = inside(root, name)
+        if not path.is_file():
+            raise BundleError(
+                f"the bundle lacks {name}", found="no such file", expected=f"{entry.bytes} bytes", next_step=_COPY_AGAIN
+            )
+        size = path.stat().st_size
+        digest = hash_file(path)[0] if size == entry.bytes else f"(of {size} bytes)"
+        if digest != entry.sha256:
+            raise BundleError(
+                f"{name} was changed after the bundle was written",
+                found=f"sha256 {digest}",
+                expected=f"sha256 {entry.sha256} (of {entry.bytes} bytes)",
+                next_step=_COPY_AGAIN,
+            )
+
+
+def _unpack(path: Path, target: Path) -> Path:
+    """Unpack a .tar of plain files and folders; the bundle is at its root or in its single top folder."""
+    total = 0
+    try:
+        with tarfile.open(path) as archive:
+            for count, member in enumerate(archive):
+                total += member.size
+                _check_member(member, count, total)
+                if member.name.strip("./") == "" or member.isdir():
+                    continue
+                place = inside(target, _relative(member.name))
+                place.parent.mkdir(parents=True, exist_ok=True)
+                source = archive.extractfile(member)
+                if source is not None:
+                    with source, place.open("xb") as out:
+                        _copy(source, out)
+    except (tarfile.TarError, EOFError, FileExistsError, NotADirectoryError) as error:
+        raise BundleError(
+            f"{path} cannot be unpacked", found=error, expected="a .tar of a bundle", next_step=_COPY_AGAIN
+        ) from error
+    tops = list(target.iterdir())
+    return tops[0] if len(tops) == 1 and tops[0].is_dir() else target
+
+
+def _check_member(member: tarfile.TarInfo, count: int, total: int) -> None:
+    if not (member.isreg() or member.isdir()):
+        raise BundleError(
+            "the .tar holds something that is not a plain file or folder",
+            found=member.name,
+            expected="files and folders only",
+            next_step="do not use this bundle; " + _COPY_AGAIN,
+        )
+    if count >= MAX_FILES or member.size > MAX_FILE_BYTES or total > MAX_TOTAL_BYTES:
+        raise BundleError("the .tar is too large", found=f"{total} bytes", expected=f"<= {MAX_TOTAL_BYTES} bytes")
+
+
+def _relative(name: str) -> str:
+    return name.removeprefix("./").rstrip("/")
+
+
+def _copy(source: IO[bytes], out: IO[bytes]) -> None:
+    while chunk := source.read(_CHUNK):
+        out.write(chunk)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write atomically: temporary file, fsync, rename, fsync of the directory."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+if __name__ == "__main__":
+    print(json.dumps(schema(), indent=1))

@@ -1,0 +1,367 @@
+"""The executor: runs any method's program on any backend.
+
+A program and a class are compiled once into a flat tuple of launches, grouped by stage. All tensors are allocated when
+the program is opened; a stage's input is bound straight to the buffer its producer writes; carried tensors ping-pong
+between buffers, step 0 reads the init source itself; table rows and rows of per-class state are addressed by binding.
+A frame is then nothing but calling launches: no lookup, no allocation, no copy between stages (DESIGN.md 3,
+METHODS.md 7.2).
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from .bundle import Bundle
+from .engine.base import Array, Backend, Buffer, Engine, Launch
+from .errors import ConfigError, EngineError
+from .manifest import Variant
+from .tensors import Tensors
+from .wiring import Source, WiredStep, parse_source, wire
+
+Group = tuple[str, Sequence[Launch]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One frame's outputs. The arrays are views of the program's buffers, valid until its next frame.
+
+    score: image score; map: [h, w] float32; logits: [classes] float32 if the program has a product classifier.
+    """
+
+    score: float
+    map: Array
+    class_index: int
+    logits: Array | None
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """Launches of one class: all of them, or those up to the logits and the rest, and where the outputs are."""
+
+    all: tuple[Group, ...]
+    head: tuple[Group, ...]
+    tail: tuple[Group, ...]
+    outputs: Mapping[tuple[str, str], Buffer]
+    score: Buffer
+    map: Buffer
+    logits: Buffer | None
+
+
+class Program:
+    """A bundle's program opened on a backend. A context manager; it closes its engines, not the backend.
+
+    Args:
+        bundle: the loaded bundle.
+        backend: an open backend; it outlives the program.
+        variant: precision variant of the stages.
+        program: "default" or the name of an alternative.
+        per_stage: time every stage. None: where the backend is synchronous. On an asynchronous one it waits after each
+            stage, which costs time; without it a frame is one launch and one timing, called "frame".
+
+    Attributes:
+        frame: uint8 [height, width, 3], what the next run judges; fill it in place.
+        stage_names: names of the timings in `stage_ms`, in order.
+
+    Raises:
+        BundleError, EngineError, ConfigError: the program cannot be opened; the message says why.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        variant: Variant = "fp32",
+        program: str = "default",
+        per_stage: bool | None = None,
+    ):
+        self.bundle = bundle
+        self.backend = backend
+        self.variant = variant
+        self.name = program
+        self._manifest = bundle.manifest
+        self._steps = wire(bundle.manifest, program)
+        self._per_stage = not backend.asynchronous if per_stage is None else per_stage
+        self._engines: dict[str, Engine] = {}
+        self._launches: dict[tuple[Any, ...], Launch] = {}
+        self._compiled: dict[int, _Compiled] = {}
+        self._current: _Compiled | None = None
+        self._readback: dict[int, Array] = {}
+        try:
+            for step in self._steps:
+                path = bundle.stage_path(step.stage, variant)
+                self._engines[step.stage] = backend.open(step.stage, self._manifest.stages[step.stage], path, variant)
+            self._tensors = Tensors(bundle, backend, self._steps)
+        except BaseException:
+            self.close()
+            raise
+        self._upload = self._tensors.staging is not self._tensors.frame.host
+        self.frame: Array = self._tensors.staging[0]
+        self._head = self._head_length()
+        self.stage_names = tuple(step.stage for step in self._steps) if self._per_stage else ("frame",)
+        self._index = {name: i for i, name in enumerate(self.stage_names)}
+        self._zeros = array("d", bytes(8 * len(self.stage_names)))
+        self._ms = array("d", self._zeros)
+
+    def _head_length(self) -> int:
+        """Number of leading steps that yield the classifier's logits without knowing the class; 0 if there are none."""
+        logits = self._manifest.outputs.logits
+        stages = [step.stage for step in self._steps]
+        if logits is None or parse_source(logits).name not in stages:
+            return 0
+        length = stages.index(parse_source(logits).name) + 1
+        states = [s for step in self._steps[:length] for s in step.persist.values()]
+        by_class = any(step.class_bound for step in self._steps[:length])
+        return 0 if by_class or any(self._manifest.state[s].class_bound for s in states) else length
+
+    # -- compilation -----------------------------------------------------------------------------------------------
+
+    def _for_class(self, class_index: int) -> _Compiled:
+        if class_index not in self._compiled:
+            if not 0 <= class_index < len(self._manifest.classes):
+                raise ConfigError(
+                    "there is no such product index",
+                    found=class_index,
+                    expected=f"0 to {len(self._manifest.classes) - 1}",
+                    next_step=f"choose one of {', '.join(self._manifest.classes)}",
+                )
+            self._compiled[class_index] = self._compile(class_index)
+        return self._compiled[class_index]
+
+    def _compile(self, class_index: int) -> _Compiled:
+        groups: list[tuple[str, list[Launch]]] = []
+        late: list[Launch] = []
+        outputs: dict[tuple[str, str], Buffer] = {}
+        for step in self._steps:
+            if step.count is None:
+                groups.append((step.stage, [self._run(step, class_index, outputs)]))
+            else:
+                launches, copies = self._loop(step, class_index, outputs)
+                groups.append((step.stage, launches))
+                late += copies
+        # States that could not be written in place: at the end, when every stage has seen the old value.
+        groups[-1][1].extend(late)
+        names = self._manifest.outputs
+        return _Compiled(
+            self._fuse(groups),
+            self._fuse(groups[: self._head]),
+            self._fuse(groups[self._head :]),
+            outputs,
+            outputs[_key(names.score)],
+            outputs[_key(names.map)],
+            outputs[_key(names.logits)] if names.logits and self._head else None,
+        )
+
+    def _fuse(self, groups: Sequence[tuple[str, list[Launch]]]) -> tuple[Group, ...]:
+        if self._per_stage:
+            return tuple((name, tuple(launches)) for name, launches in groups)
+        launches = [launch for _, group in groups for launch in group]
+        return (("frame", (self.backend.sequence(launches),)),) if launches else ()
+
+    def _run(self, step: WiredStep, class_index: int, outputs: dict[tuple[str, str], Buffer]) -> Launch:
+        bindings = {name: self._source(source, class_index, outputs) for name, source in step.inputs.items()}
+        for output in self._manifest.stages[step.stage].outputs:
+            bindings[output] = outputs[step.stage, output] = self._tensors.output(step.stage, output)
+        return self._launch(step.stage, bindings)
+
+    def _loop(
+        self, step: WiredStep, class_index: int, outputs: dict[tuple[str, str], Buffer]
+    ) -> tuple[list[Launch], list[Launch]]:
+        stage, count = step.stage, step.count or 0
+        fixed = {name: self._source(source, class_index, outputs) for name, source in step.inputs.items()}
+        init = {name: self._source(source, class_index, outputs) for name, source in step.init.items()}
+        written = {output: self._tensors.targets(step, output, class_index) for output in step.carry}
+        for output in self._manifest.stages[stage].outputs:
+            if output not in step.carry:
+                fixed[output] = outputs[stage, output] = self._tensors.output(stage, output)
+        launches = []
+        for k in range(count):
+            bindings = dict(fixed)
+            for output, name in step.carry.items():
+                bindings[name] = written[output][k - 1] if k else init[name]
+                bindings[output] = written[output][k]
+            for name, table in step.tables.items():
+                bindings[name] = self._tensors.table(step, table)[k]
+            launches.append(self._launch(stage, bindings))
+        copies = []
+        for output, name in step.carry.items():
+            final = outputs[stage, output] = written[output][-1] if count else init[name]
+            if name in step.persist:
+                state = self._tensors.state(step.persist[name], class_index)
+                if state is not final:
+                    copies.append(self.backend.copy(state, final))
+        return launches, copies
+
+    def _source(self, source: Source, class_index: int, outputs: Mapping[tuple[str, str], Buffer]) -> Buffer:
+        if source.kind == "output":
+            return outputs[source.name, source.output]
+        return self._tensors.source(source, class_index)
+
+    def _launch(self, stage: str, bindings: Mapping[str, Buffer]) -> Launch:
+        """Prepare a launch; steps and classes that bind the same buffers share one."""
+        key = (stage, *sorted((name, id(buffer)) for name, buffer in bindings.items()))
+        if key not in self._launches:
+            self._launches[key] = self._engines[stage].prepare(bindings)
+        return self._launches[key]
+
+    # -- the frame -------------------------------------------------------------------------------------------------
+
+    def run(self, class_index: int | None = None) -> Result:
+        """Run the program on what is in `frame`.
+
+        Args:
+            class_index: index of the product; None runs to the logits, chooses the most likely product and goes on.
+
+        Raises:
+            EngineError: a stage failed; persistent state is then back at the bundle's values.
+            ConfigError: None was given and the program has no classifier, or the index is out of range.
+        """
+        self._ms[:] = self._zeros
+        try:
+            if self._upload:
+                self.backend.upload(self._tensors.frame, self._tensors.staging)
+            if class_index is None:
+                class_index = self._classify()
+                compiled = self._for_class(class_index)
+                self._execute(compiled.tail if self._head else compiled.all, class_index)
+            else:
+                compiled = self._for_class(class_index)
+                self._execute(compiled.all, class_index)
+            for counter in self._tensors.counters.values():
+                counter.advance(class_index)
+            self._current = compiled
+            logits = None if compiled.logits is None else self._fetch(compiled.logits)[0]
+            return Result(float(self._fetch(compiled.score)[0]), self._fetch(compiled.map)[0, 0], class_index, logits)
+        except EngineError:
+            self.reset()
+            raise
+
+    def _classify(self) -> int:
+        if self._head:
+            compiled = self._for_class(0)
+            self._execute(compiled.head, 0)
+            assert compiled.logits is not None  # there is a head
+            return int(self._fetch(compiled.logits).argmax())
+        if len(self._manifest.classes) == 1:
+            return 0
+        raise ConfigError(
+            f"program {self.name} cannot tell the product by itself",
+            found="product: auto",
+            expected=f"one of {', '.join(self._manifest.classes)}",
+            next_step="give the product in the line configuration or with --product",
+        )
+
+    def _execute(self, groups: tuple[Group, ...], class_index: int) -> None:
+        for counter in self._tensors.counters.values():
+            counter.stage(self.backend, class_index)
+        times, index, wait = self._ms, self._index, self.backend.asynchronous
+        start = perf_counter()
+        for name, launches in groups:
+            for launch in launches:
+                launch()
+            if wait:
+                self.backend.synchronize()
+            now = perf_counter()
+            times[index[name]] += (now - start) * 1e3
+            start = now
+
+    def _fetch(self, buffer: Buffer) -> Array:
+        if buffer.host is not None:
+            return buffer.host
+        key = id(buffer)
+        if key not in self._readback:
+            self._readback[key] = self.backend.allocate_host(buffer.shape, buffer.dtype.name)
+        self.backend.download(buffer, self._readback[key])
+        return self._readback[key]
+
+    @property
+    def stage_ms(self) -> dict[str, float]:
+        """Milliseconds each stage took in the last frame (all steps of a loop together)."""
+        return dict(zip(self.stage_names, self._ms, strict=True))
+
+    def read(self, output: str) -> Array:
+        """The value of ``<stage>.<output>`` in the last frame, valid until the next one.
+
+        Raises:
+            EngineError: no frame has run yet, or the program has no such output.
+        """
+        if self._current is None:
+            raise EngineError(f"{output} has no value yet", found="no frame", expected="run() before read()")
+        buffer = self._current.outputs.get(_key(output))
+        if buffer is None:
+            names = ", ".join(f"{s}.{o}" for s, o in self._current.outputs)
+            raise EngineError(f"program {self.name} has no output {output}", found=output, expected=names)
+        return self._fetch(buffer)
+
+    # -- state between frames --------------------------------------------------------------------------------------
+
+    def read_state(self, name: str, class_index: int = 0) -> Array:
+        """A copy of a state's current value (of a class-bound one, the row of the class).
+
+        Raises:
+            EngineError: the program uses no such state.
+        """
+        buffer = self._state(name, class_index)
+        out = np.empty(buffer.shape, buffer.dtype)
+        self.backend.download(buffer, out)
+        return out
+
+    def write_state(self, name: str, values: Array, rows: slice | None = None, class_index: int = 0) -> None:
+        """Change a state between two frames.
+
+        Args:
+            values: what to write, of the state's dtype: the whole state, or the rows of its leading axis in `rows`.
+            class_index: which row of a class-bound state.
+
+        Raises:
+            EngineError: unknown state, or `values` has another shape or type than the place it goes to.
+        """
+        buffer = self._state(name, class_index)
+        start, stop, step = (rows or slice(None)).indices(buffer.shape[0])
+        expected = (stop - start, *buffer.shape[1:])
+        if step != 1 or values.shape != expected or values.dtype != buffer.dtype:
+            raise EngineError(
+                f"state {name} cannot take these values",
+                found=f"{values.dtype.name}{list(values.shape)}",
+                expected=f"{buffer.dtype.name}{list(expected)}",
+            )
+        self.backend.upload(buffer, np.ascontiguousarray(values), start)
+
+    def _state(self, name: str, class_index: int) -> Buffer:
+        if name not in self._tensors.states:
+            expected = ", ".join(self._tensors.states) or "no state"
+            raise EngineError(f"program {self.name} has no state {name}", found=name, expected=expected)
+        return self._tensors.state(name, class_index)
+
+    def reset(self) -> None:
+        """Bring persistent carries and counters back to the bundle's values (new product, or after a failure)."""
+        self._tensors.restore(self._tensors.persistent)
+        for counter in self._tensors.counters.values():
+            counter.reset()
+
+    def close(self) -> None:
+        """Close the engines."""
+        self._compiled.clear()
+        self._launches.clear()
+        for engine in self._engines.values():
+            engine.close()
+        self._engines.clear()
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _key(output: str) -> tuple[str, str]:
+    source = parse_source(output)
+    return source.name, source.output

@@ -1,0 +1,140 @@
+"""A maker of small synthetic bundles: stages written as ONNX text, everything else derived from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+from andon.runtime.bundle import hash_file, write_manifest
+from andon.runtime.manifest import Manifest
+
+_DTYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 9: "bool", 10: "float16"}
+
+#: uint8 frame [1,4,4,3] -> features [1,3], logits [1,2]
+ENCODE = """encode (uint8[1,4,4,3] image) => (float[1,3] u, float[1,2] logits) {
+    x = Cast<to=1>(image)
+    m = ReduceMean<axes=[1,2], keepdims=0>(x)
+    k = Constant<value = float {0.01}>()
+    u = Mul(m, k)
+    logits = Slice(u, start, stop, axis)
+}"""
+#: features [1,3] -> map [1,1,1,3], score [1]
+SCORE = """score (float[1,3] u) => (float[1,1,1,3] map, float[1] score) {
+    shape = Constant<value = int64[4] {1,1,1,3}>()
+    map = Reshape(u, shape)
+    score = ReduceMax<axes=[1], keepdims=0>(u)
+}"""
+
+
+def parse(text: str) -> onnx.ModelProto:
+    """ONNX model of a graph in ONNX text form, checked, opset 17."""
+    initializers = {"start": [0], "stop": [2], "axis": [1]}
+    model = onnx.parser.parse_model('<ir_version: 8, opset_import: ["" : 17]>\n' + text)
+    for name, values in initializers.items():
+        if any(name in node.input for node in model.graph.node):
+            model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(values, np.int64), name))
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def _tensors(values: Any) -> dict[str, dict[str, Any]]:
+    return {
+        v.name: {
+            "shape": [d.dim_value for d in v.type.tensor_type.shape.dim],
+            "dtype": _DTYPES[v.type.tensor_type.elem_type],
+        }
+        for v in values
+    }
+
+
+def build(
+    root: Path,
+    *,
+    stages: Mapping[str, tuple[str, Mapping[str, str]]],
+    program: list[dict[str, Any]],
+    state: Mapping[str, np.ndarray] | None = None,
+    class_bound: tuple[str, ...] = (),
+    tables: Mapping[str, np.ndarray] | None = None,
+    outputs: Mapping[str, Any] | None = None,
+    classes: tuple[str, ...] = ("a", "b"),
+    **extra: Any,
+) -> Path:
+    """Write a bundle. stages: name -> (ONNX text, input -> source)."""
+    (root / "stages").mkdir(parents=True)
+    (root / "state").mkdir()
+    described = {}
+    size = [4, 4]
+    for name, (text, sources) in stages.items():
+        model = parse(text)
+        onnx.save(model, str(root / f"stages/{name}.fp32.onnx"))
+        inputs = _tensors(model.graph.input)
+        for key, source in sources.items():
+            inputs[key]["source"] = source
+            if source == "frame":
+                size = inputs[key]["shape"][1:3]
+        described[name] = {
+            "files": {"fp32": f"stages/{name}.fp32.onnx"},
+            "inputs": inputs,
+            "outputs": _tensors(model.graph.output),
+            "opset": 17,
+        }
+    entries: dict[str, dict[str, Any]] = {"state": {}, "tables": {}}
+    for kind, arrays in (("state", state or {}), ("tables", tables or {})):
+        for name, array in arrays.items():
+            np.savez(root / f"state/{name}.npz", values=array)
+            entries[kind][name] = {
+                "shape": array.shape,
+                "dtype": array.dtype.name,
+                "file": f"state/{name}.npz",
+                "key": "values",
+            }
+            if name in class_bound:
+                entries[kind][name]["class_bound"] = True
+    files = {}
+    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        digest, count = hash_file(path)
+        files[path.relative_to(root).as_posix()] = {"sha256": digest, "bytes": count}
+    manifest = Manifest.model_validate(
+        {
+            "schema": "andon.bundle/1",
+            "method": "synthetic",
+            "name": "synthetic",
+            "created": "2026-01-01T00:00:00Z",
+            "andon": "0",
+            "checkpoint_sha256": "",
+            "backbone": {"id": "none", "weights": "none", "sha256": ""},
+            "preprocess": {"height": size[0], "width": size[1]},
+            "classes": classes,
+            "stages": described,
+            "variants": ["fp32"],
+            **entries,
+            "program": program,
+            "outputs": outputs or {"score": "score.score", "map": "score.map", "logits": "encode.logits"},
+            "files": files,
+            **extra,
+        }
+    )
+    write_manifest(root, manifest)
+    return root
+
+
+@pytest.fixture
+def make_bundle(tmp_path: Path) -> Callable[..., Path]:
+    """build() into a fresh folder under tmp_path; `make_bundle()` alone makes a small working bundle."""
+    count = 0
+
+    def make(**parts: Any) -> Path:
+        nonlocal count
+        count += 1
+        defaults: dict[str, Any] = {
+            "stages": {"encode": (ENCODE, {"image": "frame"}), "score": (SCORE, {"u": "encode.u"})},
+            "program": [{"run": "encode"}, {"run": "score"}],
+        }
+        return build(tmp_path / f"bundle{count}", **{**defaults, **parts})
+
+    return make

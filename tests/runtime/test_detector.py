@@ -1,0 +1,104 @@
+"""Detector: labels, products, NaN, and the seam of online calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from andon.runtime.bundle import Bundle
+from andon.runtime.detector import Detector
+from andon.runtime.errors import ConfigError, ProductError
+from andon.runtime.manifest import Threshold
+
+MakeBundle = Callable[..., Path]
+
+
+def threshold(value: float) -> Threshold:
+    return Threshold(value=value, false_alarm_rate=0.01, samples=200)
+
+
+def test_scores_are_held_against_the_products_threshold(make_bundle: MakeBundle) -> None:
+    path = make_bundle()
+    with Bundle.load(path) as bundle:
+        bundle.save_thresholds({"a": {"default": threshold(0.5)}, "b": {"default": threshold(1.5)}})
+    image = np.full((9, 7, 3), 100, np.uint8)  # score 100 * 0.01
+    with Detector.open(path, backend="onnxruntime", threads=1) as detector:
+        assert [detector.judge_image(image, p).label for p in "ab"] == ["NG", "OK"]
+        detector.set_threshold("b", None)
+        judgement = detector.judge_image(image, "b")
+        assert (judgement.label, judgement.reason, judgement.score) == ("UNKNOWN", "no_threshold", pytest.approx(1.0))
+        assert set(judgement.latency_ms) == {"preprocess", "encode", "score", "total"}
+        with pytest.raises(ProductError, match="unknown product 'c'"):
+            detector.judge_image(image, "c")
+
+
+def test_auto_takes_the_product_with_the_largest_logit(make_bundle: MakeBundle) -> None:
+    with Detector.open(make_bundle(), backend="onnxruntime", threads=1) as detector:
+        for channel, product in ((0, "a"), (1, "b")):
+            image = np.zeros((4, 4, 3), np.uint8)
+            image[:, :, channel] = 50
+            assert detector.judge_image(image, "auto").product == product
+
+
+def test_auto_without_a_classifier_is_refused(make_bundle: MakeBundle) -> None:
+    path = make_bundle(outputs={"score": "score.score", "map": "score.map"})
+    with (
+        Detector.open(path, backend="onnxruntime", threads=1) as detector,
+        pytest.raises(ConfigError, match="cannot tell the product"),
+    ):
+        detector.judge_image(np.zeros((4, 4, 3), np.uint8))
+
+
+def test_an_unusable_image_is_unknown(make_bundle: MakeBundle) -> None:
+    with Detector.open(make_bundle(), backend="onnxruntime", threads=1) as detector:
+        for bad in (np.zeros((0, 4, 3), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((4, 4, 2), np.uint8)):
+            judgement = detector.judge_image(bad, "a")
+            assert (judgement.label, judgement.reason, judgement.score) == ("UNKNOWN", "bad_frame", None)
+
+
+NAN = """accumulate (float[1,3] u, float[1,3] total) => (float[1,3] total_next) {
+    total_next = Add(u, total)
+}"""
+LOG = """encode (uint8[1,4,4,3] image) => (float[1,3] u, float[1,2] logits) {
+    x = Cast<to=1>(image)
+    m = ReduceMean<axes=[1,2], keepdims=0>(x)
+    u = Log(m)
+    logits = Slice(u, start, stop, axis)
+}"""
+
+
+def test_a_score_that_is_not_a_number_is_unknown_and_does_not_poison_the_next_frame(make_bundle: MakeBundle) -> None:
+    from .conftest import SCORE  # type: ignore[import-not-found]
+
+    path = make_bundle(
+        stages={
+            "encode": (LOG, {"image": "frame"}),
+            "accumulate": (NAN, {"u": "encode.u", "total": "carry"}),
+            "score": (SCORE, {"u": "accumulate.total_next"}),
+        },
+        program=[
+            {"run": "encode"},
+            {
+                "loop": "accumulate",
+                "count": 2,
+                "carry": {"total_next": "total"},
+                "init": {"total": "state:total"},
+                "persist": {"total": "total"},
+            },
+            {"run": "score"},
+        ],
+        state={"total": np.zeros((1, 3), np.float32)},
+    )
+    good, bad = np.full((4, 4, 3), 20, np.uint8), np.zeros((4, 4, 3), np.uint8)
+    with Detector.open(path, backend="onnxruntime", threads=1) as detector:
+        seen: list[float] = []
+        detector.observer = lambda program, judgement: seen.append(float(program.read("score.score")[0]))
+        first = detector.judge_image(good, "a").score
+        second = detector.judge_image(good, "a").score
+        assert first and second == pytest.approx(2 * first, rel=1e-6)
+        poisoned = detector.judge_image(bad, "a")
+        assert (poisoned.label, poisoned.reason, poisoned.score) == ("UNKNOWN", "not_a_number", None)
+        assert detector.judge_image(good, "a").score == pytest.approx(first)
+        assert seen == pytest.approx([first, second, first])  # the observer sees scored frames only

@@ -1,0 +1,128 @@
+"""The executor against a plain Python loop: counts odd and even, several carries and tables, classes, persistence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from andon.runtime.bundle import Bundle
+from andon.runtime.engine.onnxruntime import OnnxRuntimeBackend
+from andon.runtime.program import Program
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from .conftest import ENCODE, build  # type: ignore[import-not-found]
+
+#: Two carries that feed each other, two tables, one per-class state; `aux` is not carried.
+STEP = """step (float[1,3] u, float[2,2] v, float[3] coef, float[1] gain, float[1,3] w, float[1,3] h)
+    => (float[1,3] u_next, float[2,2] v_next, float[1,3] aux) {
+    uc = Mul(u, coef)
+    uw = Add(uc, w)
+    u_next = Add(uw, h)
+    vg = Mul(v, gain)
+    s = ReduceMax<keepdims=1>(u)
+    s2 = Squeeze(s, axis)
+    v_next = Add(vg, s2)
+    aux = Sub(u_next, u)
+}"""
+FINAL = """score (float[1,3] u, float[2,2] v, float[1,3] old) => (float[1,1,1,3] map, float[1] score) {
+    shape = Constant<value = int64[4] {1,1,1,3}>()
+    d = Sub(u, old)
+    map = Reshape(d, shape)
+    m = ReduceMax<keepdims=0>(v)
+    one = Constant<value = int64[1] {1}>()
+    score = Reshape(m, one)
+}"""
+RNG = np.random.default_rng(0)
+STATE = {
+    "u0": RNG.normal(size=(1, 3)).astype(np.float32),
+    "v0": RNG.normal(size=(2, 2, 2)).astype(np.float32),
+    "w": RNG.normal(size=(2, 1, 3)).astype(np.float32),
+}
+TABLES = {
+    "coef": RNG.uniform(0.5, 1.1, size=(9, 3)).astype(np.float32),
+    "gain": RNG.uniform(0.5, 1.1, size=(12, 1)).astype(np.float32),
+}
+
+
+def looped(root: Path, count: int, *, persist: bool, counter: bool, read_old: bool) -> Bundle:
+    """encode -> step x count -> score. read_old: score also reads the persistent state as it was before the frame."""
+    step = {
+        "loop": "step",
+        "count": count,
+        "carry": {"u_next": "u", "v_next": "v"},
+        "init": {"u": "state:u0", "v": "class:v0"},
+        "tables": {"coef": "coef", "gain": "gain"},
+        "persist": {"u": "u0", "v": "v0"} if persist else {},
+        "counter": "t" if counter else None,
+    }
+    sources = {"u": "carry", "v": "carry", "coef": "table", "gain": "table", "w": "class:w", "h": "encode.u"}
+    final = {"u": "step.u_next", "v": "step.v_next", "old": "state:u0" if read_old else "encode.u"}
+    path = build(
+        root,
+        stages={"encode": (ENCODE, {"image": "frame"}), "step": (STEP, sources), "score": (FINAL, final)},
+        program=[{"run": "encode"}, step, {"run": "score"}],
+        state=STATE,
+        tables=TABLES,
+        class_bound=("v0", "w"),
+    )
+    return Bundle.load(path)
+
+
+class Reference:
+    """The same program as a plain Python loop."""
+
+    def __init__(self, count: int, *, persist: bool, counter: bool, read_old: bool):
+        self.count, self.persist, self.counter, self.read_old = count, persist, counter, read_old
+        self.u0, self.v0 = STATE["u0"].copy(), STATE["v0"].copy()
+        self.t = {0: 0, 1: 0}
+
+    def run(self, frame: np.ndarray, c: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        h = frame.astype(np.float32).mean(axis=(0, 1), dtype=np.float32)[None] * np.float32(0.01)
+        u, v = self.u0, self.v0[c]
+        start = min(self.t[c if self.persist else 0], 9 - self.count) if self.counter else 0
+        for k in range(self.count):
+            coef, gain = TABLES["coef"][start + k], TABLES["gain"][start + k]
+            u, v = u * coef + STATE["w"][c] + h, v * gain + u.max()
+        old = self.u0 if self.read_old else h
+        if self.persist:
+            self.u0 = u
+            self.v0 = np.stack([v if i == c else self.v0[i] for i in range(2)])
+        self.t[c if self.persist else 0] += self.count
+        return u, v, (u - old)[0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    count=st.integers(0, 9),
+    persist=st.booleans(),
+    counter=st.booleans(),
+    read_old=st.booleans(),
+    products=st.lists(st.integers(0, 1), min_size=1, max_size=6),
+)
+def test_program_equals_a_plain_python_loop(
+    tmp_path_factory: pytest.TempPathFactory,
+    count: int,
+    persist: bool,
+    counter: bool,
+    read_old: bool,
+    products: list[int],
+) -> None:
+    flags: dict[str, Any] = {"persist": persist, "counter": counter, "read_old": read_old}
+    bundle = looped(tmp_path_factory.mktemp("b") / "bundle", count, **flags)
+    reference = Reference(count, **flags)
+    frames = np.random.default_rng(1).integers(0, 255, (len(products), 4, 4, 3), np.uint8)
+    with OnnxRuntimeBackend(threads=1) as backend, Program(bundle, backend) as program:
+        for frame, product in zip(frames, products, strict=True):
+            np.copyto(program.frame, frame)
+            result = program.run(product)
+            u, v, residual = reference.run(frame, product)
+            np.testing.assert_allclose(program.read("step.u_next"), u, rtol=2e-5, atol=1e-6)
+            np.testing.assert_allclose(program.read("step.v_next"), v, rtol=2e-5, atol=1e-6)
+            np.testing.assert_allclose(result.map[0], residual, rtol=2e-5, atol=1e-5)
+            assert result.score == pytest.approx(v.max(), rel=2e-5)
+            np.testing.assert_allclose(program.read_state("u0"), reference.u0, rtol=2e-5, atol=1e-6)
+            for c in (0, 1):
+                np.testing.assert_allclose(program.read_state("v0", c), reference.v0[c], rtol=2e-5, atol=1e-6)
