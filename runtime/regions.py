@@ -32,7 +32,7 @@ def find_regions(
         return ()
     peaks = np.full(count, -np.inf)
     inside = labels > 0
-    np.maximum.at(peaks, labels[inside], anomaly_map[inside])
+    np.maximum.at(peaks, labels[inside].astype(np.intp), anomaly_map[inside])
     scale_x, scale_y = box[2] / anomaly_map.shape[1], box[3] / anomaly_map.shape[0]
     regions = []
     for index in sorted(range(1, count), key=lambda i: -peaks[i]):

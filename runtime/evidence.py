@@ -1,0 +1,133 @@
+"""Pictures kept as evidence: JPEG files with the heat map drawn over them, under a disk quota."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from .lineconfig import EvidenceConfig
+from .regions import Box
+from .types import Verdict
+
+Array = NDArray[Any]
+log = logging.getLogger(__name__)
+#: Pictures that may wait for the disk; beyond it a verdict goes without one, counted.
+WAITING = 8
+
+
+@dataclass(frozen=True)
+class _Job:
+    path: Path
+    image: Array
+    map: Array | None
+    box: Box
+    verdict: Verdict
+    threshold: float | None
+
+
+def overlay(image: Array, anomaly_map: Array, box: Box, threshold: float | None) -> Array:
+    """The picture with the map over its region of interest, red where it is highest; uint8 [h, w, 3] RGB.
+
+    The map's colours run from its minimum to its maximum, or to twice `threshold` where that is higher, so that an
+    unremarkable part does not glow.
+    """
+    x, y, width, height = box
+    low = float(anomaly_map.min())
+    high = max(float(anomaly_map.max()), low + 1e-12, 2 * threshold if threshold is not None else low)
+    scaled = ((anomaly_map - low) / (high - low) * 255).clip(0, 255).astype(np.uint8)
+    level = cv2.resize(scaled, (width, height), interpolation=cv2.INTER_LINEAR)
+    colors = cv2.cvtColor(cv2.applyColorMap(level, cv2.COLORMAP_TURBO), cv2.COLOR_BGR2RGB)
+    drawn = image.copy()
+    area = drawn[y : y + height, x : x + width]
+    area[:] = cv2.addWeighted(area, 0.6, colors, 0.4, 0)
+    return drawn
+
+
+class EvidenceStore:
+    """Writes pictures on a thread of its own, oldest removed first beyond the quota. A context manager.
+
+    Counters: written, skipped (the disk was too slow), failed, removed.
+    """
+
+    def __init__(self, config: EvidenceConfig, folder: Path):
+        self._config = config
+        self._folder = folder
+        self._jobs: queue.Queue[_Job | None] = queue.Queue(WAITING)
+        self._thread = threading.Thread(target=self._run, name="evidence", daemon=True)
+        self._files: dict[Path, int] = {}
+        self.written = self.skipped = self.failed = self.removed = 0
+
+    def __enter__(self) -> EvidenceStore:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        kept = [path for path in self._folder.rglob("*.jpg") if path.is_file()]
+        stats = sorted((path.stat().st_mtime, path, path.stat().st_size) for path in kept)
+        self._files = {path: size for _, path, size in stats}
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._jobs.put(None)
+        self._thread.join()
+
+    def keep(
+        self, verdict: Verdict, image: Array, anomaly_map: Array | None, box: Box, pixel: float | None
+    ) -> str | None:
+        """Take the picture of a verdict whose label is one to keep; the file's path, or None if none is written."""
+        if verdict.label not in self._config.labels:
+            return None
+        path = self._folder / verdict.camera / verdict.ts_capture.strftime("%Y-%m-%d") / f"{verdict.id}.jpg"
+        held = None if anomaly_map is None else anomaly_map.copy()
+        try:
+            self._jobs.put_nowait(_Job(path, image, held, box, verdict, pixel))
+        except queue.Full:
+            self.skipped += 1
+            return None
+        return str(path)
+
+    def _run(self) -> None:
+        broken = ""
+        while (job := self._jobs.get()) is not None:
+            try:
+                self._write(job)
+                if broken:
+                    log.info("evidence is written again")
+                broken = ""
+            except (OSError, cv2.error) as error:
+                self.failed += 1
+                if str(error) != broken:
+                    log.error("evidence cannot be written: %s", error)
+                broken = str(error)
+
+    def _write(self, job: _Job) -> None:
+        image = job.image
+        if self._config.overlay and job.map is not None:
+            image = overlay(image, job.map, job.box, job.threshold)
+            for region in job.verdict.regions:
+                x, y, width, height = region.bbox
+                cv2.rectangle(image, (x, y), (x + width - 1, y + height - 1), (255, 255, 255), 1)
+        encoded = cv2.imencode(
+            ".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, self._config.quality]
+        )[1].tobytes()
+        self._make_room(len(encoded))
+        job.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = job.path.with_suffix(".part")
+        partial.write_bytes(encoded)
+        partial.replace(job.path)
+        self._files[job.path] = len(encoded)
+        self.written += 1
+
+    def _make_room(self, needed: int) -> None:
+        held = sum(self._files.values())
+        while self._files and held + needed > self._config.max_bytes:
+            oldest = next(iter(self._files))
+            held -= self._files.pop(oldest)
+            oldest.unlink(missing_ok=True)
+            self.removed += 1

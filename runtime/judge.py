@@ -1,0 +1,313 @@
+"""From a frame to a verdict: OK, NG, or UNKNOWN with a reason. Whatever goes wrong with one frame ends here.
+
+The thread that owns the engines owns the judge.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from typing import Any, Protocol
+
+import numpy as np
+
+from . import detector as core
+from .detector import AUTO, Detector
+from .errors import AndonError, ConfigError, ProductError
+from .lineconfig import CameraConfig, JudgeConfig
+from .manifest import Threshold
+from .overrides import Overrides
+from .program import Program
+from .regions import Box, clip_roi, find_regions
+from .slot import Missed
+from .types import Frame, Label, Region, Verdict
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A verdict and what it rests on.
+
+    scored: what the detector gave; its arrays are valid until the next frame. None where nothing was scored.
+    box: the region of interest that was judged, in camera pixels.
+    """
+
+    verdict: Verdict
+    scored: core.Judgement | None = None
+    box: Box = (0, 0, 0, 0)
+    detail: str = ""
+
+
+class OnlineMemory(Protocol):
+    """What the line asks of online calibration (DESIGN.md 5). Everything is called on the judging thread."""
+
+    def unusable(self, product: str) -> str | None:
+        """Why frames of this product cannot be judged with the memory as it is; None: they can."""
+        ...
+
+    def version(self, product: str) -> int | None:
+        """Number of the memory's present version."""
+        ...
+
+    def after_frame(self, program: Program, judgement: Judgement, frame: Frame) -> None:
+        """A frame was judged with the memory as it was; now the memory may learn from it."""
+        ...
+
+    def command(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """freeze, unfreeze, rollback, snapshot. AndonError when refused."""
+        ...
+
+    def close(self) -> None:
+        """Write what has to survive."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """Label and reason with what led to them."""
+
+    label: Label
+    reason: str
+    detail: str = ""
+    product: str | None = None
+    score: float | None = None
+    threshold: float | None = None
+    regions: tuple[Region, ...] = ()
+
+
+@dataclass
+class _Smooth:
+    """Exponential mean of one camera's scores; starts again when the product changes."""
+
+    product: str = ""
+    value: float = math.nan
+
+    def add(self, weight: float, product: str, score: float) -> float:
+        fresh = product != self.product or math.isnan(self.value)
+        self.product, self.value = product, score if fresh else weight * score + (1 - weight) * self.value
+        return self.value
+
+
+class _Refusal(Exception):
+    """A frame that cannot be judged; carries the decision."""
+
+    def __init__(self, reason: str, detail: str, **found: Any):
+        super().__init__(detail)
+        self.decision = _Decision("UNKNOWN", reason, detail, **found)
+
+
+class Judge:
+    """Judges frames with one detector.
+
+    Args:
+        detector: the opened program.
+        cameras, settings: of the line configuration; :meth:`configure` replaces them between frames.
+        overrides: products and thresholds that commands have set.
+        new_id: gives the verdicts' identifiers.
+        memory: online calibration, if there is any.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        cameras: Mapping[str, CameraConfig],
+        settings: JudgeConfig,
+        overrides: Overrides,
+        new_id: Callable[[], str],
+        memory: OnlineMemory | None = None,
+    ):
+        self.detector = detector
+        self.counts: Counter[tuple[str, str, str]] = Counter()
+        self._overrides = overrides
+        self._new_id = new_id
+        self._memory = memory
+        self._smooth: dict[str, _Smooth] = {}
+        self._trouble: dict[str, str] = {}
+        self.configure(cameras, settings)
+
+    def configure(self, cameras: Mapping[str, CameraConfig], settings: JudgeConfig) -> None:
+        """Take over settings, from the next frame on.
+
+        Raises:
+            ProductError: a camera's product, or one with a threshold, is unknown to the bundle.
+        """
+        bundle = self.detector.bundle
+        for camera in cameras.values():
+            if camera.product != AUTO:
+                bundle.class_index(camera.product)
+        for product in settings.thresholds:
+            bundle.class_index(product)
+        self._cameras, self._settings = cameras, settings
+        for product in bundle.manifest.classes:
+            self._use_threshold(product)
+
+    def set_threshold(self, product: str, value: float | None, by: str | None = None) -> dict[str, float | None]:
+        """Override a product's threshold, or take the override back with None; kept over restarts and audited.
+
+        Raises:
+            ProductError: unknown product.
+        """
+        self.detector.bundle.class_index(product)
+        before = self.threshold(product)
+        self._overrides.set_threshold(product, value, before, by)
+        self._use_threshold(product)
+        return {"before": before, "now": self.threshold(product)}
+
+    def set_product(self, camera: str, product: str | None, by: str | None = None) -> dict[str, str]:
+        """Change the product a camera expects; None goes back to the configuration's.
+
+        Raises:
+            ProductError: unknown product.
+            ConfigError: no such camera.
+        """
+        if camera not in self._cameras:
+            raise ConfigError(f"no camera '{camera}'", found=camera, expected=", ".join(self._cameras))
+        if product not in (None, AUTO):
+            self.detector.bundle.class_index(str(product))
+        before = self.product_of(camera)
+        self._overrides.set_product(camera, product, before, by)
+        self._smooth.pop(camera, None)
+        return {"before": before, "now": self.product_of(camera)}
+
+    def threshold(self, product: str) -> float | None:
+        """The threshold in force: a command's, else the configuration's, else the bundle's."""
+        for source in (self._overrides.thresholds, self._settings.thresholds):
+            if product in source:
+                return source[product]
+        entry = self.detector.bundle.threshold(product, self.detector.program.name)
+        return None if entry is None else entry.value
+
+    def product_of(self, camera: str) -> str:
+        """The product a camera expects: a command's, else the configuration's; 'auto': by the classifier."""
+        return self._overrides.products.get(camera, self._cameras[camera].product)
+
+    def _use_threshold(self, product: str) -> None:
+        """Hand the threshold in force to the detector, the one place where scores are compared."""
+        calibrated = self.detector.bundle.threshold(product, self.detector.program.name)
+        value = self.threshold(product)
+        pixel = (
+            calibrated.pixel
+            if calibrated and self._settings.pixel_threshold is None
+            else self._settings.pixel_threshold
+        )
+        if value is None:
+            self.detector.set_threshold(product, None)
+        elif calibrated is not None:
+            self.detector.set_threshold(product, calibrated.model_copy(update={"value": value, "pixel": pixel}))
+        else:
+            promise = Threshold(value=value, false_alarm_rate=1.0, samples=0, pixel=pixel, source="set by hand")
+            self.detector.set_threshold(product, promise)
+
+    def judge(self, frame: Frame) -> Judgement:
+        """Judge one frame. Never raises for anything that is wrong with this frame, its product or an engine."""
+        started = time.monotonic()
+        box = clip_roi(self._cameras[frame.camera].roi, frame.image.shape[1], frame.image.shape[0])
+        scored: core.Judgement | None = None
+        try:
+            if box is None:
+                raise _Refusal("bad_frame", f"the region of interest lies outside the picture {frame.image.shape[:2]}")
+            scored = self._score(frame, box)
+            decision = self._decide(frame, scored, box)
+        except _Refusal as refusal:
+            decision = refusal.decision
+        self._report(frame.camera, decision)
+        latency = {"wait": (started - frame.monotonic) * 1e3, **(scored.latency_ms if scored else {})}
+        latency["total"] = (time.monotonic() - frame.monotonic) * 1e3
+        return Judgement(self._verdict(frame, decision, latency), scored, box or (0, 0, 0, 0), decision.detail)
+
+    def unknown(self, item: Missed) -> Judgement:
+        """The verdict of a part or camera without a picture."""
+        decision = _Decision("UNKNOWN", item.reason, item.detail, product=item.product or self._product(item))
+        self._report(item.camera, decision)
+        total = (time.monotonic() - item.monotonic) * 1e3
+        return Judgement(self._verdict(item, decision, {"total": total}), detail=item.detail)
+
+    def _product(self, item: Frame | Missed) -> str | None:
+        product = item.product or self.product_of(item.camera)
+        return None if product == AUTO else product
+
+    def _score(self, frame: Frame, box: Box) -> core.Judgement:
+        x, y, width, height = box
+        product = self._product(frame)
+        try:
+            return self.detector.judge_image(frame.image[y : y + height, x : x + width], product)
+        except ProductError as error:
+            raise _Refusal("wrong_product", str(error), product=product) from error
+        except AndonError as error:
+            raise _Refusal("engine_error", str(error), product=product) from error
+        except Exception as error:
+            log.exception("camera %s: the engine failed unexpectedly", frame.camera)
+            raise _Refusal("engine_error", f"{type(error).__name__}: {error}", product=product) from error
+
+    def _decide(self, frame: Frame, scored: core.Judgement, box: Box) -> _Decision:
+        product, score, label = scored.product, scored.score, scored.label
+        if product is None or score is None or scored.map is None or not np.isfinite(scored.map).all():
+            raise _Refusal(scored.reason or "not_a_number", "the program gave no finite score and map", product=product)
+        if (weight := self._cameras[frame.camera].smoothing) is not None:
+            score = self._smooth.setdefault(frame.camera, _Smooth()).add(weight, product, score)
+            if scored.threshold is not None:
+                label = "NG" if score > scored.threshold else "OK"
+        found: dict[str, Any] = {"product": product, "score": score, "threshold": scored.threshold}
+        self._check_product(scored, found)
+        if self._memory is not None and (why := self._memory.unusable(product)) is not None:
+            raise _Refusal("memory_unusable", why, **found)
+        if scored.threshold is None:
+            raise _Refusal("no_threshold", f"no threshold for {product}: run 'andon calibrate'", **found)
+        if frame.deadline is not None and time.monotonic() > frame.deadline:
+            raise _Refusal("deadline_missed", "judged after the deadline", **found)
+        if label == "OK":
+            return _Decision("OK", "score_within_threshold", **found)
+        regions: tuple[Region, ...] = ()
+        if scored.pixel_threshold is not None:
+            area, limit = self._settings.min_area, self._settings.max_regions
+            regions = find_regions(scored.map, scored.pixel_threshold, box, min_area=area, limit=limit)
+        return _Decision("NG", "score_above_threshold", regions=regions, **found)
+
+    def _check_product(self, scored: core.Judgement, found: dict[str, Any]) -> None:
+        if self._settings.check_product and scored.logits is not None:
+            seen = self.detector.bundle.manifest.classes[int(scored.logits.argmax())]
+            if seen != scored.product:
+                raise _Refusal("wrong_product", f"expected {scored.product}, the classifier sees {seen}", **found)
+
+    def _verdict(self, item: Frame | Missed, decision: _Decision, latency: dict[str, float]) -> Verdict:
+        bundle = self.detector.bundle
+        return Verdict(
+            id=self._new_id(),
+            camera=item.camera,
+            seq=item.seq,
+            ts_capture=item.captured,
+            ts_judged=datetime.now(timezone.utc),
+            label=decision.label,
+            reason=decision.reason,
+            product=decision.product,
+            part_id=item.part_id,
+            score=decision.score,
+            threshold=decision.threshold,
+            regions=decision.regions,
+            method=bundle.manifest.method,
+            bundle=bundle.id,
+            memory_version=self._memory.version(decision.product) if self._memory and decision.product else None,
+            latency_ms=latency,
+        )
+
+    def _report(self, camera: str, decision: _Decision) -> None:
+        """One log line when a camera begins or ceases to be unjudgeable for a reason; counters for every frame."""
+        self.counts[camera, decision.label, decision.product or ""] += 1
+        before = self._trouble.get(camera, "")
+        now = decision.reason if decision.label == "UNKNOWN" else ""
+        if now and now != before:
+            log.warning("camera %s cannot be judged: %s (%s)", camera, now, decision.detail)
+        elif before and not now:
+            log.info("camera %s is judged again (was: %s)", camera, before)
+        self._trouble[camera] = now
+
+
+def with_evidence(judgement: Judgement, evidence: str | None) -> Judgement:
+    """The judgement with the reference of its picture in the verdict."""
+    return replace(judgement, verdict=replace(judgement.verdict, evidence=evidence))
