@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +94,11 @@ class HvqModel(AnomalyModel):
     def frontend(self) -> nn.Module:
         return self.features
 
+    @property
+    def books(self) -> tuple[ClassCodebooks, ...]:
+        """Levels 1..L, then the top."""
+        return tuple(cast(ClassCodebooks, book) for book in self.codebooks)
+
     # ---------------------------------------------------------------- the computation
 
     def encode(self, aligned: Tensor) -> Encoded:
@@ -107,9 +113,10 @@ class HvqModel(AnomalyModel):
 
     def decode(self, encoded: Encoded, class_ids: Tensor) -> Decoded:
         """Quantise with the codebooks of class_ids [B] and reconstruct with its experts (HVQ-Trans eq. 1 and 2)."""
-        top = self.codebooks[-1](encoded.hidden[-1], class_ids)
+        *below, last = self.books
+        top = last(encoded.hidden[-1], class_ids)
         queries = [torch.cat([h.float(), top.tokens], dim=-1) for h in encoded.hidden[:-1]]
-        levels = [book(q, class_ids) for book, q in zip(self.codebooks[:-1], queries, strict=True)]
+        levels = [book(q, class_ids) for book, q in zip(below, queries, strict=True)]
         positions = self.positions().repeat(1, 2)
         output = levels[-1].tokens
         for layer, level in zip(self.decoder, reversed(levels), strict=True):
@@ -122,12 +129,12 @@ class HvqModel(AnomalyModel):
         """Score term s_POT [B, N] of the configured mode."""
         options = self.config.pot
         if options.mode == "ct_level1":
-            codes = self.codebooks[0].codes[class_ids]
+            codes = self.books[0].codes[class_ids]
             unit = F.normalize(codes, dim=-1)
             return pot.conditional_transport(decoded.queries[0], codes - codes.mean(dim=1, keepdim=True), unit)
         terms = [
             pot.sinkhorn(query, book.codes[class_ids], self.epsilon[level, class_ids, None, None], options.iterations)
-            for level, (query, book) in enumerate(zip(decoded.queries, self.codebooks, strict=True))
+            for level, (query, book) in enumerate(zip(decoded.queries, self.books, strict=True))
         ]
         return torch.stack(terms).sum(dim=0)
 
@@ -182,17 +189,17 @@ class HvqModel(AnomalyModel):
         return {"loss": loss, **losses}
 
     def after_step(self, step: int) -> dict[str, float]:
-        names = [*(str(i + 1) for i in range(len(self.codebooks) - 1)), "top"]
+        names = [*(str(i + 1) for i in range(len(self.books) - 1)), "top"]
         return {
             f"{key}_{name}": value
-            for name, book in zip(names, self.codebooks, strict=True)
+            for name, book in zip(names, self.books, strict=True)
             for key, value in book.update(step).items()
         }
 
     def _transport_loss(self, decoded: Decoded, class_ids: Tensor) -> Tensor:
         """Mean OT cost of all levels; the plan is constant, the gradient reaches the codes through the cost."""
         terms = []
-        for query, book in zip(decoded.queries, self.codebooks, strict=True):
+        for query, book in zip(decoded.queries, self.books, strict=True):
             codes, tokens = book.codes[class_ids], query.detach()
             with torch.no_grad():
                 median = pot.distances(tokens, codes).flatten(1).median(dim=1).values[:, None, None]
@@ -220,10 +227,10 @@ class HvqModel(AnomalyModel):
     def _seed(self, class_id: int, aligned: Tensor) -> None:
         hidden = self.encode(aligned).hidden
         ids = torch.full((len(aligned),), class_id, device=aligned.device)
-        top = self.codebooks[-1]
+        *below, top = self.books
         top.seed(class_id, hidden[-1].flatten(0, 1))
         theta = top(hidden[-1], ids).tokens
-        for book, h in zip(self.codebooks[:-1], hidden[:-1], strict=True):
+        for book, h in zip(below, hidden[:-1], strict=True):
             book.seed(class_id, torch.cat([h, theta], dim=-1).flatten(0, 1))
 
     def _statistics(self, data: TrainingData) -> None:
@@ -259,7 +266,7 @@ class HvqModel(AnomalyModel):
         medians: dict[tuple[int, int], list[Tensor]] = {}
         for batch in self._own_batches(holdout):
             decoded = self.decode(self.encode(batch.features["aligned"]), batch.class_ids)
-            for level, (query, book) in enumerate(zip(decoded.queries, self.codebooks, strict=True)):
+            for level, (query, book) in enumerate(zip(decoded.queries, self.books, strict=True)):
                 cost = pot.distances(query, book.codes[batch.class_ids]).flatten(1).median(dim=1).values
                 for class_id, value in zip(batch.class_ids.tolist(), cost, strict=True):
                     medians.setdefault((level, class_id), []).append(value)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -28,16 +26,16 @@ def distances(tokens: Tensor, codes: Tensor) -> Tensor:
 
 
 def log_plan(cost: Tensor, epsilon: Tensor, iterations: int) -> Tensor:
-    """Log-domain Sinkhorn with uniform marginals 1/N and 1/K.
+    """Log-domain Sinkhorn with uniform marginals.
 
+    The marginals' values 1/N and 1/K only shift both potentials, which the row normalisation at the end undoes.
     cost: [..., N, K]; epsilon: broadcastable to it. Returns log(N * T), rows normalised, [..., N, K].
     """
     kernel = -cost / epsilon
-    shift = math.log(cost.shape[-2] / cost.shape[-1])
     column = torch.zeros_like(cost[..., :1, :])
     for _ in range(iterations):
         row = -torch.logsumexp(kernel + column, dim=-1, keepdim=True)
-        column = shift - torch.logsumexp(kernel + row, dim=-2, keepdim=True)
+        column = -torch.logsumexp(kernel + row, dim=-2, keepdim=True)
     return torch.log_softmax(kernel + column, dim=-1)
 
 
