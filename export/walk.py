@@ -66,7 +66,7 @@ class Walk:
     def reset(self) -> None:
         """Back to the state the bundle ships with."""
         self._state = {name: np.array(array) for name, array in self._staged.state.items()}
-        self._counters: dict[str, int] = {}
+        self._counters: dict[tuple[str, int], int] = {}
 
     def frame(self, frame: Array, class_id: int = 0) -> dict[str, Array]:
         """Run one frame. frame: uint8 [1, height, width, 3]. Returns ``<stage>.<output>`` -> array.
@@ -113,7 +113,7 @@ class Walk:
         }
         outputs: Mapping[str, Array] = {output: carried[name] for output, name in loop.carry.items()}
         for k in range(loop.count):
-            rows = {name: self._row(table, loop, k) for name, table in loop.tables.items()}
+            rows = {name: self._row(table, loop, k, class_id) for name, table in loop.tables.items()}
             bound = {**fixed, **carried, **rows}
             outputs = self._run(stage.name, k, {name: bound[name] for name in stage.inputs})
             carried = {name: outputs[output] for output, name in loop.carry.items()}
@@ -124,13 +124,20 @@ class Walk:
             else:
                 self._state[state] = np.array(carried[name])
         if loop.counter is not None:
-            self._counters[loop.counter] = self._counters.get(loop.counter, 0) + loop.count
+            key = self._counter(loop, class_id)
+            self._counters[key] = self._counters.get(key, 0) + loop.count
 
-    def _row(self, table: str, loop: Loop, k: int) -> Array:
+    def _counter(self, loop: Loop, class_id: int) -> tuple[str, int]:
+        """Steps are counted per class where what the loop persists is per class."""
+        by_class = any(state in self._staged.class_bound for state in loop.persist.values())
+        return (loop.counter or "", class_id if by_class else 0)
+
+    def _row(self, table: str, loop: Loop, k: int, class_id: int) -> Array:
         if table not in self._staged.tables:
             self._fail(f"the loop over {loop.loop} reads an unknown table", table, ", ".join(self._staged.tables))
         rows = self._staged.tables[table]
-        offset = min(self._counters.get(loop.counter, 0), len(rows) - loop.count) if loop.counter is not None else 0
+        counted = self._counters.get(self._counter(loop, class_id), 0) if loop.counter is not None else 0
+        offset = min(counted, len(rows) - loop.count)
         if offset + k >= len(rows):
             self._fail(f"table {table} has too few rows for the loop over {loop.loop}", len(rows), loop.count)
         return np.ascontiguousarray(rows[offset + k]).reshape(rows.shape[1:])

@@ -1,0 +1,236 @@
+"""Writing a bundle: stages, state, golden set, report, manifest; every file hashed, the directory put in place at once.
+
+Layout::
+
+    manifest.json  manifest.sha256  report.json
+    stages/<stage>.<variant>.onnx
+    state/state.npz  state/tables.npz     arrays by state or table name
+    golden/golden.npz   frames uint8 [n, H, W, 3], class_ids int32 [n], score [n], map [n, 1, h, w] and every
+                        `<stage>.<output>` [n, *shape] as torch gives them; every frame starts from the shipped state
+    golden/gate.npz     frames, class_ids, labels int32 [n] (1 defective, 0 good, -1 unknown), score [n] of the FP32
+                        engines, threshold [classes] float32: what the decision gate of export judged by
+
+(loading: runtime/bundle.py, replaying: runtime/replay.py)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from .. import __version__
+from ..runtime.bundle import DIGEST, MANIFEST, hash_file, write_manifest
+from ..runtime.errors import ConfigError
+from ..runtime.manifest import (
+    SCHEMA,
+    Backbone,
+    FileEntry,
+    Manifest,
+    Stage,
+    StageInput,
+    State,
+    Table,
+    Tensor,
+    Variant,
+)
+from ..runtime.wiring import check
+from .onnx import OPSET, tensor_type
+from .stage import StagedModel, StageDef
+from .walk import Array
+
+STATE_FILE = "state/state.npz"
+TABLE_FILE = "state/tables.npz"
+GOLDEN_FILE = "golden/golden.npz"
+GATE_FILE = "golden/gate.npz"
+REPORT_FILE = "report.json"
+BUNDLES = "ANDON_BUNDLES"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the model came from. data: name of the data set, for the bundle's name; empty: the preset's is used."""
+
+    backbone: Backbone
+    checkpoint_sha256: str = ""
+    data: str = ""
+    preset: str = ""
+    licenses: Mapping[str, str] = field(default_factory=dict)
+
+
+def default_path(method: str, provenance: Provenance) -> Path:
+    """``<bundles>/<method>-<data or preset>-<UTC>``; the folder comes from the environment variable ANDON_BUNDLES."""
+    about = Path(provenance.data or provenance.preset or "model").name
+    clean = "".join(c if c.isalnum() or c in "-_" else "-" for c in about)
+    stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+    return Path(os.environ.get(BUNDLES, "bundles")) / f"{method}-{clean}-{stamp}"
+
+
+@contextmanager
+def new_bundle(target: Path) -> Iterator[Path]:
+    """A temporary directory beside `target` that becomes `target` when the block ends without an error.
+
+    Raises:
+        ConfigError: `target` exists already.
+    """
+    if target.exists():
+        raise ConfigError(
+            f"{target} exists", found="a file or folder", expected="a new name", next_step="give another --out"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield building
+        building.chmod(0o755)
+        building.rename(target)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def save_stage(root: Path, stage: str, variant: Variant, model: onnx.ModelProto) -> str:
+    """Write a stage's graph; returns its bundle-relative path."""
+    name = f"stages/{stage}.{variant}.onnx"
+    path = root / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    return name
+
+
+def save_npz(root: Path, name: str, arrays: Mapping[str, Array]) -> None:
+    """Write arrays without pickle, compressed.
+
+    Raises:
+        ConfigError: an array is of Python objects.
+    """
+    for key, array in arrays.items():
+        if array.dtype.hasobject:
+            raise ConfigError(f"{name}: {key} holds Python objects", found=array.dtype, expected="numbers")
+    path = root / name
+    path.parent.mkdir(exist_ok=True)
+    with path.open("wb") as stream:
+        np.savez_compressed(stream, allow_pickle=False, **dict(arrays))
+
+
+def describe_stage(stage: StageDef, model: onnx.ModelProto, file: str) -> Stage:
+    """The manifest's entry of a stage that has only its FP32 file so far."""
+    inputs = {}
+    for info in model.graph.input:
+        shape, dtype = tensor_type(info)
+        inputs[info.name] = StageInput.model_validate(
+            {"shape": shape, "dtype": dtype, "source": stage.inputs[info.name]}
+        )
+    outputs = {
+        info.name: Tensor.model_validate(dict(zip(("shape", "dtype"), tensor_type(info), strict=True)))
+        for info in model.graph.output
+    }
+    return Stage(files={"fp32": file}, inputs=inputs, outputs=outputs, opset=OPSET)
+
+
+def draft(staged: StagedModel, name: str, provenance: Provenance, stages: Mapping[str, Stage]) -> Manifest:
+    """The manifest of a bundle under construction (no files hashed yet), wiring checked.
+
+    Raises:
+        BundleError: the cut does not hold together; the message names program, step and tensor.
+    """
+    manifest = Manifest.model_validate(
+        {
+            "schema": SCHEMA,
+            "method": staged.method,
+            "name": name,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
+            "andon": __version__,
+            "checkpoint_sha256": provenance.checkpoint_sha256,
+            "backbone": provenance.backbone,
+            "preprocess": staged.preprocess,
+            "classes": staged.classes,
+            "stages": dict(stages),
+            "variants": ("fp32",),
+            "state": {k: _state(k, v, k in staged.class_bound) for k, v in staged.state.items()},
+            "tables": {
+                k: Table.model_validate({"shape": v.shape, "dtype": v.dtype.name, "file": TABLE_FILE, "key": k})
+                for k, v in staged.tables.items()
+            },
+            "program": staged.program,
+            "alternatives": dict(staged.alternatives),
+            "outputs": staged.outputs,
+            "memory": staged.memory,
+            "constants": dict(staged.constants),
+            "licenses": dict(provenance.licenses),
+            "files": {},
+        }
+    )
+    check(manifest)
+    return manifest
+
+
+def _state(name: str, array: Array, class_bound: bool) -> State:
+    entry = {"shape": array.shape, "dtype": array.dtype.name, "file": STATE_FILE, "key": name}
+    return State.model_validate({**entry, "class_bound": class_bound})
+
+
+def finish(root: Path, manifest: Manifest, report: Mapping[str, Any], summary: Mapping[str, object]) -> Manifest:
+    """Write report.json, hash every file and write the manifest. Files that no stage uses are removed first."""
+    used = {file for stage in manifest.stages.values() for file in stage.files.values()}
+    for path in (root / "stages").iterdir():
+        if path.relative_to(root).as_posix() not in used:
+            path.unlink()
+    (root / REPORT_FILE).write_text(json.dumps(report, indent=1, allow_nan=False, default=_plain) + "\n")
+    files = {}
+    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        name = path.relative_to(root).as_posix()
+        if name not in (MANIFEST, DIGEST):
+            digest, size = hash_file(path)
+            files[name] = FileEntry(sha256=digest, bytes=size)
+    manifest = manifest.model_copy(update={"files": files, "verification": dict(summary)})
+    check(manifest)
+    write_manifest(root, manifest)
+    return manifest
+
+
+def _plain(value: object) -> object:
+    """Numpy numbers as Python's; anything else is refused."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} does not belong in report.json")
+
+
+def variant_bytes(root: Path, manifest: Manifest) -> dict[str, int]:
+    """Size of what each variant needs on the device: its stage files, state and tables."""
+    shared = {entry.file for entry in (*manifest.state.values(), *manifest.tables.values())}
+    return {
+        variant: sum(
+            (root / file).stat().st_size for file in shared | {s.files[variant] for s in manifest.stages.values()}
+        )
+        for variant in manifest.variants
+    }
+
+
+def pack(bundle: Path) -> Path:
+    """Write ``<bundle>.tar`` beside a bundle directory, atomically; the same bundle gives the same bytes."""
+    target = bundle.with_name(bundle.name + ".tar")
+    partial = target.with_name(target.name + ".tmp")
+
+    def plain(info: tarfile.TarInfo) -> tarfile.TarInfo:
+        info.uid = info.gid = info.mtime = 0
+        info.uname = info.gname = ""
+        return info
+
+    try:
+        with tarfile.open(partial, "w") as archive:
+            for path in sorted(bundle.rglob("*")):
+                archive.add(path, path.relative_to(bundle.parent).as_posix(), recursive=False, filter=plain)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
