@@ -68,7 +68,7 @@ class Outbox:
         path: SQLite file; its folder is made.
         max_bytes, max_age: caps on payload bytes and seconds; beyond them the oldest go, counted.
         memory_bytes: cap on what is not yet committed, for a disk that refuses.
-        event: called as (what, text) on `set_aside`, `degraded`, `recovered`, `dropped`; from the writer thread or open.
+        event: called as (what, text) on `set_aside`, `degraded`, `recovered`, `dropped`; by the writer thread or open.
 
     Raises:
         DeliveryError: on open, when the disk refuses, another process holds the file, or it is of a newer version.

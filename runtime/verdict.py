@@ -93,15 +93,24 @@ def number(value: float | None) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def dumps(document: Mapping[str, Any]) -> bytes:
+    """Compact UTF-8 JSON.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+    """
+    return json.dumps(document, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
+
+
 def encode(document: Mapping[str, Any]) -> bytes:
-    """Compact UTF-8 JSON; ``replayed`` comes last, so that :func:`mark_replayed` need not parse.
+    """A message for the outbox; ``replayed`` comes last, so that :func:`mark_replayed` need not parse.
 
     Raises:
         ValueError: a number is NaN or infinite.
     """
     body = {name: value for name, value in document.items() if name != "replayed"}
     body["replayed"] = False
-    return json.dumps(body, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
+    return dumps(body)
 
 
 def payload(verdict: Verdict) -> bytes:

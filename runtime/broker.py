@@ -1,0 +1,131 @@
+"""A mosquitto of our own on loopback, for the demo, tests and stations without a broker."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import DeliveryError
+
+_START_TIMEOUT = 10.0
+
+
+class EmbeddedBroker:
+    """Started by :meth:`start` on a loopback port, stopped with us; a context manager.
+
+    Args:
+        port: TCP port; 0 takes a free one.
+        settings: further lines of mosquitto.conf; those of a listener apply to ours.
+        persistence: folder in which retained messages outlive the broker; None: they do not.
+
+    Attributes:
+        port: the port it listens on.
+    """
+
+    host = "127.0.0.1"
+
+    def __init__(self, port: int = 0, settings: Sequence[str] = (), persistence: Path | None = None):
+        self.port = port
+        self._settings = tuple(settings)
+        self._persistence = persistence
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> EmbeddedBroker:
+        """Start mosquitto and wait until it accepts connections.
+
+        Raises:
+            DeliveryError: mosquitto is not installed, or ended at once; with its own words.
+        """
+        program = shutil.which("mosquitto", path=None) or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
+        if program is None:
+            raise DeliveryError(
+                "the embedded broker needs mosquitto",
+                found="no program mosquitto",
+                expected="mosquitto 2.0 or newer",
+                next_step="apt-get install -y mosquitto, or set broker.embedded: false and name a broker",
+            )
+        self.port = self.port or _free_port()
+        self._folder = tempfile.TemporaryDirectory(prefix="andon-broker-")
+        folder = Path(self._folder.name)
+        (folder / "mosquitto.conf").write_text(self._configuration())
+        log = (folder / "mosquitto.log").open("wb")
+        with log:
+            self._process = subprocess.Popen(
+                [program, "-c", str(folder / "mosquitto.conf")], stdout=log, stderr=subprocess.STDOUT
+            )
+        self._wait(folder)
+        return self
+
+    def stop(self) -> None:
+        """Ask it to end, then insist; remove its folder."""
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(5)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def kill(self) -> None:
+        """End it without farewell, as a crash would."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    @property
+    def pid(self) -> int | None:
+        """Process id while it runs."""
+        return self._process.pid if self._process else None
+
+    def __enter__(self) -> EmbeddedBroker:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _configuration(self) -> str:
+        lines = [f"listener {self.port} {self.host}", *self._settings]
+        if not any(line.startswith("allow_anonymous") for line in self._settings):
+            lines.append("allow_anonymous true")
+        # mosquitto lets a client have only 20 unacknowledged messages unless told otherwise.
+        lines += ["max_inflight_messages 1000", "max_queued_messages 100000", "log_type warning", "log_type error"]
+        if self._persistence is not None:
+            lines += ["persistence true", f"persistence_location {self._persistence}/"]
+        return "\n".join(lines) + "\n"
+
+    def _wait(self, folder: Path) -> None:
+        assert self._process is not None
+        deadline = time.monotonic() + _START_TIMEOUT
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                break
+            try:
+                socket.create_connection((self.host, self.port), timeout=0.5).close()
+                return
+            except OSError:
+                time.sleep(0.02)
+        said = (folder / "mosquitto.log").read_text(errors="replace").strip()[-500:]
+        self.stop()
+        raise DeliveryError(
+            f"the embedded broker did not start on port {self.port}",
+            found=said or f"no connection within {_START_TIMEOUT:g} s",
+            expected="a free port and a mosquitto that runs",
+            next_step="set broker.port: 0 for a free port",
+        )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

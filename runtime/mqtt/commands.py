@@ -1,0 +1,240 @@
+"""Commands that arrive on ``<camera>/cmd/<name>`` and their results on ``<camera>/cmd/<name>/result``.
+
+Whoever may publish there is decided by the broker's ACL. Here every command is bounded in size, validated against
+configs/schema/command.json, rate limited, executed once per id by one worker thread, and answered.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+
+from ..errors import AndonError
+from ..verdict import dumps, timestamp
+from .session import MAX_COMMAND
+
+log = logging.getLogger("andon.commands")
+
+SCHEMA = "andon.command-result/1"
+COMMANDS = ("acknowledge", "product", "threshold", "trigger", "memory", "rebuild")
+#: Commands per second and burst of one camera; triggers come at the pace of the line.
+RATES: Mapping[str, tuple[float, int]] = {"trigger": (200.0, 400)}
+RATE: tuple[float, int] = (5.0, 20)
+_REFUSALS: tuple[float, int] = (1.0, 5)
+_REMEMBERED = 256
+_WAITING = 64
+
+#: (camera, the command's fields without schema and id) -> fields of the result. Called in the commands' own thread.
+Handler = Callable[[str, dict[str, Any]], Mapping[str, Any] | None]
+Reply = Callable[[str, bytes], None]
+
+
+class TokenBucket:
+    """At most ``rate`` per second in the long run and ``burst`` at once."""
+
+    def __init__(self, rate: float, burst: int, clock: Callable[[], float] = time.monotonic):
+        self._rate, self._burst, self._clock = rate, burst, clock
+        self._tokens, self._at = float(burst), clock()
+
+    def take(self) -> bool:
+        """Whether one more is allowed now."""
+        now = self._clock()
+        self._tokens = min(self._burst, self._tokens + (now - self._at) * self._rate)
+        self._at = now
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
+
+
+@dataclass(frozen=True)
+class _Job:
+    camera: str
+    name: str
+    id: str | None
+    arguments: dict[str, Any]
+    reply: Reply
+
+
+class Commands:
+    """The registry of handlers and the thread that runs them.
+
+    Attributes:
+        counts: how many commands were done, failed, refused (malformed, unknown,
+            retained, too large), limited, repeated.
+    """
+
+    def __init__(self, handlers: Mapping[str, Handler] | None = None):
+        self._handlers: dict[str, Handler] = {}
+        for name, handler in (handlers or {}).items():
+            self.register(name, handler)
+        self._validators = _validators()
+        self._buckets: dict[tuple[str, str], TokenBucket] = {}
+        self._seen: OrderedDict[tuple[str, str, str], bytes | None] = OrderedDict()
+        self._lock = threading.Lock()
+        self._queue: queue.Queue[_Job | None] = queue.Queue(_WAITING)
+        self._thread: threading.Thread | None = None
+        self.counts = {"done": 0, "failed": 0, "refused": 0, "limited": 0, "repeated": 0}
+
+    def register(self, name: str, handler: Handler) -> None:
+        """Say who executes a command.
+
+        Raises:
+            ValueError: it is not one of COMMANDS.
+        """
+        if name not in COMMANDS:
+            raise ValueError(f"{name} is not a command of the contract: {', '.join(COMMANDS)}")
+        self._handlers[name] = handler
+
+    def start(self) -> None:
+        """Start the worker."""
+        self._thread = threading.Thread(target=self._work, name="andon-commands", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Finish the command at hand, drop those that wait, join."""
+        if self._thread is None:
+            return
+        while True:
+            try:
+                self._queue.get_nowait()
+            except queue.Empty:
+                break
+        self._queue.put(None)
+        self._thread.join()
+        self._thread = None
+
+    def receive(self, camera: str, name: str, payload: bytes, retained: bool, reply: Reply) -> None:
+        """Take one message; never blocks, never raises. ``reply`` gets (name, result), here or in the worker."""
+        rate = RATES.get(name, RATE) if name in COMMANDS else _REFUSALS
+        key = name if name in COMMANDS else "?"
+        if not self._bucket(camera, key, rate).take():
+            self._count("limited")
+            if self._bucket(camera, "limited", _REFUSALS).take():
+                reply(name[:64], _failure(camera, name, None, "too many commands", f"at most {rate[0]:g} per second"))
+            return
+        try:
+            identifier, arguments = self._parse(name, payload, retained)
+        except AndonError as error:
+            self._count("refused")
+            if self._bucket(camera, "refused", _REFUSALS).take():
+                reply(name[:64], _failure(camera, name, None, error.what, error.found, error.next_step))
+            return
+        if identifier is not None and self._repeated(camera, name, identifier, reply):
+            return
+        try:
+            self._queue.put_nowait(_Job(camera, name, identifier, arguments, reply))
+        except queue.Full:
+            self._finish(
+                _Job(camera, name, identifier, arguments, reply), "failed", "busy", f"{_WAITING} commands wait"
+            )
+
+    def _parse(self, name: str, payload: bytes, retained: bool) -> tuple[str | None, dict[str, Any]]:
+        if name not in COMMANDS:
+            raise AndonError("unknown command", found=name[:64], next_step="one of " + ", ".join(COMMANDS))
+        if retained:
+            raise AndonError("a retained command is not executed", next_step="publish commands without retain")
+        if len(payload) > MAX_COMMAND:
+            raise AndonError("the command is too large", found=f"{len(payload)} bytes, at most {MAX_COMMAND}")
+        try:
+            document = json.loads(payload or b"{}")
+        except (ValueError, RecursionError) as error:
+            raise AndonError("the command is not JSON", found=str(error)[:200]) from error
+        problem = best_match(self._validators[name].iter_errors(document))
+        if problem is not None:
+            where = "/".join(str(part) for part in problem.absolute_path)
+            raise AndonError(
+                "the command does not fit its schema",
+                found=f"{where}: {problem.message}"[:300],
+                next_step=f"see configs/schema/command.json, $defs/{name}",
+            )
+        arguments = {field: value for field, value in document.items() if field not in ("schema", "id")}
+        return document.get("id"), arguments
+
+    def _repeated(self, camera: str, name: str, identifier: str, reply: Reply) -> bool:
+        with self._lock:
+            key = (camera, name, identifier)
+            if key not in self._seen:
+                self._seen[key] = None
+                while len(self._seen) > _REMEMBERED:
+                    self._seen.popitem(last=False)
+                return False
+            answer = self._seen[key]
+        self._count("repeated")
+        if answer is not None:  # None: the first one still runs, its answer is the answer
+            reply(name, answer)
+        return True
+
+    def _work(self) -> None:
+        while (job := self._queue.get()) is not None:
+            handler = self._handlers.get(job.name)
+            if handler is None:
+                self._finish(job, "failed", "this line does not take that command", job.name)
+                continue
+            try:
+                result = handler(job.camera, job.arguments)
+            except AndonError as error:
+                self._finish(job, "failed", error.what, error.found, error.next_step)
+            except Exception as error:  # a handler's defect must not end the line's only command thread
+                log.exception("command %s of %s failed", job.name, job.camera)
+                self._finish(job, "failed", "internal error", f"{type(error).__name__}: {error}")
+            else:
+                log.info("command %s of %s done: %s", job.name, job.camera, job.arguments)
+                self._finish(job, "done", result=result or {})
+
+    def _finish(
+        self,
+        job: _Job,
+        outcome: str,
+        error: str | None = None,
+        found: object = None,
+        next_step: str | None = None,
+        *,
+        result: Mapping[str, Any] | None = None,
+    ) -> None:
+        if error is None:
+            answer = _answer(job.camera, job.name, job.id, ok=True, result=dict(result or {}))
+        else:
+            answer = _failure(job.camera, job.name, job.id, error, found, next_step)
+        if job.id is not None:
+            with self._lock:
+                self._seen[job.camera, job.name, job.id] = answer
+        self._count(outcome)
+        job.reply(job.name, answer)
+
+    def _bucket(self, camera: str, name: str, rate: tuple[float, int]) -> TokenBucket:
+        with self._lock:
+            return self._buckets.setdefault((camera, name), TokenBucket(*rate))
+
+    def _count(self, outcome: str) -> None:
+        with self._lock:
+            self.counts[outcome] += 1
+
+
+def _answer(camera: str, name: str, identifier: str | None, **fields: Any) -> bytes:
+    head = {"schema": SCHEMA, "id": identifier, "ts": timestamp(), "camera": camera, "command": name[:64]}
+    return dumps({**head, "error": None, "found": None, "next": None, "result": None, **fields})
+
+
+def _failure(
+    camera: str, name: str, identifier: str | None, error: str, found: object = None, next_step: str | None = None
+) -> bytes:
+    shown = None if found is None else str(found)
+    return _answer(camera, name, identifier, ok=False, error=error, found=shown, next=next_step)
+
+
+def _validators() -> dict[str, Draft202012Validator]:
+    text = files("andon.configs").joinpath("schema/command.json").read_text(encoding="utf-8")
+    schema = json.loads(text)
+    return {name: Draft202012Validator({"$ref": f"#/$defs/{name}", "$defs": schema["$defs"]}) for name in COMMANDS}

@@ -1,0 +1,217 @@
+"""Everything between the judge and the broker, as the runtime uses it.
+
+    outbox = Outbox(path, event=...)
+    commands = Commands({"acknowledge": ..., "trigger": ...})
+    delivery = Delivery(line.topic, list(line.cameras), line.broker, outbox, status=..., alarms=..., commands=commands)
+    with outbox, delivery:
+        delivery.verdict(verdict)
+
+A run without a broker (``broker=None``) only fills the outbox.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ... import __version__
+from ..alarm import AlarmBoard, AlarmEvent
+from ..alarm import payload as alarm_payload
+from ..lineconfig import BrokerConfig
+from ..outbox import Outbox, OutboxStats, Stored
+from ..types import Verdict
+from ..verdict import Ids, dumps, timestamp
+from ..verdict import payload as verdict_payload
+from .commands import Commands
+from .publisher import LinkState, Publisher
+from .session import Direct, Hooks
+
+STATUS_SCHEMA = "andon.status/1"
+METRICS_SCHEMA = "andon.metrics/1"
+
+
+@dataclass(frozen=True)
+class DeliveryHealth:
+    """Links by camera, the outbox, and how many messages the broker has acknowledged in this run."""
+
+    links: Mapping[str, LinkState]
+    outbox: OutboxStats
+    acknowledged: int
+
+    @property
+    def connected(self) -> bool:
+        """Whether every camera's connection is up; True without a broker to connect to."""
+        return all(link.connected for link in self.links.values())
+
+    @property
+    def reason(self) -> str:
+        """Why not, or which topics are refused; empty when all is well."""
+        for link in self.links.values():
+            if not link.connected:
+                return link.reason
+            for topic, why in link.refused:
+                return f"{topic}: {why}"
+        return ""
+
+
+class Delivery:
+    """See the module. The outbox is opened and closed by its owner.
+
+    Args:
+        base: the station's topic, ``andon/v1/<site>/<line>/<station>``.
+        status: camera -> further fields of its status message (bundle, method, product, source state, ...).
+        alarms: camera -> its alarm message as it stands, or None; called in the publisher's thread.
+        acknowledged: told of messages the broker took, in the publisher's thread.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        cameras: Sequence[str],
+        broker: BrokerConfig | None,
+        outbox: Outbox,
+        *,
+        inflight: int = 64,
+        status: Callable[[str], Mapping[str, Any]] = lambda camera: {},
+        alarms: Callable[[str], bytes | None] = lambda camera: None,
+        commands: Commands | None = None,
+        acknowledged: Callable[[list[Stored]], None] = lambda messages: None,
+    ):
+        self._base = base
+        self._cameras = tuple(cameras)
+        self._broker = broker
+        self._outbox = outbox
+        self._inflight = inflight
+        self._status = status
+        self._alarms = alarms
+        self._commands = commands
+        self._on_acknowledged = acknowledged
+        self._since = timestamp()
+        self._count = 0
+        self._count_lock = threading.Lock()
+        self._publishers: dict[str, Publisher] = {}
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start one connection per camera; the first also delivers what is stored of cameras that are gone."""
+        if self._broker is None:
+            return
+        if self._commands is not None:
+            self._commands.start()
+        gone = [camera for camera in self._outbox.cameras() if camera not in self._cameras]
+        prefix = self._broker.client_id or "-".join(["andon", *self._base.split("/")[2:]])
+        for index, camera in enumerate(self._cameras):
+            self._publishers[camera] = Publisher(
+                self._broker,
+                f"{prefix}-{camera}",
+                self._base,
+                [camera, *(gone if index == 0 else [])],
+                self._outbox,
+                self._inflight,
+                self._hooks(camera),
+            )
+        for publisher in self._publishers.values():
+            publisher.start()
+
+    def stop(self, drain: float = 2.0) -> None:
+        """Commit, deliver what can be delivered within ``drain`` seconds, say `stopped`, disconnect."""
+        if self._commands is not None:
+            self._commands.stop()
+        self._outbox.wait(self._outbox.next_key - 1, drain)
+        stoppers = [threading.Thread(target=each.stop, args=(drain,)) for each in self._publishers.values()]
+        for thread in stoppers:
+            thread.start()
+        for thread in stoppers:
+            thread.join()
+        self._publishers.clear()
+
+    def __enter__(self) -> Delivery:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    # -- what the runtime sends --------------------------------------------------------------------------------------
+
+    def verdict(self, verdict: Verdict) -> int:
+        """Store a verdict for delivery; returns its key in the outbox without waiting for the disk."""
+        return self._outbox.put(verdict.camera, "verdict", verdict.id, verdict_payload(verdict))
+
+    def alarm(self, board: AlarmBoard, events: Sequence[AlarmEvent], ids: Ids) -> None:
+        """Store the transitions of a board, and the board itself, so that a restart finds it as it was."""
+        state = (f"alarm/{board.camera}", dumps(board.dump()))
+        for event in events:
+            identifier = ids.next()
+            message = alarm_payload(identifier, board.camera, board.alarms, event)
+            self._outbox.put(board.camera, "alarm", identifier, message, state)
+
+    def metrics(self, camera: str, fields: Mapping[str, Any]) -> None:
+        """Publish the periodic summary (QoS 0): sent if the connection is up, else dropped."""
+        publisher = self._publishers.get(camera)
+        if publisher is not None:
+            document = {"schema": METRICS_SCHEMA, "ts": timestamp(), "camera": camera, **fields}
+            publisher.send(Direct("metrics", dumps(document), qos=0))
+
+    def announce(self, camera: str | None = None) -> None:
+        """Publish status and alarms again, because something in them has changed."""
+        for name, publisher in self._publishers.items():
+            if camera in (None, name):
+                publisher.announce()
+
+    def health(self) -> DeliveryHealth:
+        """How delivery stands."""
+        links = {camera: publisher.state for camera, publisher in self._publishers.items()}
+        return DeliveryHealth(links, self._outbox.stats(), self._count)
+
+    def wait_connected(self, timeout: float) -> bool:
+        """Whether all connections are up, waiting up to ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        while not all(publisher.state.connected for publisher in self._publishers.values()):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
+
+    # -- what the connections ask ------------------------------------------------------------------------------------
+
+    def _hooks(self, camera: str) -> Hooks:
+        return Hooks(
+            status=lambda state: self._status_payload(camera, state),
+            alarm=lambda: self._alarms(camera),
+            command=lambda name, payload, retained: self._on_command(camera, name, payload, retained),
+            acknowledged=self._acknowledged,
+            refused=lambda topic, reason: None,
+        )
+
+    def _status_payload(self, camera: str, state: str) -> bytes:
+        stats = self._outbox.stats()
+        return dumps(
+            {
+                "schema": STATUS_SCHEMA,
+                "state": state,
+                "ts": timestamp(),
+                "since": self._since,
+                "camera": camera,
+                "version": __version__,
+                "outbox": {"messages": stats.messages, "dropped": stats.dropped, "degraded": stats.degraded},
+                **self._status(camera),
+            }
+        )
+
+    def _on_command(self, camera: str, name: str, payload: bytes, retained: bool) -> None:
+        if self._commands is None:
+            return
+        publisher = self._publishers[camera]
+        self._commands.receive(
+            camera, name, payload, retained, lambda leaf, result: publisher.send(Direct(f"cmd/{leaf}/result", result))
+        )
+
+    def _acknowledged(self, messages: list[Stored]) -> None:
+        with self._count_lock:
+            self._count += len(messages)
+        self._on_acknowledged(messages)

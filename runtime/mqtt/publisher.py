@@ -1,0 +1,208 @@
+"""The connection of one camera to the broker: kept up for ever by one thread, fed from the outbox.
+
+Each camera has a connection of its own because MQTT gives a connection one will: when a station dies, every camera's
+status topic says offline, none stays at a stale online.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ..errors import AndonError, DeliveryError
+from ..lineconfig import BrokerConfig
+from ..outbox import Outbox
+from .session import Direct, Hooks, Lost, Session
+
+log = logging.getLogger("andon.mqtt")
+
+_FIRST_PAUSE = 0.5
+#: A connection that lasted this many seconds was a good one: the next outage starts with short pauses again.
+_STEADY = 5.0
+_DIRECT = 256
+
+
+@dataclass(frozen=True)
+class LinkState:
+    """How the connection stands. reason: why it is down, empty while it is up. since: monotonic seconds.
+
+    refused: topic -> reason, for topics whose messages the broker does not take at the moment.
+    """
+
+    connected: bool = False
+    reason: str = "not connected yet"
+    since: float = 0.0
+    connects: int = 0
+    attempts: int = 0
+    refused: tuple[tuple[str, str], ...] = ()
+
+
+class Publisher:
+    """See the module. Owns one thread between :meth:`start` and :meth:`stop`.
+
+    Args:
+        client_id: unique at the broker.
+        base: the station's topic.
+        cameras: the camera of this connection first, then others whose stored messages it delivers too.
+        inflight: messages offered and not yet acknowledged; the broker's Receive Maximum may lower it.
+    """
+
+    def __init__(
+        self,
+        broker: BrokerConfig,
+        client_id: str,
+        base: str,
+        cameras: Sequence[str],
+        outbox: Outbox,
+        inflight: int,
+        hooks: Hooks,
+    ):
+        self._broker = broker
+        self._client_id = client_id
+        self._base = base
+        self._cameras = tuple(cameras)
+        self._outbox = outbox
+        self._inflight = inflight
+        self._hooks = replace(hooks, refused=self._on_refused)
+        self._outer_refused = hooks.refused
+        self._refused: dict[str, str] = {}
+        self._direct: deque[Direct] = deque(maxlen=_DIRECT)
+        self._state = LinkState(since=time.monotonic())
+        self._announce = False
+        self._up_at = 0.0
+        self._stop = threading.Event()
+        self._drain = 0.0
+        self._wake_read, self._wake_write = -1, -1
+        self._awake = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def state(self) -> LinkState:
+        """A snapshot."""
+        return self._state
+
+    def start(self) -> None:
+        """Start the thread; it connects by itself and never gives up."""
+        if self._thread is not None:
+            raise DeliveryError("the publisher is already running", found=self._client_id)
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._outbox.listen(self.wake)
+        self._thread = threading.Thread(target=self._run, name=f"andon-mqtt-{self._cameras[0]}", daemon=True)
+        self._thread.start()
+
+    def stop(self, drain: float = 2.0) -> None:
+        """Deliver what is stored for up to ``drain`` seconds if connected, say `stopped`, disconnect, join."""
+        self._drain = drain
+        self._stop.set()
+        self.wake()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        with self._awake:
+            for descriptor in (self._wake_read, self._wake_write):
+                if descriptor >= 0:
+                    os.close(descriptor)
+            self._wake_read = self._wake_write = -1
+
+    def wake(self) -> None:
+        """There is something to send; from any thread."""
+        with self._awake:
+            if self._wake_write >= 0:
+                try:
+                    os.write(self._wake_write, b"\0")
+                except BlockingIOError:
+                    return  # the pipe is full of wake-ups already
+
+    def send(self, message: Direct) -> None:
+        """Queue a message that is not stored: dropped while the broker is away, unless it answers a command."""
+        if self._state.connected or (message.qos and not message.retain):
+            self._direct.append(message)
+            self.wake()
+
+    def announce(self) -> None:
+        """Publish status and alarms again; while disconnected the next connect does it anyway."""
+        self._announce = True
+        self.wake()
+
+    # -- the thread ------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        pause = _FIRST_PAUSE
+        while not self._stop.is_set():
+            connects = self._state.connects
+            try:
+                self._serve()
+            except Lost as lost:
+                self._down(str(lost))
+            except AndonError as error:  # a certificate or password file that is gone: mended by hand, then retried
+                self._down(error.what + (f" ({error.found})" if error.found is not None else ""))
+            if self._state.connects > connects and time.monotonic() - self._up_at > _STEADY:
+                pause = _FIRST_PAUSE
+            # Full jitter keeps a plant's stations from returning all at once.
+            self._stop.wait(random.uniform(_FIRST_PAUSE / 2, pause))
+            pause = min(pause * 2, self._broker.retry_max)
+
+    def _serve(self) -> None:
+        session = Session(
+            self._broker,
+            self._client_id,
+            self._base,
+            self._cameras,
+            self._outbox,
+            self._inflight,
+            self._hooks,
+            self._wake_read,
+        )
+        self._state = replace(self._state, attempts=self._state.attempts + 1)
+        try:
+            session.open(self._stop.is_set)
+            self._up()
+            while not self._stop.is_set():
+                self._turn(session)
+            deadline = time.monotonic() + self._drain
+            while time.monotonic() < deadline and not (session.idle and not self._direct):
+                session.step(0.05, self._direct)
+            session.farewell(1.0)
+            self._state = replace(self._state, connected=False, reason="stopped", since=time.monotonic())
+        finally:
+            session.close()
+
+    def _turn(self, session: Session) -> None:
+        if self._announce:
+            self._announce = False
+            session.announce()
+        session.step(1.0, self._direct)
+        try:
+            os.read(self._wake_read, 4096)
+        except BlockingIOError:
+            return  # nobody woke us
+
+    def _up(self) -> None:
+        log.info("%s: connected to %s:%d", self._client_id, self._broker.host, self._broker.port)
+        self._refused.clear()
+        self._up_at = time.monotonic()
+        self._state = LinkState(True, "", self._up_at, self._state.connects + 1, self._state.attempts)
+
+    def _down(self, reason: str) -> None:
+        if self._stop.is_set():
+            return
+        if reason != self._state.reason:
+            log.warning("%s: %s; verdicts wait in the outbox, retrying", self._client_id, reason)
+        since = time.monotonic() if self._state.connected else self._state.since
+        self._state = replace(self._state, connected=False, reason=reason, since=since)
+
+    def _on_refused(self, topic: str, reason: str | None) -> None:
+        if reason is None:
+            self._refused.pop(topic, None)
+            log.info("%s: the broker takes %s again", self._client_id, topic)
+        else:
+            self._refused[topic] = reason
+            log.warning("%s: the broker refuses %s: %s; kept and retried", self._client_id, topic, reason)
+        self._state = replace(self._state, refused=tuple(self._refused.items()))
+        self._outer_refused(topic, reason)

@@ -1,0 +1,291 @@
+"""One connection from CONNECT to its end, driven by one thread through paho's external-loop API."""
+
+from __future__ import annotations
+
+import contextlib
+import selectors
+import ssl
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import paho.mqtt.client as paho
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+
+from ..lineconfig import BrokerConfig
+from ..outbox import Outbox, Stored
+from ..verdict import mark_replayed
+from .client import CONNECT_TIMEOUT, Will, explain, explain_connack, explain_lost, make_client, tls_context
+from .stream import Stream
+
+#: Alarms first: an operator waits for them.
+KINDS = ("alarm", "verdict")
+#: Largest command we let a broker send us, in bytes.
+MAX_COMMAND = 65536
+
+
+class Lost(Exception):
+    """The connection could not be made or has ended; the text says why."""
+
+
+@dataclass(frozen=True)
+class Direct:
+    """A message that does not go through the outbox. leaf: topic below the camera."""
+
+    leaf: str
+    payload: bytes
+    qos: int = 1
+    retain: bool = False
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a connection asks of its surroundings; all are called in the publisher's thread and must not block.
+
+    status: state -> payload of the status topic. alarm: payload of the retained alarm topic.
+    command: (name, payload, retained). acknowledged: messages that the broker took. refused: topic, reason.
+    """
+
+    status: Callable[[str], bytes]
+    alarm: Callable[[], bytes | None]
+    command: Callable[[str, bytes, bool], None]
+    acknowledged: Callable[[list[Stored]], None]
+    refused: Callable[[str, str | None], None]
+
+
+class Session:
+    """See the module.
+
+    Args:
+        base: the station's topic. cameras: the camera that this connection speaks for, first, and others whose stored
+            messages it delivers too. wake: a descriptor that becomes readable when there is something to send.
+    """
+
+    def __init__(
+        self,
+        broker: BrokerConfig,
+        client_id: str,
+        base: str,
+        cameras: Sequence[str],
+        outbox: Outbox,
+        inflight: int,
+        hooks: Hooks,
+        wake: int,
+    ):
+        self._broker = broker
+        self._base = base
+        self._cameras = tuple(cameras)
+        self._topic = f"{base}/{cameras[0]}"
+        self._outbox = outbox
+        self._window = inflight
+        self._hooks = hooks
+        self._wake = wake
+        self._connack: ReasonCode | None = None
+        self._last_error = ""
+        self._acked: list[Stored] = []
+        self._flying: dict[int, tuple[Stream, Stored] | None] = {}
+        self._streams: dict[str, Stream] = {}
+        self._misc_at = 0.0
+        self._selector = selectors.DefaultSelector()
+        will = Will(f"{self._topic}/status", hooks.status("offline"))
+        self._client = make_client(broker, client_id, will, tls_context(broker.tls))
+        self._client.on_connect = self._on_connect
+        self._client.on_publish = self._on_publish
+        self._client.on_message = self._on_message
+        self._client.on_disconnect = self._on_disconnect
+        self._client.on_log = self._on_log
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    def open(self, stop: Callable[[], bool]) -> None:
+        """Connect, wait for the broker's answer, announce, subscribe.
+
+        Raises:
+            Lost: with the reason.
+        """
+        try:
+            self._client.connect(
+                self._broker.host, self._broker.port, self._broker.keepalive, properties=self._limits()
+            )
+        except (OSError, ssl.SSLError, ValueError) as error:
+            raise Lost(explain(error, self._broker)) from error
+        self._selector.register(self._wake, selectors.EVENT_READ)
+        deadline = time.monotonic() + CONNECT_TIMEOUT
+        while self._connack is None:
+            if stop():
+                raise Lost("stopped while connecting")
+            if time.monotonic() > deadline:
+                raise Lost(f"{self._broker.host}:{self._broker.port}: no answer to CONNECT in {CONNECT_TIMEOUT:g} s")
+            self._turn(0.2)
+        if self._connack.is_failure:
+            raise Lost(explain_connack(self._connack, self._broker))
+        boundary = self._outbox.next_key
+        self._streams = {kind: Stream(kind, self._reader(kind), boundary) for kind in KINDS}
+        self.announce()
+        self._client.subscribe(f"{self._topic}/cmd/+", qos=1)
+
+    def announce(self) -> None:
+        """Publish status and alarms as they are now, retained."""
+        self.send(Direct("status", self._hooks.status("online"), retain=True))
+        alarm = self._hooks.alarm()
+        if alarm is not None:
+            self.send(Direct("alarm", alarm, retain=True))
+
+    def step(self, timeout: float, direct: deque[Direct]) -> None:
+        """Send what may be sent, then wait up to ``timeout`` seconds for the broker or for something new.
+
+        Raises:
+            Lost: the connection has ended.
+        """
+        while direct and len(self._flying) < self._window:
+            self.send(direct.popleft())
+        self._offer()
+        waits = [wait for stream in self._streams.values() if (wait := stream.wait) is not None]
+        self._turn(min([timeout, *waits]))
+        if self._acked:
+            acked, self._acked = self._acked, []
+            self._outbox.done(message.key for message in acked)
+            self._hooks.acknowledged(acked)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing in flight and nothing more to offer."""
+        return not self._flying and not any(
+            self._outbox.fetch(self._cameras, kind, 0, 1) for kind in KINDS if not self._streams[kind].refusal
+        )
+
+    @property
+    def inflight(self) -> int:
+        """Messages offered and not yet acknowledged."""
+        return len(self._flying)
+
+    def farewell(self, timeout: float) -> None:
+        """Publish `stopped` and disconnect properly, so that the will stays unsaid."""
+        with contextlib.suppress(Lost):
+            self.send(Direct("status", self._hooks.status("stopped"), retain=True))
+            deadline = time.monotonic() + timeout
+            while self._flying and time.monotonic() < deadline:
+                self.step(0.1, deque())
+            self._client.disconnect()
+
+    def close(self) -> None:
+        """Let go of the descriptors."""
+        self._selector.close()
+        if (sock := self._client.socket()) is not None:
+            sock.close()
+
+    # -- sending ---------------------------------------------------------------------------------------------------
+
+    def send(self, message: Direct) -> None:
+        """Publish a message that is not stored.
+
+        Raises:
+            Lost: the connection has ended.
+        """
+        self._publish(f"{self._topic}/{message.leaf}", message.payload, message.qos, message.retain, None)
+
+    def _offer(self) -> None:
+        for kind in KINDS:
+            stream = self._streams[kind]
+            while (message := stream.next(self._window - len(self._flying))) is not None:
+                replayed = stream.replayed(message)
+                # An old alarm must not overwrite the retained state that announce() has just published.
+                retain = kind == "alarm" and not replayed
+                payload = mark_replayed(message.payload) if replayed else message.payload
+                self._publish(f"{self._base}/{message.camera}/{kind}", payload, 1, retain, (stream, message))
+
+    def _publish(
+        self, topic: str, payload: bytes, qos: int, retain: bool, origin: tuple[Stream, Stored] | None
+    ) -> None:
+        info = self._client.publish(topic, payload, qos, retain)
+        if info.rc not in (paho.MQTT_ERR_SUCCESS, paho.MQTT_ERR_AGAIN):
+            raise Lost(explain_lost(self._last_error, True, self._broker))
+        if qos:
+            self._flying[info.mid] = origin
+
+    def _reader(self, kind: str) -> Callable[[int, int], list[Stored]]:
+        return lambda after, limit: self._outbox.fetch(self._cameras, kind, after, limit)
+
+    def _limits(self) -> Properties | None:
+        if self._broker.protocol != "5":
+            return None
+        properties = Properties(PacketTypes.CONNECT)
+        properties.MaximumPacketSize = MAX_COMMAND + 1024
+        return properties
+
+    # -- the network -----------------------------------------------------------------------------------------------
+
+    def _turn(self, timeout: float) -> None:
+        sock = self._socket()
+        interest = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._client.want_write() else 0)
+        try:
+            self._selector.modify(sock, interest)
+        except KeyError:
+            self._selector.register(sock, interest)
+        pending = getattr(sock, "pending", None)  # TLS may hold bytes that select() does not see
+        if pending is not None and pending():
+            timeout = 0
+        ready = self._selector.select(timeout)
+        for key, events in ready:
+            if key.fileobj is sock and events & selectors.EVENT_WRITE:
+                self._client.loop_write()
+        if any(key.fileobj is sock for key, _ in ready) or timeout == 0:
+            self._client.loop_read()
+        if time.monotonic() >= self._misc_at:
+            self._client.loop_misc()
+            self._misc_at = time.monotonic() + 1.0
+        if not self._refused_at_connect:
+            self._socket()
+
+    @property
+    def _refused_at_connect(self) -> bool:
+        return self._connack is not None and self._connack.is_failure
+
+    def _socket(self) -> Any:
+        sock = self._client.socket()
+        if sock is None:
+            raise Lost(explain_lost(self._last_error, self._connack is not None, self._broker))
+        return sock
+
+    # -- paho's callbacks, all within loop_read ----------------------------------------------------------------------
+
+    def _on_connect(
+        self, _client: Any, _data: Any, _flags: Any, reason: ReasonCode, properties: Properties | None
+    ) -> None:
+        self._connack = reason
+        receive_maximum = getattr(properties, "ReceiveMaximum", None)
+        if receive_maximum:
+            self._window = min(self._window, int(receive_maximum))
+
+    def _on_publish(self, _client: Any, _data: Any, mid: int, reason: ReasonCode, _properties: Any) -> None:
+        origin = self._flying.pop(mid, None)
+        if origin is None:
+            return
+        stream, message = origin
+        topic = f"{self._base}/{message.camera}/{stream.kind}"
+        if reason.is_failure:
+            if stream.refused(message, str(reason)):
+                self._hooks.refused(topic, str(reason))
+            return
+        self._acked.append(message)
+        if stream.acknowledged(message):
+            self._hooks.refused(topic, None)
+            if stream.kind == "alarm":
+                self.announce()
+
+    def _on_message(self, _client: Any, _data: Any, message: paho.MQTTMessage) -> None:
+        self._hooks.command(message.topic.rsplit("/", 1)[1], message.payload, message.retain)
+
+    def _on_disconnect(self, _client: Any, _data: Any, flags: Any, reason: ReasonCode, _properties: Any) -> None:
+        if flags.is_disconnect_packet_from_server:
+            self._last_error = f"the broker said: {reason}"
+            if reason.value == 142:
+                self._last_error += "; another client uses this client id"
+
+    def _on_log(self, _client: Any, _data: Any, level: int, text: str) -> None:
+        if level == paho.MQTT_LOG_ERR:
+            self._last_error = text
