@@ -14,6 +14,7 @@ from types import TracebackType
 from .bundle import Bundle
 from .engine.base import Array, Backend
 from .engine.select import open_backend
+from .errors import SourceError
 from .manifest import Threshold, Variant
 from .preprocess import resize
 from .program import Program, Result
@@ -24,34 +25,33 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True)
-class Scored:
-    """One image's score and what it means by the bundle's thresholds. Arrays are views, valid until the next image.
+class Judgement:
+    """What a frame was judged to be.
 
-    label, reason: OK, NG or UNKNOWN; not_a_number and no_threshold are the reasons to be UNKNOWN here.
-    product, class_index: what the image was judged as.
-    score: image score; not finite if a stage went wrong.
+    label, reason: OK, NG or UNKNOWN with one of types.UNKNOWN_REASONS.
+    score: image score, None if it was not a finite number.
     threshold: the score above which a part is NG; None before `andon calibrate`.
     pixel_threshold: the map value above which a pixel belongs to a region, if one was calibrated.
-    map: [h, w] float32 anomaly map in network geometry.
-    logits: [classes] float32 of the product classifier, and predicted: its most likely product; None without one.
+    map: [h, w] float32 anomaly map in network geometry, a view that is valid until the next frame.
+    logits: [classes] float32 of the product classifier, and predicted: its most likely product, if there is one.
     latency_ms: preprocess, one entry per stage, and total.
     """
 
     label: Label
     reason: str
-    product: str
-    class_index: int
-    score: float
-    threshold: float | None
-    pixel_threshold: float | None
-    map: Array
-    logits: Array | None
-    predicted: str | None
+    product: str | None
+    class_index: int | None
+    score: float | None = None
+    threshold: float | None = None
+    pixel_threshold: float | None = None
+    map: Array | None = None
+    logits: Array | None = None
+    predicted: str | None = None
     latency_ms: dict[str, float] = field(default_factory=dict)
 
 
 #: Called after every scored frame, before the next: reads stage outputs and may write states (online calibration).
-Observer = Callable[[Program, Scored], None]
+Observer = Callable[[Program, Judgement], None]
 
 
 class Detector:
@@ -124,7 +124,7 @@ class Detector:
         index = self.bundle.class_index(product)
         self._thresholds = (*self._thresholds[:index], threshold, *self._thresholds[index + 1 :])
 
-    def judge_image(self, image: Array, product: str | None = AUTO) -> Scored:
+    def judge_image(self, image: Array, product: str | None = AUTO) -> Judgement:
         """Resize an image, run the program, compare the score with the product's threshold.
 
         Args:
@@ -132,45 +132,50 @@ class Detector:
             product: a product's name, or "auto" (None is the same).
 
         Returns:
-            The score. One that is not finite is UNKNOWN not_a_number; no threshold is UNKNOWN no_threshold.
+            The judgement. An image that cannot be used is UNKNOWN bad_frame; a score that is not finite is UNKNOWN
+            not_a_number; no threshold is UNKNOWN no_threshold.
 
         Raises:
-            SourceError: the image is empty, or of another type or number of channels.
             ProductError: unknown product.
             EngineError: a stage failed.
             ConfigError: "auto" where the program has no classifier.
         """
         index = None if product in (None, AUTO) else self.bundle.class_index(str(product))
         start = perf_counter()
-        resize(image, self._preprocess, out=self.program.frame)
+        try:
+            resize(image, self._preprocess, out=self.program.frame)
+        except SourceError:
+            name = None if index is None else self._classes[index]
+            return Judgement("UNKNOWN", "bad_frame", name, index)
         resized = perf_counter()
         result = self.program.run(index)
         latency = {"preprocess": (resized - start) * 1e3, **self.program.stage_ms}
         latency["total"] = (perf_counter() - start) * 1e3
-        scored = self._judge(result, latency)
-        if scored.reason == "not_a_number":
-            # What a loop keeps for the next frame came from this one: start it afresh, or every frame is lost.
-            self.program.reset()
-        elif self.observer is not None:
-            self.observer(self.program, scored)
-        return scored
+        judgement = self._judge(result, latency)
+        if self.observer is not None and judgement.score is not None:
+            self.observer(self.program, judgement)
+        return judgement
 
-    def _judge(self, result: Result, latency: dict[str, float]) -> Scored:
+    def _judge(self, result: Result, latency: dict[str, float]) -> Judgement:
         threshold = self._thresholds[result.class_index]
         label: Label = "UNKNOWN"
-        reason = ""
+        reason, score = "", None
         if not math.isfinite(result.score):
             reason = "not_a_number"
-        elif threshold is None:
-            reason = "no_threshold"
+            # What a loop keeps for the next frame came from this one: start it afresh, or every frame is lost.
+            self.program.reset()
         else:
-            label = "NG" if result.score > threshold.value else "OK"
-        return Scored(
+            score = result.score
+            if threshold is None:
+                reason = "no_threshold"
+            else:
+                label = "NG" if score > threshold.value else "OK"
+        return Judgement(
             label,
             reason,
             self._classes[result.class_index],
             result.class_index,
-            result.score,
+            score,
             threshold.value if threshold else None,
             threshold.pixel if threshold else None,
             result.map,
