@@ -278,7 +278,7 @@ class Session:
                 self.announce()
 
     def _on_message(self, _client: Any, _data: Any, message: paho.MQTTMessage) -> None:
-        self._hooks.command(message.topic.rsplit("/", 1)[1], message.payload, message.retain)
+        self._hooks.command(message.topic.rsplit("/", 1)[1], bytes(message.payload), message.retain)
 
     def _on_disconnect(self, _client: Any, _data: Any, flags: Any, reason: ReasonCode, _properties: Any) -> None:
         if flags.is_disconnect_packet_from_server:

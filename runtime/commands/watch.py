@@ -1,0 +1,240 @@
+"""`andon watch`: verdicts, alarms and status as they arrive over MQTT, one line each."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import paho.mqtt.client as paho
+
+from ..configfile import load
+from ..errors import ConfigError, DeliveryError
+from ..lineconfig import BrokerConfig, LineConfig
+from ..mqtt.client import explain, explain_connack, make_client, tls_context
+
+_REMEMBERED = 100_000
+_RED, _GREEN, _YELLOW, _DIM, _BOLD, _PLAIN = "\033[31m", "\033[32m", "\033[33m", "\033[2m", "\033[1m", "\033[0m"
+_COLOURS = {"NG": _BOLD + _RED, "OK": _GREEN, "UNKNOWN": _YELLOW, "raised": _BOLD + _RED, "latched": _RED}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options of `andon watch`."""
+    parser.add_argument("--config", type=Path, help="line configuration: its broker, login and topics")
+    parser.add_argument("--broker", metavar="HOST:PORT", help="broker, instead of the configuration's")
+    parser.add_argument("--topic", help="base topic; default: the line's, or andon/v1/# without a configuration")
+    parser.add_argument("--count", type=int, help="end after so many verdicts")
+    parser.add_argument("--wait", type=float, default=0, help="seconds to wait for a broker that is not there yet")
+    parser.add_argument("--timeout", type=float, help="end after so many seconds without a verdict")
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Print messages until --count, --timeout or Ctrl-C; returns the summary.
+
+    Raises:
+        ConfigError: no broker is named. DeliveryError: the broker refuses.
+    """
+    broker, base = _where(args)
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    watch = Watch(colour=colour, quiet=False)
+    with _interrupt(watch):
+        watch.follow(broker, f"{base}/#", args.count, args.timeout, args.wait)
+    summary = watch.summary()
+    print(_summary_line(summary), flush=True)
+    short = args.count is not None and summary["verdicts"] < args.count and not watch.interrupted
+    return {"ok": not short, **summary}
+
+
+class Watch:
+    """What has been seen. Verdicts are deduped by id, as every consumer has to."""
+
+    def __init__(self, *, colour: bool, quiet: bool, out: Callable[[str], None] | None = None):
+        self.interrupted = False
+        self._colour = colour
+        self._out = out or (lambda line: print(line, flush=True))
+        self._quiet = quiet
+        self._seen: OrderedDict[str, None] = OrderedDict()
+        self._labels: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()
+        self._refusal: str | None = None
+        self._at = time.monotonic()
+
+    def follow(
+        self, broker: BrokerConfig, topic: str, count: int | None, timeout: float | None, wait: float = 0
+    ) -> None:
+        """Subscribe and take messages until the end is reached; a lost connection is taken up again."""
+        client = make_client(broker, f"andon-watch-{os.getpid()}", None, tls_context(broker.tls))
+        client.on_connect = lambda c, _d, _f, reason, _p: self._connected(c, reason, broker, topic)
+        client.on_message = lambda _c, _d, message: self.take(message.topic, bytes(message.payload), message.retain)
+        self._connect(client, broker, time.monotonic() + wait)
+        self._at = time.monotonic()
+        while not self._ended(count, timeout):
+            if client.loop(0.2) != paho.MQTT_ERR_SUCCESS and not self.interrupted:
+                if self._refusal:
+                    raise DeliveryError("the broker refuses the connection", found=self._refusal)
+                self._say(f"-- connection to {broker.host}:{broker.port} lost, waiting for it", _YELLOW)
+                self._reconnect(client, count, timeout)
+        client.disconnect()
+
+    def take(self, topic: str, payload: bytes, retained: bool) -> None:
+        """One message. What is not ours or not JSON is counted, not shown."""
+        try:
+            document = json.loads(payload)
+            schema = document["schema"]
+        except (ValueError, KeyError, TypeError):
+            self._counts["foreign"] += 1
+            return
+        camera = topic.rsplit("/", 2)[-2]
+        if schema == "andon.verdict/1":
+            self._verdict(camera, document)
+        elif schema == "andon.alarm/1":
+            self._alarm(camera, document, retained)
+        elif schema == "andon.status/1":
+            note = " (as of before)" if retained else ""
+            waiting = document.get("outbox", {}).get("messages", 0)
+            text = f"-- {camera} is {document['state']}{note}" + (
+                f", {waiting} waiting in its outbox" if waiting else ""
+            )
+            self._say(text, _RED if document["state"] == "offline" else _DIM)
+        elif schema == "andon.command-result/1":
+            outcome = "done" if document["ok"] else f"failed: {document['error']} ({document['found']})"
+            self._say(f"-- {camera} command {document['command']} {outcome}", _DIM)
+
+    def summary(self) -> dict[str, Any]:
+        """Counts so far."""
+        return {
+            "verdicts": sum(self._labels.values()),
+            **{label: self._labels[label] for label in ("OK", "NG", "UNKNOWN")},
+            "replayed": self._counts["replayed"],
+            "repeated": self._counts["repeated"],
+            "alarms": self._counts["alarms"],
+            "foreign": self._counts["foreign"],
+        }
+
+    def _verdict(self, camera: str, verdict: dict[str, Any]) -> None:
+        identifier = verdict["id"]
+        if identifier in self._seen:
+            self._counts["repeated"] += 1
+            return
+        self._seen[identifier] = None
+        if len(self._seen) > _REMEMBERED:
+            self._seen.popitem(last=False)
+        self._at = time.monotonic()
+        self._labels[verdict["label"]] += 1
+        self._counts["replayed"] += bool(verdict["replayed"])
+        self._say(verdict_line(camera, verdict), _COLOURS.get(verdict["label"], ""))
+
+    def _alarm(self, camera: str, alarm: dict[str, Any], retained: bool) -> None:
+        event = alarm["event"]
+        if event is None:
+            for entry in alarm["alarms"]:
+                self._say(f"!! {camera} {entry['kind']} is {entry['state']}: {entry['detail']}", _YELLOW)
+            return
+        self._counts["alarms"] += not retained
+        note = " (replayed)" if alarm["replayed"] else " (as of before)" if retained else ""
+        text = f"!! {camera} {event['kind']} {event['from']} -> {event['to']}{note}: {event['detail']}"
+        self._say(text, _COLOURS.get(event["to"], _YELLOW))
+
+    def _say(self, text: str, colour: str) -> None:
+        if not self._quiet:
+            self._out(f"{colour}{text}{_PLAIN}" if self._colour and colour else text)
+
+    def _ended(self, count: int | None, timeout: float | None) -> bool:
+        if self.interrupted or (count is not None and sum(self._labels.values()) >= count):
+            return True
+        return timeout is not None and time.monotonic() - self._at > timeout
+
+    def _connected(self, client: paho.Client, reason: Any, broker: BrokerConfig, topic: str) -> None:
+        if reason.is_failure:
+            self._refusal = explain_connack(reason, broker)
+            return
+        client.subscribe(topic, qos=1)
+        self._say(f"-- watching {topic} on {broker.host}:{broker.port}", _DIM)
+
+    def _connect(self, client: paho.Client, broker: BrokerConfig, deadline: float) -> None:
+        while True:
+            try:
+                client.connect(broker.host, broker.port, broker.keepalive)
+                return
+            except (OSError, ValueError) as error:
+                if time.monotonic() >= deadline or self.interrupted:
+                    raise DeliveryError(
+                        "the broker cannot be reached",
+                        found=explain(error, broker),
+                        next_step="name it with --broker HOST:PORT, or start it",
+                    ) from error
+                time.sleep(0.2)
+
+    def _reconnect(self, client: paho.Client, count: int | None, timeout: float | None) -> None:
+        while not self._ended(count, timeout):
+            try:
+                client.reconnect()
+                return
+            except OSError:
+                time.sleep(0.5)
+
+
+def verdict_line(camera: str, verdict: dict[str, Any]) -> str:
+    """One verdict for a person: time, camera, label, score against threshold, part, reason."""
+    moment = verdict["ts_capture"][11:23]
+    score = "-" if verdict["score"] is None else f"{verdict['score']:.4g}"
+    threshold = "-" if verdict["threshold"] is None else f"{verdict['threshold']:.4g}"
+    relation = ">" if verdict["label"] == "NG" else "<=" if verdict["label"] == "OK" else "?"
+    fields = [
+        f"{moment} {camera:<8} {verdict['label']:<7} {score:>9} {relation:<2} {threshold:<9}",
+        verdict["product"] or "",
+        f"part {verdict['part_id']}" if verdict["part_id"] else "",
+        f"{verdict['latency_ms']['total']:.1f} ms" if "total" in verdict["latency_ms"] else "",
+        verdict["reason"] if verdict["label"] == "UNKNOWN" else "",
+        f"{len(verdict['regions'])} regions" if verdict["regions"] else "",
+        "(replayed)" if verdict["replayed"] else "",
+    ]
+    return "  ".join(field for field in fields if field).rstrip()
+
+
+def _summary_line(summary: dict[str, Any]) -> str:
+    text = "{verdicts} verdicts: {OK} OK, {NG} NG, {UNKNOWN} UNKNOWN; {replayed} replayed, {alarms} alarm changes"
+    repeated = f"; {summary['repeated']} came twice and were counted once" if summary["repeated"] else ""
+    return text.format(**summary) + repeated
+
+
+def _where(args: argparse.Namespace) -> tuple[BrokerConfig, str]:
+    line = load(args.config, LineConfig) if args.config else None
+    broker = line.broker if line is not None and line.broker is not None else BrokerConfig()
+    if args.broker is not None:
+        host, _, port = args.broker.rpartition(":")
+        if not host or not port.isdigit():
+            raise ConfigError("--broker", found=args.broker, expected="HOST:PORT")
+        broker = broker.model_copy(update={"host": host.strip("[]"), "port": int(port)})
+    elif line is None:
+        raise ConfigError("which broker?", next_step="andon watch --broker HOST:PORT, or --config line.yaml")
+    elif broker.port == 0:
+        raise ConfigError(
+            "the configuration leaves the port of its embedded broker open",
+            next_step="andon watch --config ... --broker 127.0.0.1:PORT with the port that `andon run` prints",
+        )
+    base = args.topic or (line.topic if line is not None else "andon/v1")
+    return broker, base.removesuffix("/#")
+
+
+@contextmanager
+def _interrupt(watch: Watch) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the watch and still print the summary."""
+
+    def end(_signal: int, _frame: object) -> None:
+        watch.interrupted = True
+
+    before = {each: signal.signal(each, end) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
