@@ -12,10 +12,10 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from .errors import CalibrationError
 
 Array = NDArray[Any]
-_NAME = re.compile(r"^(ring|pinned)-(\d{10})\.snapshot$")
+_NAME = re.compile(r"^(last|ring|pinned)-(\d{10})\.snapshot$")
 _META = "__meta__"
+Kind = Literal["last", "ring", "pinned"]
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,10 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 class SnapshotStore:
-    """The snapshots of one line in one folder: a ring of the last `keep` saves and up to `keep` pinned ones.
+    """The snapshots of one line in one folder.
+
+    Three kinds: `last`, the frequent save that a restart reads (two are kept, should one be damaged); `ring`, spaced
+    out for rolling back, the newest `keep`; `pinned`, made by command, the newest `keep`.
 
     Args:
         folder: created if missing; left-over temporary files of a killed process are removed.
@@ -131,20 +135,19 @@ class SnapshotStore:
                 next_step="correct state_dir in the line configuration",
             ) from error
 
-    def _files(self, kind: str = "(?:ring|pinned)") -> list[tuple[int, Path]]:
+    def _files(self, kind: Kind | None = None) -> list[tuple[int, Path]]:
         """Snapshot files by number, newest first."""
-        found = [(m, p) for p in self.folder.iterdir() if (m := _NAME.match(p.name)) and re.match(kind, p.name)]
+        found = [(m, p) for p in self.folder.iterdir() if (m := _NAME.match(p.name)) and kind in (None, m.group(1))]
         return sorted(((int(m.group(2)), p) for m, p in found), key=lambda item: -item[0])
 
-    def save(self, arrays: Mapping[str, Array], meta: Mapping[str, Any], *, pin: bool = False) -> Snapshot:
-        """Write the next snapshot and drop the oldest of its kind beyond `keep`.
+    def save(self, arrays: Mapping[str, Array], meta: Mapping[str, Any], kind: Kind = "ring") -> Snapshot:
+        """Write the next snapshot and drop the oldest of its kind beyond what is kept.
 
         Raises:
             CalibrationError: the disk refuses the write; earlier snapshots are untouched.
         """
         files = self._files()
         snapshot = Snapshot((files[0][0] if files else 0) + 1, self.identity, dict(arrays), dict(meta))
-        kind = "pinned" if pin else "ring"
         path = self.folder / f"{kind}-{snapshot.number:010d}.snapshot"
         try:
             write_atomic(path, _encode(snapshot))
@@ -155,7 +158,7 @@ class SnapshotStore:
                 expected="space and permission in the state folder",
                 next_step=f"free space in {self.folder}; the memory goes on unsaved until then",
             ) from error
-        for _, old in self._files(kind)[self.keep :]:
+        for _, old in self._files(kind)[2 if kind == "last" else self.keep :]:
             old.unlink(missing_ok=True)
         return snapshot
 
@@ -190,19 +193,24 @@ class SnapshotStore:
                 next_step="use the bundle it was made with, or reset the memory",
             )
 
-    def latest(self, skip: int = 0) -> tuple[Snapshot | None, list[Refusal]]:
-        """The newest usable snapshot after skipping `skip` usable ones, and those refused on the way."""
-        refused: list[Refusal] = []
+    def usable(self) -> Iterator[Snapshot | Refusal]:
+        """Every snapshot from the newest on, checked one by one; those that cannot be used come as refusals."""
         for _, path in self._files():
             try:
                 snapshot = read_snapshot(path)
                 self._check_identity(path, snapshot)
             except CalibrationError as error:
-                refused.append(Refusal(path, f"{error.what}: {error.found}"))
-                continue
-            if skip == 0:
-                return snapshot, refused
-            skip -= 1
+                yield Refusal(path, f"{error.what}: {error.found}")
+            else:
+                yield snapshot
+
+    def latest(self) -> tuple[Snapshot | None, list[Refusal]]:
+        """The newest usable snapshot and those refused on the way."""
+        refused: list[Refusal] = []
+        for item in self.usable():
+            if isinstance(item, Snapshot):
+                return item, refused
+            refused.append(item)
         return None, refused
 
 

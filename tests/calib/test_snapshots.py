@@ -33,11 +33,18 @@ def test_save_and_load_bit_exact(tmp_path):
 
 def test_ring_keeps_the_last_and_pins_stay(tmp_path):
     store = SnapshotStore(tmp_path, IDENTITY, keep=3)
-    pinned = store.save(arrays(0), {}, pin=True).number
+    pinned = store.save(arrays(0), {}, kind="pinned").number
     for k in range(6):
         store.save(arrays(k), {})
     assert store.numbers() == [7, 6, 5, pinned]
     assert float(store.load(pinned).arrays["rows"][0, 0]) == 0
+
+
+def test_frequent_saves_do_not_push_the_ring_out(tmp_path):
+    store = SnapshotStore(tmp_path, IDENTITY, keep=3)
+    ring = [store.save(arrays(k), {}).number for k in range(2)]
+    last = [store.save(arrays(k), {}, "last").number for k in range(9)]
+    assert store.numbers() == [last[-1], last[-2], *reversed(ring)]
 
 
 def test_numbers_go_on_after_a_restart(tmp_path):
@@ -45,12 +52,12 @@ def test_numbers_go_on_after_a_restart(tmp_path):
     assert SnapshotStore(tmp_path, IDENTITY).save(arrays(2), {}).number == 2
 
 
-def test_latest_skips_back(tmp_path):
+def test_usable_goes_from_the_newest_back(tmp_path):
     store = SnapshotStore(tmp_path, IDENTITY)
     for k in range(4):
         store.save(arrays(k), {"k": k})
-    assert [store.latest(skip)[0].meta["k"] for skip in range(4)] == [3, 2, 1, 0]
-    assert store.latest(4)[0] is None
+    assert [snapshot.meta["k"] for snapshot in store.usable()] == [3, 2, 1, 0]
+    assert SnapshotStore(tmp_path / "empty", IDENTITY).latest() == (None, [])
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "foreign"])
