@@ -9,16 +9,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from .configfile import load
 from .manifest import Variant
+from .memoryconfig import MemoryConfig
+from .settings import Seconds, Settings
 
 #: Levels of a topic that a camera must not be called, because the station uses them itself.
 RESERVED = ("cmd", "status", "metrics", "alarm", "verdict", "evidence")
 TopicLevel = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 Milliseconds = Annotated[float, Field(gt=0)]
-Seconds = Annotated[float, Field(gt=0)]
 
 
 def _absolute(path: Path, info: ValidationInfo) -> Path:
@@ -27,12 +28,6 @@ def _absolute(path: Path, info: ValidationInfo) -> Path:
 
 
 LocalPath = Annotated[Path, AfterValidator(_absolute)]
-
-
-class Settings(BaseModel):
-    """Base of all sections: unknown keys are refused, values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class PlaybackSource(Settings):
@@ -310,12 +305,6 @@ class WebConfig(Settings):
         if self.host not in ("127.0.0.1", "::1", "localhost") and not (self.token_env or self.token_file):
             raise ValueError("bound elsewhere than loopback the page needs token_env or token_file")
         return self
-
-
-class MemoryConfig(Settings):
-    """Online calibration of the memory of normal (DESIGN.md 5), for bundles that have one."""
-
-    enabled: bool = Field(default=False, description="Let the episodic memory grow from frames judged OK")
 
 
 class LineConfig(Settings):

@@ -1,0 +1,90 @@
+"""The thread that writes calibrated state to disk, so that no frame waits for an fsync."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..calib.snapshots import Kind, Snapshot, SnapshotStore
+from .errors import CalibrationError
+
+log = logging.getLogger(__name__)
+
+Arrays = Mapping[str, Any]
+
+
+class Autosave:
+    """Writes the latest offered state every `interval` seconds and, of these, one every `ring_interval` to the ring.
+
+    Owns one thread; :meth:`close` joins it and writes what is left.
+
+    Args:
+        store: where snapshots go; nobody else writes to it.
+        interval: seconds between frequent saves.
+        ring_interval: seconds between saves that rollback can return to.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self, store: SnapshotStore, interval: float, ring_interval: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.lock = threading.Lock()  # held while the store is read or written
+        self._store = store
+        self._interval, self._ring_interval, self._clock = interval, ring_interval, clock
+        self._ring_due = clock()
+        self._pending: tuple[Arrays, Mapping[str, Any]] | None = None
+        self._handover = threading.Lock()
+        self._stop = threading.Event()
+        self._failing = False
+        self._thread = threading.Thread(target=self._work, name="andon-autosave", daemon=True)
+        self._thread.start()
+
+    def offer(self, arrays: Arrays, meta: Mapping[str, Any]) -> None:
+        """State that the next save writes; replaces what was offered before. The arrays are not changed any more."""
+        with self._handover:
+            self._pending = arrays, meta
+
+    def write(self, arrays: Arrays, meta: Mapping[str, Any], kind: Kind) -> Snapshot:
+        """Write now.
+
+        Raises:
+            CalibrationError: the disk refuses.
+        """
+        with self.lock:
+            return self._store.save(arrays, meta, kind)
+
+    def flush(self) -> None:
+        """Write what was offered, if anything; a disk that refuses is logged once and tried again later."""
+        with self._handover:
+            pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        now = self._clock()
+        kind: Kind = "ring" if now >= self._ring_due else "last"
+        try:
+            self.write(*pending, kind)
+        except CalibrationError as error:
+            if not self._failing:
+                log.error("memory is not being saved: %s", error)
+            self._failing = True
+            with self._handover:
+                self._pending = self._pending or pending
+            return
+        if self._failing:
+            log.info("memory is saved again")
+        self._failing = False
+        if kind == "ring":
+            self._ring_due = now + self._ring_interval
+
+    def _work(self) -> None:
+        while not self._stop.wait(self._interval):
+            self.flush()
+
+    def close(self) -> None:
+        """Stop the thread and write what is left."""
+        self._stop.set()
+        self._thread.join()
+        self.flush()

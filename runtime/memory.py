@@ -1,0 +1,329 @@
+"""Online calibration on the line: the memory of normal of any bundle that has one, kept current while it judges.
+
+Nothing here knows a method: what to read and where to write is the manifest's `memory` section. Everything runs on the
+judging thread but the writing of snapshots, for which this module owns one thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..calib.calibrator import Observation, OnlineCalibrator, Outcome
+from ..calib.drift import DriftMonitor
+from ..calib.snapshots import AuditLog, Refusal, Snapshot, SnapshotStore
+from .autosave import Autosave
+from .bundle import Bundle
+from .errors import CalibrationError, ConfigError, EngineError
+from .judge import Judgement
+from .manifest import Memory
+from .memoryconfig import MemoryConfig
+from .program import Program
+from .types import Frame
+from .verdict import timestamp
+
+log = logging.getLogger(__name__)
+
+#: (camera, the warning stands, what was found)
+DriftCallback = Callable[[str, bool, str], None]
+
+
+class LineMemory:
+    """The memory of one line: calibrators, drift monitors, snapshots and audit log. Implements judge.OnlineMemory.
+
+    A bundle without memory, or with calibration switched off, has drift monitors all the same.
+
+    Args:
+        program: the opened program; saved state is written into it here.
+        config: the `memory` section of the line configuration.
+        folder: where snapshots and audit.jsonl live; made if missing.
+        on_drift: told when a drift warning is raised or cleared.
+        clock: seconds, monotonic.
+
+    Raises:
+        CalibrationError: the folder cannot be used, or the policy does not fit the bundle.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        config: MemoryConfig,
+        folder: Path,
+        on_drift: DriftCallback = lambda camera, present, detail: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._program = program
+        self._config = config
+        self._on_drift = on_drift
+        self._classes = program.bundle.manifest.classes
+        self._memory = program.bundle.manifest.memory if config.enabled else None
+        self._calibrators = _calibrators(program.bundle, self._memory, config) if self._memory else ()
+        self._drift: dict[str, DriftMonitor] = {}
+        self._broken: dict[int, str] = {}
+        self._number = 0
+        self._store = SnapshotStore(folder, _identity(program.bundle, self._memory), config.snapshots)
+        self._audit = AuditLog(folder / "audit.jsonl")
+        self._restore_last()
+        self._saver = Autosave(self._store, config.save_every, config.snapshot_every, clock)
+
+    # -- what the judge asks -----------------------------------------------------------------------------------------
+
+    def unusable(self, product: str) -> str | None:
+        """Why frames of this product cannot be judged with the memory as it is; None: they can."""
+        return self._broken.get(self._index(product)) if self._calibrators else None
+
+    def version(self, product: str) -> int | None:
+        """Number of the memory's present version, one for the whole bundle; None without memory."""
+        return self._number if self._calibrators else None
+
+    def after_frame(self, program: Program, judgement: Judgement, frame: Frame) -> None:
+        """A frame was judged with the memory as it was; now the memory may learn from it."""
+        scored = judgement.scored
+        if scored is None or scored.score is None or not np.isfinite(scored.score):
+            return
+        self._watch(frame.camera, scored.product or "", scored.score)
+        memory = self._memory
+        if memory is None or scored.class_index is None:
+            return
+        index = scored.class_index if memory.per_class else 0
+        if index in self._broken:
+            return
+        seen = Observation(
+            scored.score,
+            program.read(memory.candidates),
+            program.read(memory.patch_score),
+            None if memory.transport is None else program.read(memory.transport),
+            None if memory.nearest is None else program.read(memory.nearest),
+        )
+        outcome = self._calibrators[index].observe(seen, trusted=judgement.verdict.label == "OK")
+        if outcome.change is not None:
+            self._number += 1
+            self._upload(index, slice(outcome.change.start, outcome.change.stop))
+            self._record(outcome, judgement, frame, index)
+            self._saver.offer(self._arrays(), self._meta())
+
+    def _watch(self, camera: str, product: str, score: float) -> None:
+        if not self._config.drift.enabled:
+            return
+        name = f"{camera}/{product}"
+        if name not in self._drift:
+            self._drift[name] = DriftMonitor(self._config.drift.policy())
+        drift = self._drift[name].observe(score)
+        if drift.changed:
+            detail = f"{product}: scores moved up, KS {drift.statistic:.2f} against {drift.critical:.2f}"
+            log.warning("camera %s: drift %s (%s)", camera, "warning" if drift.warning else "cleared", detail)
+            self._audit.write({"time": timestamp(), "action": "drift", "camera": camera, "warning": drift.warning})
+            self._on_drift(camera, drift.warning, detail)
+
+    def _record(self, outcome: Outcome, judgement: Judgement, frame: Frame, index: int) -> None:
+        change, patches = outcome.change, outcome.patches
+        if change is None or patches is None:
+            return
+        self._audit.write(
+            {
+                "time": timestamp(),
+                "action": "admit",
+                "version": self._number,
+                "product": self._classes[index] if self._memory and self._memory.per_class else "*",
+                "camera": frame.camera,
+                "seq": frame.seq,
+                "part_id": frame.part_id,
+                "verdict": judgement.verdict.id,
+                "score": outcome.decision.found,
+                "limit": outcome.decision.limit if np.isfinite(outcome.decision.limit) else None,
+                "why": f"score within the {self._config.guard.quantile} quantile and both anchors"
+                if self._config.guard.gate
+                else "gate off",
+                "selection": self._config.selection,
+                "patches": patches.tolist(),
+                "compressed": change.compressed,
+                "rows": change.length,
+            }
+        )
+
+    # -- commands ----------------------------------------------------------------------------------------------------
+
+    def command(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Execute freeze, unfreeze, snapshot, rollback (`version`, else the newest older one) or reset.
+
+        Raises:
+            ConfigError: unknown action, or there is no memory to command.
+            CalibrationError: no snapshot to roll back to, or it cannot be written.
+        """
+        actions: dict[str, Callable[[Mapping[str, Any]], None]] = {
+            "freeze": lambda _: self._freeze(True),
+            "unfreeze": lambda _: self._freeze(False),
+            "snapshot": lambda _: self._snapshot(),
+            "rollback": lambda a: self._rollback(a.get("version")),
+            "reset": lambda _: self._reset(),
+        }
+        if name not in actions:
+            raise ConfigError(f"no memory action '{name}'", found=name, expected=", ".join(actions))
+        if not self._calibrators:
+            raise ConfigError(
+                "this line has no memory to command",
+                found="memory.enabled: false" if not self._config.enabled else "a bundle without memory",
+                expected="memory.enabled: true and a bundle with memory (knn, foct)",
+                next_step="change the line configuration",
+            )
+        before = self._number
+        actions[name](arguments)
+        entry = {"action": name, "before": before, "version": self._number, "by": arguments.get("by")}
+        self._audit.write({"time": timestamp(), **entry})
+        self._audit.sync()
+        if name != "snapshot":
+            self._saver.offer(self._arrays(), self._meta())
+        return {"version": self._number, "before": before, **self.describe()}
+
+    def _freeze(self, frozen: bool) -> None:
+        for calibrator in self._calibrators:
+            calibrator.frozen = frozen
+
+    def _snapshot(self) -> None:
+        self._saver.write(self._arrays(), self._meta(), "pinned")
+
+    def _reset(self) -> None:
+        for index, calibrator in enumerate(self._calibrators):
+            calibrator.reset()
+            self._upload(index)
+        for monitor in self._drift.values():
+            monitor.reset()
+        self._number += 1
+
+    def _rollback(self, version: int | None) -> None:
+        """Back to a saved version; it becomes a new one, and stays frozen or not as the memory is now."""
+        frozen = [calibrator.frozen for calibrator in self._calibrators]
+        found: list[int] = []
+        with self._saver.lock:
+            for item in self._store.usable():
+                if isinstance(item, Refusal):
+                    log.warning("rollback: %s is passed over: %s", item.path.name, item.reason)
+                    continue
+                saved = int(item.meta["version"])
+                found.append(saved)
+                if saved == version or (version is None and saved < self._number):
+                    break
+            else:
+                raise CalibrationError(
+                    "there is no such version to roll back to" if version is not None else "there is no older version",
+                    found=version if version is not None else f"version {self._number}",
+                    expected=f"one of {sorted(set(found))}" if found else "a saved snapshot",
+                    next_step="choose one of these, or reset the memory",
+                )
+        self._take(item)
+        for calibrator, was in zip(self._calibrators, frozen, strict=True):
+            calibrator.frozen = was
+        self._number += 1
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """Present state for status, web page and command results."""
+        counts = sum((calibrator.counts for calibrator in self._calibrators), Counter[str]())
+        return {
+            "frozen": any(calibrator.frozen for calibrator in self._calibrators),
+            "rows": {self._name(i): c.memory.length for i, c in enumerate(self._calibrators)},
+            "frames": dict(counts),
+            "snapshots": self._store.numbers(),
+            "drift": sorted(name for name, monitor in self._drift.items() if monitor.warning),
+        }
+
+    def _name(self, index: int) -> str:
+        return self._classes[index] if self._memory and self._memory.per_class else "*"
+
+    def _index(self, product: str) -> int:
+        return self._classes.index(product) if self._memory and self._memory.per_class else 0
+
+    def _arrays(self) -> dict[str, Any]:
+        arrays: dict[str, Any] = {}
+        for index, calibrator in enumerate(self._calibrators):
+            arrays |= {f"{index}.{name}": value for name, value in calibrator.state().items()}
+        for name, monitor in self._drift.items():
+            arrays |= {f"drift.{name}.{key}": value for key, value in monitor.state().items()}
+        return arrays
+
+    def _meta(self) -> dict[str, Any]:
+        return {"version": self._number, "saved": timestamp(), "drift": sorted(self._drift)}
+
+    def _restore_last(self) -> None:
+        """Take the newest snapshot that fits; what cannot be used is logged and passed over."""
+        for item in self._store.usable():
+            if isinstance(item, Refusal):
+                log.warning("snapshot %s is not used: %s", item.path.name, item.reason)
+                continue
+            try:
+                self._take(item)
+            except CalibrationError as error:
+                log.warning("snapshot %d is not used: %s", item.number, error)
+                continue
+            self._number = int(item.meta["version"])
+            self._audit.write({"time": timestamp(), "action": "restore", "version": self._number})
+            log.info("memory version %d restored from snapshot %d", self._number, item.number)
+            return
+
+    def _take(self, snapshot: Snapshot) -> None:
+        arrays = snapshot.arrays
+        for index, calibrator in enumerate(self._calibrators):
+            calibrator.restore(_part(arrays, f"{index}."))
+            self._upload(index)
+        for name in snapshot.meta.get("drift", []):
+            monitor = DriftMonitor(self._config.drift.policy())
+            monitor.restore(_part(arrays, f"drift.{name}."))
+            self._drift[name] = monitor
+
+    def _upload(self, index: int, rows: slice | None = None) -> None:
+        """Write episodic rows (all of them by default) into the program; a failure makes the product unjudgeable."""
+        memory, spec = self._calibrators[index].memory, self._memory
+        if spec is None:
+            return
+        rows = rows or slice(memory.semantic_rows, len(memory.bank))
+        values = {spec.bank: memory.bank, spec.valid: memory.valid}
+        if spec.foreground is not None and memory.foreground is not None:
+            values[spec.foreground] = memory.foreground
+        try:
+            for name, array in values.items():
+                self._program.write_state(name, array[rows], rows, class_index=index)
+        except EngineError as error:
+            self._broken[index] = f"the memory could not be written to the engine: {error.what}"
+            log.exception("memory of %s cannot be used", self._name(index))
+            return
+        self._broken.pop(index, None)
+
+    def close(self) -> None:
+        """Write what has to survive and stop the writer."""
+        if self._calibrators or self._drift:
+            self._saver.offer(self._arrays(), self._meta())
+        self._saver.close()
+        self._audit.sync()
+        self._audit.close()
+
+
+def _calibrators(bundle: Bundle, memory: Memory, config: MemoryConfig) -> tuple[OnlineCalibrator, ...]:
+    """One calibrator per product where each has its own bank, else one."""
+    state = bundle.manifest.state
+    bank, valid = bundle.array(state[memory.bank]), bundle.array(state[memory.valid])
+    labels = None if memory.foreground is None else bundle.array(state[memory.foreground])
+    if not memory.per_class:
+        bank, valid, labels = bank[None], valid[None], None if labels is None else labels[None]
+    policy, guard = config.policy(memory.episodic_rows), config.guard.policy()
+    return tuple(
+        OnlineCalibrator.create(
+            bank[index], valid[index], memory.semantic_rows, policy, guard, None if labels is None else labels[index]
+        )
+        for index in range(len(bank))
+    )
+
+
+def _identity(bundle: Bundle, memory: Memory | None) -> dict[str, Any]:
+    """What a snapshot must have been made with: the model (thresholds aside) and whether its memory is in use."""
+    return {"model": bundle.model_id, "classes": list(bundle.manifest.classes), "memory": memory is not None}
+
+
+def _part(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}
