@@ -34,6 +34,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, help="end after so many verdicts")
     parser.add_argument("--wait", type=float, default=0, help="seconds to wait for a broker that is not there yet")
     parser.add_argument("--timeout", type=float, help="end after so many seconds without a verdict")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="also write each verdict to FILE, one JSON object a line"
+    )
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -44,9 +47,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """
     broker, base = _where(args)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    watch = Watch(colour=colour, quiet=False)
-    with _interrupt(watch):
-        watch.follow(broker, f"{base}/#", args.count, args.timeout, args.wait)
+    with _recorder(args.out) as record:
+        watch = Watch(colour=colour, quiet=False, record=record)
+        with _interrupt(watch):
+            watch.follow(broker, f"{base}/#", args.count, args.timeout, args.wait)
     summary = watch.summary()
     print(_summary_line(summary), flush=True)
     short = args.count is not None and summary["verdicts"] < args.count and not watch.interrupted
@@ -56,8 +60,16 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 class Watch:
     """What has been seen. Verdicts are deduped by id, as every consumer has to."""
 
-    def __init__(self, *, colour: bool, quiet: bool, out: Callable[[str], None] | None = None):
+    def __init__(
+        self,
+        *,
+        colour: bool,
+        quiet: bool,
+        out: Callable[[str], None] | None = None,
+        record: Callable[[bytes], object] | None = None,
+    ):
         self.interrupted = False
+        self._record = record
         self._colour = colour
         self._out = out or (lambda line: print(line, flush=True))
         self._quiet = quiet
@@ -94,7 +106,7 @@ class Watch:
             return
         camera = topic.rsplit("/", 2)[-2]
         if schema == "andon.verdict/1":
-            self._verdict(camera, document)
+            self._verdict(camera, document, payload)
         elif schema == "andon.alarm/1":
             self._alarm(camera, document, retained)
         elif schema == "andon.status/1":
@@ -119,7 +131,7 @@ class Watch:
             "foreign": self._counts["foreign"],
         }
 
-    def _verdict(self, camera: str, verdict: dict[str, Any]) -> None:
+    def _verdict(self, camera: str, verdict: dict[str, Any], payload: bytes) -> None:
         identifier = verdict["id"]
         if identifier in self._seen:
             self._counts["repeated"] += 1
@@ -128,6 +140,8 @@ class Watch:
         if len(self._seen) > _REMEMBERED:
             self._seen.popitem(last=False)
         self._at = time.monotonic()
+        if self._record is not None:
+            self._record(payload + b"\n")
         self._labels[verdict["label"]] += 1
         self._counts["replayed"] += bool(verdict["replayed"])
         self._say(verdict_line(camera, verdict), _COLOURS.get(verdict["label"], ""))
@@ -180,6 +194,17 @@ class Watch:
                 return
             except OSError:
                 time.sleep(0.5)
+
+
+@contextmanager
+def _recorder(path: Path | None) -> Iterator[Callable[[bytes], object] | None]:
+    """A function that appends to a new file at `path`, written as it comes; None without a path."""
+    if path is None:
+        yield None
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb", buffering=0) as file:
+        yield file.write
 
 
 def verdict_line(camera: str, verdict: dict[str, Any]) -> str:
