@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import shutil
 import socket
 import subprocess
@@ -42,7 +43,7 @@ class EmbeddedBroker:
         Raises:
             DeliveryError: mosquitto is not installed, or ended at once; with its own words.
         """
-        program = shutil.which("mosquitto", path=None) or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
+        program = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
         if program is None:
             raise DeliveryError(
                 "the embedded broker needs mosquitto",
@@ -97,6 +98,8 @@ class EmbeddedBroker:
         lines = [f"listener {self.port} {self.host}", *self._settings]
         if not any(line.startswith("allow_anonymous") for line in self._settings):
             lines.append("allow_anonymous true")
+        # Started by root it would change to the user mosquitto, who cannot read our folder or certificates.
+        lines.append(f"user {getpass.getuser()}")
         # mosquitto lets a client have only 20 unacknowledged messages unless told otherwise.
         lines += ["max_inflight_messages 1000", "max_queued_messages 100000", "log_type warning", "log_type error"]
         if self._persistence is not None:

@@ -23,7 +23,7 @@ _PATIENCE = 60.0
 def delivery_benchmark(
     count: int = 5000, *, rate: float = 50.0, paced: int = 250, folder: Path | None = None
 ) -> dict[str, Any]:
-    """Send ``count`` verdicts as fast as they go, then ``paced`` ones at ``rate`` per second, to a mosquitto of our own.
+    """Send ``count`` verdicts as fast as they go, then ``paced`` ones at ``rate`` per second, to our own mosquitto.
 
     Args:
         folder: where the outbox is kept; the numbers depend on that disk. None: the system's temporary folder.
