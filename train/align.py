@@ -80,7 +80,7 @@ class Standardize(nn.Module):
 
 
 class AlignedFeatures(nn.Module):
-    """Backbone, optional 3x3 average of each tap, alignment, concatenation: uint8 [B, S, S, 3] to [B, C, grid, grid]."""
+    """Backbone, 3x3 average of each tap if asked for, alignment: uint8 [B, S, S, 3] to [B, C, grid, grid]."""
 
     def __init__(
         self,

@@ -104,7 +104,7 @@ class Backbone(nn.Module):
         return super().train(mode and self.trainable)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """images: [B, H, W, 3] uint8 RGB. Returns one [B, C_i, H/stride_i, W/stride_i] float32 per tap, shallow first."""
+        """images: [B, H, W, 3] uint8 RGB. Returns a [B, C_i, H/stride_i, W/stride_i] per tap, shallow first."""
         return list(self.net(self.normalize(images)))
 
     def normalize(self, images: Tensor) -> Tensor:

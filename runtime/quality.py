@@ -1,0 +1,195 @@
+"""How good scores and maps are: the figures of the field, the same for the torch model and for the engines.
+
+Scores: larger is more anomalous. An AUROC below 0.5 is reported as it is. Figures that are not defined (no defective
+image, no mask) are None. sklearn is imported when a figure needs it, so that the line device starts without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[Any]
+Metrics = dict[str, float | None]
+AUPRO_LIMIT = 0.3
+
+
+def auroc(scores: ArrayLike, defective: ArrayLike) -> float | None:
+    """Area under the ROC curve of image or pixel scores; None unless both kinds are there.
+
+    scores, defective: any equal shape; `defective` is read as bool.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    truth = np.asarray(defective, bool).ravel()
+    if truth.all() or not truth.any():
+        return None
+    return float(roc_auc_score(truth, np.asarray(scores).ravel()))
+
+
+def aupro(maps: ArrayLike, masks: ArrayLike, limit: float = AUPRO_LIMIT) -> float | None:
+    """Area under the per-region overlap curve up to a false positive rate, divided by it (Bergmann et al. 2021).
+
+    The overlap is the mean over all defect regions (8-connected) of the share of the region above the threshold; the
+    false positive rate is the share of good pixels of all images above it. Exact: every distinct value is a threshold.
+
+    Args:
+        maps: float [N, H, W]. masks: bool [N, H, W]; good images have an empty one.
+        limit: largest false positive rate that counts.
+    """
+    values = np.asarray(maps, np.float32)
+    truth = np.asarray(masks, bool)
+    weights, regions = _region_weights(truth)
+    good = ~truth
+    goods = int(np.count_nonzero(good))
+    if regions == 0 or goods == 0:
+        return None
+    # Thresholds under which more than `limit` of the good pixels lie need not be sorted: they are beyond the curve.
+    lowest = values[good]
+    keep = min(goods - 1, int(np.ceil(limit * goods)) + 1)
+    cut = np.partition(lowest, goods - 1 - keep)[goods - 1 - keep]
+    above = values >= cut
+    kept, weight, false = values[above], weights[above], good[above]
+    order = np.argsort(-kept, kind="stable")
+    kept, weight, false = kept[order], weight[order], false[order]
+    last = np.append(kept[1:] != kept[:-1], True)  # a point of the curve behind every group of equal values
+    overlap = np.concatenate([[0.0], (np.cumsum(weight, dtype=np.float64) / regions)[last]])
+    rate = np.concatenate([[0.0], (np.cumsum(false, dtype=np.int64) / goods)[last]])
+    inside = rate <= limit
+    x, y = rate[inside], overlap[inside]
+    if x[-1] < limit and not inside.all():
+        y = np.append(y, np.interp(limit, rate, overlap))
+        x = np.append(x, limit)
+    return float(np.sum((x[1:] - x[:-1]) * (y[1:] + y[:-1]) / 2) / limit)
+
+
+def _region_weights(masks: Array) -> tuple[Array, int]:
+    """1/area of its region for each defect pixel, 0 for good ones, float32 [N, H, W]; and the number of regions."""
+    weights = np.zeros(masks.shape, np.float32)
+    regions = 0
+    for mask, weight in zip(masks, weights, strict=True):
+        if not mask.any():
+            continue
+        count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+        share = np.zeros(count, np.float32)
+        share[1:] = 1 / stats[1:, cv2.CC_STAT_AREA]
+        weight[...] = share[labels]
+        regions += count - 1
+    return weights, regions
+
+
+def best_f1(scores: ArrayLike, defective: ArrayLike) -> tuple[float, float] | None:
+    """Largest F1 over all thresholds and the threshold that reaches it; NG is a score *above* it. None as `auroc`.
+
+    The threshold lies midway between the two neighbouring scores, so that rounding does not decide.
+    """
+    from sklearn.metrics import precision_recall_curve
+
+    truth = np.asarray(defective, bool).ravel()
+    values = np.asarray(scores, np.float64).ravel()
+    if truth.all() or not truth.any():
+        return None
+    precision, recall, thresholds = precision_recall_curve(truth, values)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    best = int(np.argmax(f1[:-1]))
+    lowest_ng = float(thresholds[best])
+    below = values[values < lowest_ng]
+    threshold = (float(below.max()) + lowest_ng) / 2 if below.size else float(np.nextafter(lowest_ng, -np.inf))
+    return float(f1[best]), threshold
+
+
+def decisions(scores: ArrayLike, defective: ArrayLike, threshold: float) -> Metrics:
+    """What a threshold does: F1, balanced_accuracy, false_alarm_rate (good parts NG), miss_rate (defective OK)."""
+    truth = np.asarray(defective, bool).ravel()
+    ng = np.asarray(scores).ravel() > threshold
+    false_alarm = float(ng[~truth].mean()) if (~truth).any() else None
+    miss = float((~ng[truth]).mean()) if truth.any() else None
+    hits = int((ng & truth).sum())
+    both = int(ng.sum() + truth.sum())
+    return {
+        "F1": 2 * hits / both if both else None,
+        "balanced_accuracy": None if false_alarm is None or miss is None else 1 - (false_alarm + miss) / 2,
+        "false_alarm_rate": false_alarm,
+        "miss_rate": miss,
+    }
+
+
+def summarize(
+    scores: ArrayLike,
+    defective: ArrayLike,
+    *,
+    threshold: float | None = None,
+    maps: ArrayLike | None = None,
+    masks: ArrayLike | None = None,
+) -> Metrics:
+    """All figures of one product.
+
+    Args:
+        scores: float [N]. defective: bool [N].
+        threshold: decision threshold of the error rates; the one of the best F1 if None (stated as `threshold`).
+        maps, masks: float and bool [N, H, W] at one resolution, for the pixel figures; see :func:`map_at`, `mask_at`.
+    """
+    best = best_f1(scores, defective)
+    used = threshold if threshold is not None else best[1] if best else None
+    result: Metrics = {
+        "image_AUROC": auroc(scores, defective),
+        "pixel_AUROC": None if maps is None or masks is None else auroc(maps, masks),
+        "pixel_AUPRO": None if maps is None or masks is None else aupro(maps, masks),
+        "F1_max": best[0] if best else None,
+        "F1_threshold": best[1] if best else None,
+        "threshold": used,
+        **(decisions(scores, defective, used) if used is not None else {}),
+        "good": float(np.count_nonzero(~np.asarray(defective, bool))),
+        "defective": float(np.count_nonzero(defective)),
+    }
+    return result
+
+
+def mean_metrics(products: Mapping[str, Metrics]) -> Metrics:
+    """Mean over products of every figure that all of them have; counts are summed, thresholds left out."""
+    names = [n for n in next(iter(products.values())) if n not in ("F1_threshold", "threshold")]
+    result: Metrics = {}
+    for name in names:
+        values = [m.get(name) for m in products.values()]
+        known = [v for v in values if v is not None]
+        if len(known) < len(values):
+            result[name] = None
+        else:
+            result[name] = float(np.sum(known)) if name in ("good", "defective") else float(np.mean(known))
+    return result
+
+
+def map_at(score_map: ArrayLike, size: tuple[int, int]) -> Array:
+    """A score map [h, w] enlarged (bilinear) or reduced to `size` (H, W), float32."""
+    array = np.asarray(score_map, np.float32)
+    return array if array.shape == size else cv2.resize(array, size[::-1], interpolation=cv2.INTER_LINEAR)
+
+
+def mask_at(mask: ArrayLike, size: tuple[int, int]) -> Array:
+    """A mask [h, w] at `size` (H, W), bool; nearest pixel, as the benchmarks do it."""
+    array = np.asarray(mask, np.uint8)
+    return cv2.resize(array, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT) > 0
+
+
+def table(products: Mapping[str, Metrics]) -> str:
+    """The main figures as text: a line per product, and their mean if there are several."""
+    columns = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO", "F1_max", "balanced_accuracy", "good", "defective")
+    rows = dict(products)
+    if len(rows) > 1:
+        rows["mean"] = mean_metrics(products)
+    width = max(len("product"), *(len(name) for name in rows))
+    lines = ["  ".join([f"{'product':<{width}}", *(f"{c:>{max(len(c), 6)}}" for c in columns)])]
+    for name, metrics in rows.items():
+        cells = [_cell(c, metrics.get(c)).rjust(max(len(c), 6)) for c in columns]
+        lines.append("  ".join([f"{name:<{width}}", *cells]))
+    return "\n".join(lines)
+
+
+def _cell(name: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if name in ("good", "defective") else f"{value:.3f}"

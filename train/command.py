@@ -1,0 +1,40 @@
+"""`andon train`: images of good parts to a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .registry import list_methods
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `andon train`."""
+    parser.add_argument("--method", choices=list_methods(), help="method to train")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="configuration; default configs/edge/METHOD.yaml")
+    parser.add_argument("--data", metavar="SPEC", help="elpv, or a folder of images (see docs/data.md)")
+    parser.add_argument("--products", metavar="A,B", help="train these products of the set only")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the checkpoint; default runs/METHOD-...")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of every random generator")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. schedule.steps=100"
+    )
+    parser.add_argument(
+        "--resume", type=Path, metavar="DIR", help="go on with an interrupted run; needs no other option"
+    )
+    parser.add_argument("--save-every", type=float, default=60.0, metavar="S", help="seconds between resume points")
+    parser.add_argument("--no-eval", action="store_true", help="skip the evaluation on the test images")
+    parser.add_argument(
+        "--on-corrupt", choices=("error", "skip"), default="error", help="what to do about an undecodable image"
+    )
+    parser.add_argument("--device", default="auto", help="auto | cpu | cuda")
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Train, evaluate, write the checkpoint."""
+    from .distributed import process_group
+    from .run import Request, train
+
+    with process_group():
+        return train(Request.from_arguments(args))

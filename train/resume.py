@@ -1,0 +1,101 @@
+"""The file that an interrupted training goes on from: written now and then, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import distributed
+from .errors import TrainingError
+
+
+class ResumeFile:
+    """State of a run: model, optimisers, average, step, clock, and the random generators of every process.
+
+    Args:
+        path: the file.
+        run: hash of everything that must not change between sessions (configuration, classes, images).
+        every: seconds between saves.
+    """
+
+    def __init__(self, path: Path, run: str, every: float = 60.0):
+        self._path = path
+        self._run = run
+        self._every = every
+        self._last = time.monotonic()
+
+    def exists(self) -> bool:
+        """True if there is something to go on from (the same answer on every process)."""
+        return bool(distributed.same_everywhere(self._path.is_file()))
+
+    def due(self, agree: Callable[[float, torch.device], float], device: torch.device) -> bool:
+        """True if it is time to save; `agree` makes all processes answer alike."""
+        return agree(float(time.monotonic() - self._last >= self._every), device) > 0
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the file atomically; it survives the process being killed at any moment."""
+        generators = distributed.gather_objects(_generators())
+        if distributed.is_main():
+            part = self._path.with_suffix(".part")
+            with part.open("wb") as handle:
+                torch.save({**state, "run": self._run, "generators": generators}, handle)
+                handle.flush()
+                os.fsync(handle.fileno())
+            part.replace(self._path)
+        self._last = time.monotonic()
+
+    def load(self) -> dict[str, Any]:
+        """The saved state; also sets this process's random generators.
+
+        Raises:
+            TrainingError: unreadable, of another run, or of another number of processes.
+        """
+        try:
+            state: dict[str, Any] = torch.load(self._path, "cpu", weights_only=True)
+        except Exception as error:
+            raise TrainingError(
+                f"cannot read {self._path}: {error}", next_step="start again without --resume"
+            ) from error
+        generators = state["generators"]
+        if state["run"] != self._run or len(generators) != distributed.world():
+            raise TrainingError(
+                f"{self._path} is of another run",
+                found=f"run {state['run'][:12]}, {len(generators)} processes",
+                expected=f"run {self._run[:12]}, {distributed.world()} processes",
+                next_step="resume with the same images, settings and number of processes, or start again",
+            )
+        _set_generators(generators[distributed.rank()])
+        return state
+
+    def remove(self) -> None:
+        """The run is complete."""
+        if distributed.is_main():
+            self._path.unlink(missing_ok=True)
+
+
+def _generators() -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state(legacy=True)
+    version, words, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "python": [version, list(words), gauss],
+    }
+
+
+def _set_generators(saved: dict[str, Any]) -> None:
+    torch.set_rng_state(saved["torch"])
+    if saved["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(saved["cuda"])
+    name, keys, *rest = saved["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    version, words, gauss = saved["python"]
+    random.setstate((version, tuple(words), gauss))

@@ -1,0 +1,273 @@
+"""One training run from its request to its checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from .. import __version__
+from ..runtime.dataset import Dataset, Sample, open_dataset, split_readable
+from ..runtime.errors import ConfigError
+from ..runtime.quality import Metrics, mean_metrics, table
+from . import distributed
+from .backbones import backbones_in
+from .checkpoint import (
+    CONFIG,
+    METRICS,
+    PROVENANCE,
+    Provenance,
+    new_run,
+    save_json,
+    save_weights,
+    write_log,
+)
+from .config import dump_config, load_config
+from .errors import CheckpointError
+from .evaluate import evaluate
+from .features import FeatureSet, extract
+from .loop import Fitted, fit
+from .method import AnomalyModel, MethodConfig
+from .registry import get_method
+from .resume import ResumeFile
+
+_REQUEST = "run.json"
+_MIN_HOLDOUT = 20
+_LIBRARIES = ("torch", "timm", "numpy", "opencv-python-headless", "safetensors")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a run needs to start, and to start again where it was interrupted."""
+
+    method: str
+    data: str
+    folder: str
+    products: tuple[str, ...] | None = None
+    on_corrupt: Literal["error", "skip"] = "error"
+    evaluate: bool = True
+    save_every: float = 60.0
+    device: str = "auto"
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace) -> Request:
+        """A new run's folder with its configuration and request, or the request of an interrupted run.
+
+        Raises:
+            ConfigError: options are missing or contradict each other, or the configuration is refused.
+            CheckpointError: nothing to resume there, or the folder is in use.
+        """
+        if args.resume is not None:
+            return cls.resumed(args.resume)
+        if args.method is None or args.data is None:
+            raise ConfigError(
+                "--method and --data are needed",
+                found=f"--method {args.method}, --data {args.data}",
+                next_step="e.g. andon train --method hvq --data elpv, or --resume DIR",
+            )
+        settings = [*args.set, *([f"seed={args.seed}"] if args.seed is not None else [])]
+        config = load_config(args.method, args.config, settings)
+        products = tuple(args.products.split(",")) if args.products else None
+        folder = distributed.same_everywhere(str(_folder(args.out, config, args.data)) if distributed.is_main() else "")
+        request = cls(
+            args.method, args.data, folder, products, args.on_corrupt, not args.no_eval, args.save_every, args.device
+        )
+        if distributed.is_main():
+            (Path(folder) / CONFIG).write_text(dump_config(config), encoding="utf-8")
+            save_json(Path(folder) / _REQUEST, asdict(request))
+        distributed.barrier()
+        return request
+
+    @classmethod
+    def resumed(cls, folder: Path) -> Request:
+        """The request of an interrupted run.
+
+        Raises:
+            CheckpointError: the folder is of no interrupted run.
+        """
+        try:
+            saved = json.loads((folder / _REQUEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            complete = (folder / PROVENANCE).is_file()
+            raise CheckpointError(
+                f"nothing to resume in {folder}",
+                found="a completed checkpoint" if complete else str(error),
+                expected=f"a folder with {_REQUEST}, as an interrupted `andon train` leaves it",
+                next_step="andon export --checkpoint" if complete else "start with --method and --data",
+            ) from error
+        products = None if saved["products"] is None else tuple(saved["products"])
+        return cls(**{**saved, "products": products, "folder": str(folder)})
+
+
+def train(request: Request) -> dict[str, Any]:
+    """Carry out a request; all processes of a group call it. Returns the JSON object of `andon train`."""
+    folder = Path(request.folder)
+    config = load_config(request.method, folder / CONFIG)
+    device = _device(request.device)
+    data = open_dataset(request.data).select(products=request.products)
+    kept, skipped = split_readable(data.samples, request.on_corrupt)
+    fitting, holdout = split_holdout([s for s in kept if s.split == "train" and s.good], config.holdout)
+    _say(f"{request.method}, preset {config.preset or 'unnamed'}, seed {config.seed}, on {_where(device)} -> {folder}")
+    _say(data.describe())
+    if skipped:
+        _say(f"skipped {len(skipped)} undecodable images: {', '.join(s.key for s in skipped[:5])}")
+    _say(f"good images: {len(fitting)} to train on, {len(holdout)} held out for constants and thresholds")
+
+    torch.manual_seed(config.seed)
+    random.seed(config.seed)
+    model = get_method(config.method).build(config, data.products).to(device)
+    backbones = backbones_in(model)
+    for backbone in backbones:
+        _say(f"backbone {backbone.record.id}, weights {backbone.record.weights} ({backbone.record.sha256[:12]})")
+    show = distributed.is_main()
+    trainset = extract(model, fitting, device=device, progress=show)
+    calibration = extract(model, holdout, device=device, progress=show)
+    resume = ResumeFile(folder / "resume.pt", _run_hash(config, trainset, data.products), request.save_every)
+    fitted = fit(model, trainset, device, log=lambda r: write_log(folder, r), resume=resume, progress=show)
+    if not distributed.is_main():
+        return {"ok": True}
+    model.eval()
+    with torch.no_grad():
+        model.finalize(calibration)
+    _say(f"{fitted.steps} steps in {fitted.seconds:.0f} s" + (" (time limit)" if fitted.stopped_early else ""))
+
+    tests = [s for s in kept if s.split == "test"]
+    metrics = evaluate(model, tests, device) if request.evaluate and tests else {}
+    _write(folder, model, request, data, fitted, [s.key for s in holdout], len(fitting), [s.key for s in skipped])
+    summary = _metrics(metrics, fitted, model)
+    save_json(folder / METRICS, summary)
+    resume.remove()
+    (folder / _REQUEST).unlink()
+    if metrics:
+        print(table(metrics))
+    print(f"checkpoint {folder}\nnext: andon export --method {config.method}")
+    return {"ok": True, "checkpoint": str(folder), **summary}
+
+
+def split_holdout(samples: Sequence[Sample], share: float) -> tuple[list[Sample], list[Sample]]:
+    """Good training images to train on, and those kept for constants and thresholds.
+
+    Per product a share, but at least 20 images where that is no more than a quarter (METHODS.md 0.6). The choice
+    depends on the images' keys alone, not on the run's seed: seeds are comparable, and features are computed once.
+    """
+    if share == 0:
+        return list(samples), []
+    held: set[str] = set()
+    for product in sorted({s.product for s in samples}):
+        keys = sorted(s.key for s in samples if s.product == product)
+        count = min(max(round(share * len(keys)), min(_MIN_HOLDOUT, len(keys) // 4)), len(keys) - 1)
+        held.update(random.Random(0).sample(keys, count))
+    return [s for s in samples if s.key not in held], [s for s in samples if s.key in held]
+
+
+def _write(
+    folder: Path,
+    model: AnomalyModel,
+    request: Request,
+    data: Dataset,
+    fitted: Fitted,
+    holdout: list[str],
+    trained_on: int,
+    skipped: list[str],
+) -> None:
+    """Weights, then provenance, whose presence makes the checkpoint complete."""
+    digest = save_weights(model, folder)
+    backbones = backbones_in(model)
+    provenance = Provenance(
+        method=request.method,
+        created=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+        andon=__version__,
+        classes=data.products,
+        backbone=backbones[0].record if backbones else None,
+        data=request.data,
+        data_license=data.license,
+        holdout=tuple(holdout),
+        trained_on=trained_on,
+        skipped=tuple(skipped),
+        steps=fitted.steps,
+        seconds=round(fitted.seconds, 2),
+        processes=distributed.world(),
+        versions=_versions(),
+        weights_sha256=digest,
+    )
+    save_json(folder / PROVENANCE, provenance.model_dump(mode="json"))
+
+
+def _metrics(products: Mapping[str, Metrics], fitted: Fitted, model: nn.Module) -> dict[str, Any]:
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {
+        "products": dict(products),
+        "mean": mean_metrics(products) if products else {},
+        "training": {
+            "steps": fitted.steps,
+            "seconds": round(fitted.seconds, 2),
+            "stopped_early": fitted.stopped_early,
+            "trainable_parameters": trainable,
+            "last": {k: v for k, v in fitted.last.items() if v == v},
+        },
+    }
+
+
+def _folder(out: Path | None, config: MethodConfig, data: str) -> Path:
+    if out is None:
+        return new_run(config.method, config.preset or Path(data).name or "set")
+    if out.is_dir() and any(out.iterdir()):
+        raise CheckpointError(
+            f"{out} is not empty",
+            found=", ".join(sorted(p.name for p in out.iterdir())[:5]),
+            expected="a new or empty folder",
+            next_step=f"andon train --resume {out}" if (out / _REQUEST).is_file() else "name another folder",
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
+        raise ConfigError(
+            f"cannot train on device {name}",
+            found="no CUDA device" if name == "cuda" else name,
+            expected="auto | cpu | cuda",
+            next_step="use --device cpu, or see `andon doctor`",
+        )
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device("cpu")
+
+
+def _where(device: torch.device) -> str:
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return f"{where}, {distributed.world()} processes" if distributed.active() else where
+
+
+def _run_hash(config: MethodConfig, data: FeatureSet, classes: Sequence[str]) -> str:
+    """What must be the same when a run goes on."""
+    keys = [s.key for s in data.samples]
+    return hashlib.sha256(json.dumps([config.model_dump(mode="json"), keys, list(classes)]).encode()).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue  # opencv has several distributions; only what is installed is recorded
+    return found
+
+
+def _say(text: str) -> None:
+    if distributed.is_main():
+        print(text, flush=True)
