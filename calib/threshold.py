@@ -1,0 +1,132 @@
+"""Decision thresholds from scores of good parts alone, with the false-alarm rate they promise.
+
+Split conformal: of n exchangeable good scores the ceil((n + 1)(1 - a))-th smallest is exceeded by the next good part
+with probability at most a, whatever the score's distribution (Vovk et al.; Angelopoulos and Bates 2021, eq. 1). That
+promise is marginal: an average over calibration sets. With a confidence c the rank is raised until the false-alarm rate
+of *this* threshold is at most a with probability c over calibration sets (binomial tail, as in Clopper-Pearson; Vovk
+2012, prop. 2b).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import CalibrationError
+
+Array = NDArray[Any]
+
+#: Share of good pixels that lie below the pixel threshold (METHODS.md 0.6)
+PIXEL_QUANTILE = 0.999
+
+
+def rank(samples: int, false_alarm_rate: float, confidence: float | None = None) -> int | None:
+    """Which order statistic (1-based) of `samples` good scores keeps the promise; None if no such score does.
+
+    Raises:
+        CalibrationError: the rate or the confidence is not between 0 and 1.
+    """
+    for name, value in (("false-alarm rate", false_alarm_rate), ("confidence", confidence)):
+        if value is not None and not 0 < value < 1:
+            raise CalibrationError(f"the {name} must lie between 0 and 1", found=value, expected="for example 0.01")
+    # (n + 1)(1 - a) rounded up; the nudge keeps products such as 100 * 0.01 whole.
+    k = samples + 1 - math.floor((samples + 1) * false_alarm_rate + 1e-9)
+    if confidence is not None:
+        while k <= samples and _binomial_cdf(k - 1, samples, 1 - false_alarm_rate) < confidence:
+            k += 1
+    return k if 1 <= k <= samples else None
+
+
+def samples_needed(false_alarm_rate: float, confidence: float | None = None) -> int:
+    """Fewest good images that can promise a false-alarm rate (then the largest score is the threshold)."""
+    rank(1, false_alarm_rate, confidence)  # refuses senseless rates
+    marginal = math.ceil((1 - false_alarm_rate) / false_alarm_rate - 1e-9)
+    if confidence is None:
+        return marginal
+    return max(marginal, math.ceil(math.log(1 - confidence) / math.log(1 - false_alarm_rate) - 1e-9))
+
+
+def conformal_threshold(
+    scores: Array | Sequence[float], false_alarm_rate: float, confidence: float | None = None, subject: str = ""
+) -> float:
+    """The threshold: a part whose score is *above* it is NG.
+
+    Args:
+        scores: [n] image scores of good parts that the model has not been fitted to.
+        false_alarm_rate: promised upper bound on the share of good parts judged NG.
+        confidence: None for the marginal promise, else the probability that the bound holds for this threshold.
+        subject: product name, for the message.
+
+    Raises:
+        CalibrationError: too few scores for the promise (the message says how many are needed and what these many can
+            promise), or a score that is not finite.
+    """
+    values = np.sort(np.asarray(scores, np.float64).ravel())
+    if not np.isfinite(values).all():
+        raise CalibrationError(
+            f"{_about(subject)}a good image has a score that is not a number",
+            found=f"{int((~np.isfinite(values)).sum())} of {len(values)}",
+            expected="finite scores",
+            next_step="andon verify --bundle <bundle>",
+        )
+    k = rank(len(values), false_alarm_rate, confidence)
+    if k is None:
+        needed = samples_needed(false_alarm_rate, confidence)
+        sure = "" if confidence is None else f" with confidence {confidence:g}"
+        raise CalibrationError(
+            f"{_about(subject)}too few good images for a false-alarm rate of {false_alarm_rate:g}{sure}",
+            found=f"{len(values)} images",
+            expected=f"at least {needed}",
+            next_step=_less(len(values), confidence) or f"take {needed} images of good parts",
+        )
+    return float(values[k - 1])
+
+
+def achievable_rate(samples: int, confidence: float | None = None) -> float | None:
+    """The lowest false-alarm rate that so many good images can promise; None for no images."""
+    if samples < 1:
+        return None
+    if confidence is None:
+        return 1 / (samples + 1)
+    return 1 - (1 - confidence) ** (1 / samples)
+
+
+def pixel_threshold(maps: Sequence[Array] | Array, quantile: float = PIXEL_QUANTILE) -> float:
+    """Map value that a share `quantile` of the pixels of good parts stays below.
+
+    Args:
+        maps: maps of good parts [n, h, w].
+
+    Raises:
+        CalibrationError: there is no map.
+    """
+    values = np.asarray(maps, np.float32).ravel()
+    if values.size == 0:
+        raise CalibrationError("no maps to set a pixel threshold from", found=0, expected="at least one good image")
+    return float(np.quantile(values, quantile))
+
+
+def _about(subject: str) -> str:
+    return f"product {subject}: " if subject else ""
+
+
+def _less(samples: int, confidence: float | None) -> str:
+    rate = achievable_rate(samples, confidence)
+    if rate is None or rate > 0.5:
+        return ""
+    rounded = math.ceil(rate * 1e3 - 1e-9) / 1e3
+    return f"--false-alarm-rate {rounded:g} is what {samples} images can promise, or give more good images"
+
+
+def _binomial_cdf(k: int, n: int, p: float) -> float:
+    """P(X <= k) for X ~ Binomial(n, p), summed in the log domain."""
+    logs = [
+        math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * math.log(p) + (n - i) * math.log1p(-p)
+        for i in range(k + 1)
+    ]
+    top = max(logs)
+    return min(1.0, math.exp(top) * sum(math.exp(x - top) for x in logs))

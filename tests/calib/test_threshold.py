@@ -1,0 +1,83 @@
+"""Thresholds keep what they promise: against scipy, against simulation, and at the edges of the sample size."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from andon.calib.errors import CalibrationError
+from andon.calib.threshold import achievable_rate, conformal_threshold, pixel_threshold, rank, samples_needed
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import beta
+
+RATES = st.sampled_from((0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.001))
+
+
+def test_the_rank_is_the_textbooks() -> None:
+    assert rank(99, 0.01) == 99
+    assert rank(100, 0.01) == 100
+    assert rank(199, 0.01) == 198
+    assert rank(98, 0.01) is None
+    assert rank(47, 0.05) == 46
+
+
+@given(rate=RATES, extra=st.integers(0, 500))
+def test_the_number_of_images_it_asks_for_is_enough_and_the_fewest(rate: float, extra: int) -> None:
+    for confidence in (None, 0.9, 0.99):
+        needed = samples_needed(rate, confidence)
+        assert rank(needed + extra, rate, confidence) is not None
+        assert rank(needed - 1, rate, confidence) is None
+        offered = achievable_rate(needed, confidence)
+        assert offered is not None and offered <= rate + 1e-12
+
+
+@given(rate=RATES, samples=st.integers(1, 3000))
+def test_the_confident_rank_is_the_smallest_that_the_beta_distribution_allows(rate: float, samples: int) -> None:
+    k = rank(samples, rate, 0.95)
+    # The k-th smallest of n uniforms is Beta(k, n + 1 - k); the false-alarm rate of that threshold is 1 - it.
+    promise = [
+        beta.sf(1 - rate, i, samples + 1 - i) >= 0.95 - 1e-12 for i in (k or samples, (k or samples + 1) - 1) if i
+    ]
+    if k is None:
+        assert not promise[0]
+    else:
+        marginal = rank(samples, rate)
+        assert promise[0] and (k == marginal or not promise[1])
+
+
+def test_good_parts_are_refused_no_more_often_than_promised() -> None:
+    rng = np.random.default_rng(0)
+    rates = []
+    for _ in range(3000):
+        scores = rng.standard_t(3, size=60)
+        rates.append(float(np.mean(rng.standard_t(3, size=200) > conformal_threshold(scores[:59], 0.05))))
+    assert np.mean(rates) == pytest.approx(0.05, abs=0.003)  # (n + 1) a is whole: the promise is tight
+    confident = []
+    for _ in range(1000):
+        threshold = conformal_threshold(rng.uniform(size=150), 0.05, 0.9)
+        confident.append(1 - threshold <= 0.05)
+    assert 0.88 <= np.mean(confident) <= 0.99
+
+
+def test_too_few_images_says_how_many_and_what_these_can_promise() -> None:
+    with pytest.raises(CalibrationError) as error:
+        conformal_threshold(np.arange(47.0), 0.01, subject="mono")
+    assert error.value.what.startswith("product mono")
+    assert (error.value.found, error.value.expected) == ("47 images", "at least 99")
+    assert "--false-alarm-rate 0.021" in str(error.value.next_step)
+    assert conformal_threshold(np.arange(47.0), 0.021) == 46.0
+
+
+def test_nonsense_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="not a number"):
+        conformal_threshold([0.0, np.nan], 0.5)
+    for rate in (0.0, 1.0, -1.0):
+        with pytest.raises(CalibrationError, match="between 0 and 1"):
+            conformal_threshold([0.0], rate)
+    with pytest.raises(CalibrationError, match="no maps"):
+        pixel_threshold([])
+
+
+def test_the_pixel_threshold_is_a_quantile_over_all_pixels() -> None:
+    maps = np.arange(10_000, dtype=np.float32).reshape(4, 50, 50)
+    assert pixel_threshold(maps) == pytest.approx(np.quantile(maps, 0.999))
