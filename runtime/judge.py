@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from . import detector as core
 from .detector import AUTO, Detector
-from .errors import AndonError, ConfigError, ProductError
+from .detector import Judgement as Scored
+from .errors import AndonError, ConfigError, ProductError, SourceError
 from .lineconfig import CameraConfig, JudgeConfig
 from .manifest import Threshold
 from .overrides import Overrides
@@ -39,7 +39,7 @@ class Judgement:
     """
 
     verdict: Verdict
-    scored: core.Judgement | None = None
+    scored: Scored | None = None
     box: Box = (0, 0, 0, 0)
     detail: str = ""
 
@@ -55,12 +55,20 @@ class OnlineMemory(Protocol):
         """Number of the memory's present version."""
         ...
 
+    def drift(self, camera: str) -> str | None:
+        """What has drifted at this camera; None: nothing has."""
+        ...
+
     def after_frame(self, program: Program, judgement: Judgement, frame: Frame) -> None:
         """A frame was judged with the memory as it was; now the memory may learn from it."""
         ...
 
     def command(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """freeze, unfreeze, rollback, snapshot. AndonError when refused."""
+        """freeze, unfreeze, snapshot, rollback, reset. AndonError when refused."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """How the memory stands, as plain JSON values."""
         ...
 
     def close(self) -> None:
@@ -208,7 +216,7 @@ class Judge:
         """Judge one frame. Never raises for anything that is wrong with this frame, its product or an engine."""
         started = time.monotonic()
         box = clip_roi(self._cameras[frame.camera].roi, frame.image.shape[1], frame.image.shape[0])
-        scored: core.Judgement | None = None
+        scored: Scored | None = None
         try:
             if box is None:
                 raise _Refusal("bad_frame", f"the region of interest lies outside the picture {frame.image.shape[:2]}")
@@ -232,29 +240,32 @@ class Judge:
         product = item.product or self.product_of(item.camera)
         return None if product == AUTO else product
 
-    def _score(self, frame: Frame, box: Box) -> core.Judgement:
+    def _score(self, frame: Frame, box: Box) -> Scored:
         x, y, width, height = box
         product = self._product(frame)
         try:
             return self.detector.judge_image(frame.image[y : y + height, x : x + width], product)
         except ProductError as error:
             raise _Refusal("wrong_product", str(error), product=product) from error
+        except SourceError as error:
+            raise _Refusal("bad_frame", str(error), product=product) from error
         except AndonError as error:
             raise _Refusal("engine_error", str(error), product=product) from error
         except Exception as error:
             log.exception("camera %s: the engine failed unexpectedly", frame.camera)
             raise _Refusal("engine_error", f"{type(error).__name__}: {error}", product=product) from error
 
-    def _decide(self, frame: Frame, scored: core.Judgement, box: Box) -> _Decision:
+    def _decide(self, frame: Frame, scored: Scored, box: Box) -> _Decision:
         product, score, label = scored.product, scored.score, scored.label
         if product is None or score is None or scored.map is None or not np.isfinite(scored.map).all():
-            raise _Refusal(scored.reason or "not_a_number", "the program gave no finite score and map", product=product)
+            raise _Refusal("not_a_number", "the program gave a score or map that is not finite", product=product)
         if (weight := self._cameras[frame.camera].smoothing) is not None:
             score = self._smooth.setdefault(frame.camera, _Smooth()).add(weight, product, score)
             if scored.threshold is not None:
                 label = "NG" if score > scored.threshold else "OK"
         found: dict[str, Any] = {"product": product, "score": score, "threshold": scored.threshold}
-        self._check_product(scored, found)
+        if self._settings.check_product and scored.predicted not in (None, product):
+            raise _Refusal("wrong_product", f"expected {product}, the classifier sees {scored.predicted}", **found)
         if self._memory is not None and (why := self._memory.unusable(product)) is not None:
             raise _Refusal("memory_unusable", why, **found)
         if scored.threshold is None:
@@ -268,12 +279,6 @@ class Judge:
             area, limit = self._settings.min_area, self._settings.max_regions
             regions = find_regions(scored.map, scored.pixel_threshold, box, min_area=area, limit=limit)
         return _Decision("NG", "score_above_threshold", regions=regions, **found)
-
-    def _check_product(self, scored: core.Judgement, found: dict[str, Any]) -> None:
-        if self._settings.check_product and scored.logits is not None:
-            seen = self.detector.bundle.manifest.classes[int(scored.logits.argmax())]
-            if seen != scored.product:
-                raise _Refusal("wrong_product", f"expected {scored.product}, the classifier sees {seen}", **found)
 
     def _verdict(self, item: Frame | Missed, decision: _Decision, latency: dict[str, float]) -> Verdict:
         bundle = self.detector.bundle

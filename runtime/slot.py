@@ -92,6 +92,7 @@ class Slots:
         self._order = list(self._lanes)
         self._clock = clock
         self._closed = False
+        self._poked = False
 
     def wanted(self, camera: str, monotonic: float) -> bool:
         """False where only triggered frames count and no trigger waits for one captured then; that frame is counted."""
@@ -140,7 +141,7 @@ class Slots:
             self._ready.notify()
 
     def take(self, timeout: float | None = None) -> Frame | Missed | None:
-        """The next item, cameras in turn; None after `timeout` seconds, or when closed and empty."""
+        """The next item, cameras in turn; None after `timeout` seconds, when poked, or when closed and empty."""
         until = None if timeout is None else self._clock() + timeout
         with self._lock:
             while True:
@@ -152,9 +153,22 @@ class Slots:
                 item = self._next(now)
                 if item is not None:
                     return item
-                if self._closed or (until is not None and now >= until):
+                if self._poked or self._closed or (until is not None and now >= until):
+                    self._poked = False
                     return None
                 self._ready.wait(max(0.0, min(wake) - now) if wake else None)
+
+    def poke(self) -> None:
+        """Make a waiting :meth:`take` return, because its thread has something else to do."""
+        with self._lock:
+            self._poked = True
+            self._ready.notify_all()
+
+    @property
+    def drained(self) -> bool:
+        """Closed, and everything was taken."""
+        with self._lock:
+            return self._closed and not any(lane.items for lane in self._lanes.values())
 
     def close(self) -> None:
         """Take nothing more; what waits can still be taken, and triggers without a frame become no_frame."""

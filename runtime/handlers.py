@@ -1,0 +1,116 @@
+"""What the commands of the MQTT contract do to a running line. Each runs on the commands' thread; its result is sent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .detector import AUTO
+from .errors import ConfigError
+from .mqtt.commands import Handler
+from .slot import Trigger
+
+if TYPE_CHECKING:
+    from .app import LineApp
+#: Without a trigger section a camera answers triggers within this.
+TRIGGER_TIMEOUT = 1.0
+
+
+class Handlers:
+    """The line's side of the commands; whatever belongs to the judging thread is done there, between two frames."""
+
+    def __init__(self, app: LineApp):
+        self._app = app
+
+    def table(self) -> Mapping[str, Handler]:
+        """Command name -> handler."""
+        return {
+            "acknowledge": self.acknowledge,
+            "product": self.product,
+            "threshold": self.threshold,
+            "trigger": self.trigger,
+            "memory": self.memory,
+            "rebuild": self.rebuild,
+        }
+
+    def acknowledge(self, camera: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Acknowledge one kind of alarm, or all."""
+        worker, board = self._app.worker, self._app.boards[camera]
+
+        def act() -> list[str]:
+            events = board.acknowledge(arguments.get("kind"), arguments.get("by"))
+            worker.alarm(camera, events)
+            return [event.kind for event in events]
+
+        return {"acknowledged": worker.call(act)}
+
+    def product(self, camera: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Change the product that a camera expects, from the next frame on."""
+
+        def act() -> dict[str, Any]:
+            changed = self._judge().set_product(camera, arguments["product"], arguments.get("by"))
+            self._app.boards[camera].reset_window()
+            self._app.state.expects(camera, changed["now"])
+            return {**changed}
+
+        result = self._app.worker.call(act)
+        self._app.delivery.announce(camera)
+        return result
+
+    def threshold(self, camera: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Override the threshold of a product; null takes the override back."""
+
+        def act() -> dict[str, Any]:
+            judge = self._judge()
+            product = arguments.get("product") or judge.product_of(camera)
+            if product == AUTO:
+                classes = judge.detector.bundle.manifest.classes
+                if len(classes) > 1:
+                    raise ConfigError("which product?", found="product: auto", expected=", ".join(classes))
+                product = classes[0]
+            changed = judge.set_threshold(product, arguments["threshold"], arguments.get("by"))
+            self._app.state.fact(
+                thresholds={name: judge.threshold(name) for name in judge.detector.bundle.manifest.classes}
+            )
+            return {"product": product, **changed}
+
+        return self._app.worker.call(act)
+
+    def trigger(self, camera: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Announce a part; its verdict follows, UNKNOWN if no frame comes in time."""
+        settings = self._app.config.cameras[camera].trigger
+        at = time.monotonic() + (settings.delay_ms / 1000 if settings else 0.0)
+        timeout = settings.timeout_ms / 1000 if settings else TRIGGER_TIMEOUT
+        self._app.slots.trigger(camera, Trigger(arguments["part_id"], at, at + timeout, arguments.get("product")))
+        return {"part_id": arguments["part_id"]}
+
+    def memory(self, camera: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Freeze, unfreeze, snapshot, roll back or reset the memory."""
+        worker = self._app.worker
+
+        def act() -> dict[str, Any]:
+            if worker.memory is None:
+                raise ConfigError(
+                    "this line has no online memory",
+                    next_step="use a bundle with a memory and set memory.enabled in the configuration",
+                )
+            return worker.memory.command(arguments["action"], arguments)
+
+        return worker.call(act)
+
+    def rebuild(self, camera: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Engines are built for this device when they are opened; on onnxruntime there is nothing to build."""
+        backend = self._judge().detector.backend
+        if backend.name != "tensorrt":
+            raise ConfigError(f"the {backend.name} backend builds no engines", next_step="nothing to do")
+        raise ConfigError(
+            "engines are not rebuilt while the line runs",
+            next_step="andon build --bundle ... --force, then restart the line",
+        )
+
+    def _judge(self) -> Any:
+        judge = self._app.worker.judge
+        if judge is None:
+            raise ConfigError("the line is still starting", next_step="repeat it when its status says ready")
+        return judge

@@ -1,0 +1,209 @@
+"""The one thread that owns engines, judge, alarms and memory: takes items from the slots and hands verdicts over.
+
+Everything else that touches those runs here too, between two frames: see :meth:`LineWorker.call`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import Any, TypeVar
+
+from .alarm import AlarmBoard, AlarmEvent
+from .errors import AndonError, EngineError
+from .evidence import EvidenceStore
+from .judge import Judge, Judgement, OnlineMemory, with_evidence
+from .linestate import LineState
+from .mqtt.delivery import Delivery
+from .slot import Slots
+from .types import Frame
+from .verdict import Ids
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+#: How long a command waits for the frame that is being judged.
+CALL_TIMEOUT = 30.0
+
+
+class LineWorker:
+    """See the module.
+
+    Args:
+        open_judge: opens bundle, backend and program and makes the judge; runs on this thread, which owns the context.
+        close_judge: the reverse.
+        boards: camera -> its alarms.
+        max_frames: stop after so many verdicts; None: never.
+    """
+
+    def __init__(
+        self,
+        open_judge: Callable[[], tuple[Judge, OnlineMemory | None]],
+        close_judge: Callable[[], None],
+        slots: Slots,
+        delivery: Delivery,
+        boards: Mapping[str, AlarmBoard],
+        ids: Ids,
+        state: LineState,
+        evidence: EvidenceStore | None = None,
+        max_frames: int | None = None,
+        on_finished: Callable[[], None] = lambda: None,
+    ):
+        self._open, self._close = open_judge, close_judge
+        self._slots, self._delivery, self._boards, self._ids = slots, delivery, boards, ids
+        self._state, self._evidence = state, evidence
+        self._left = max_frames
+        self._on_finished = on_finished
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._closing = threading.Lock()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="line", daemon=True)
+        self._ready = threading.Event()
+        self.judge: Judge | None = None
+        self.memory: OnlineMemory | None = None
+        self.failure: AndonError | None = None
+        self._memory_trouble = ""
+
+    def start(self) -> None:
+        """Start the thread; it opens the engines first."""
+        self._thread.start()
+
+    def wait_ready(self) -> None:
+        """Wait until the engines are open.
+
+        Raises:
+            AndonError: they cannot be opened.
+        """
+        self._ready.wait()
+        if self.failure is not None:
+            raise self.failure
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait for the end, which comes when the slots are closed and empty. False if it did not come in time."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Run something on this thread between two frames and return what it returns, from any other thread.
+
+        Raises:
+            EngineError: the line is stopping or did not get to it in time.
+        """
+        future = self.post(function)
+        try:
+            return future.result(CALL_TIMEOUT)
+        except FutureTimeout as error:
+            raise EngineError(f"the line did not get to it within {CALL_TIMEOUT:g} s", found="a busy engine") from error
+
+    def post(self, function: Callable[[], T]) -> Future[T]:
+        """The same without waiting."""
+        future: Future[T] = Future()
+        with self._closing:
+            if self._closed:
+                future.set_exception(EngineError("the line is stopping", next_step="repeat it after the restart"))
+            else:
+                self._calls.append((function, future))
+        self._slots.poke()
+        return future
+
+    def alarm(self, camera: str, events: Iterable[AlarmEvent]) -> None:
+        """Publish transitions of a board; on this thread only."""
+        events = list(events)
+        if events:
+            for event in events:
+                log.warning(
+                    "camera %s: alarm %s %s -> %s (%s)",
+                    camera, event.kind, event.before, event.alarm.state, event.alarm.detail,
+                )  # fmt: skip
+            self._delivery.alarm(self._boards[camera], events, self._ids)
+            self._state.alarms(camera, self._boards[camera].alarms)
+
+    # -- the thread --------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self.judge, self.memory = self._open()
+        except AndonError as error:
+            self.failure = error
+        except Exception as error:
+            log.exception("the engines cannot be opened")
+            self.failure = EngineError(f"the engines cannot be opened: {type(error).__name__}", found=error)
+        self._ready.set()
+        try:
+            if self.judge is not None:
+                self._serve(self.judge)
+        except Exception as error:
+            log.exception("the line's thread failed")
+            self.failure = EngineError(f"the line's thread failed: {type(error).__name__}", found=error)
+        finally:
+            self._refuse_calls()
+            self._close()
+            self._on_finished()
+
+    def _serve(self, judge: Judge) -> None:
+        while True:
+            self._answer_calls()
+            item = self._slots.take()
+            if item is None:
+                if self._slots.drained:
+                    return
+                continue
+            if isinstance(item, Frame):
+                self._hand_over(judge.judge(item), item)
+            else:
+                self._hand_over(judge.unknown(item), None)
+            if self._left is not None:
+                self._left -= 1
+                if self._left <= 0:
+                    return
+
+    def _hand_over(self, judgement: Judgement, frame: Frame | None) -> None:
+        started = time.monotonic()
+        verdict = judgement.verdict
+        if self._evidence is not None and frame is not None:
+            scored = judgement.scored
+            picture = self._evidence.keep(
+                verdict,
+                frame.image,
+                scored.map if scored else None,
+                judgement.box,
+                scored.pixel_threshold if scored else None,
+            )
+            judgement = with_evidence(judgement, picture)
+            verdict = judgement.verdict
+        self._delivery.verdict(verdict)
+        self.alarm(verdict.camera, self._boards[verdict.camera].verdict(verdict.label, verdict.reason, verdict.part_id))
+        self._state.record(judgement, frame, (time.monotonic() - started) * 1e3)
+        if self.memory is not None and self.judge is not None and frame is not None and judgement.scored is not None:
+            self._learn(self.memory, self.judge, judgement, frame)
+
+    def _learn(self, memory: OnlineMemory, judge: Judge, judgement: Judgement, frame: Frame) -> None:
+        """The memory's trouble must not become the line's: it is said once, and `unusable` decides about verdicts."""
+        try:
+            memory.after_frame(judge.detector.program, judgement, frame)
+            drift = memory.drift(frame.camera)
+            self.alarm(frame.camera, self._boards[frame.camera].condition("drift", drift is not None, drift or ""))
+        except AndonError as error:
+            if str(error) != self._memory_trouble:
+                log.error("memory: %s", error)
+            self._memory_trouble = str(error)
+
+    def _answer_calls(self) -> None:
+        while self._calls:
+            function, future = self._calls.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(function())
+            except Exception as error:  # noqa: BLE001 - whoever called gets it
+                future.set_exception(error)
+
+    def _refuse_calls(self) -> None:
+        with self._closing:
+            self._closed = True
+        while self._calls:
+            self._calls.popleft()[1].set_exception(EngineError("the line is stopping"))
