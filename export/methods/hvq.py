@@ -30,14 +30,18 @@ _POT_STATE = {"off": (), "ct_level1": ("unit",), "sinkhorn_all": ("epsilon",)}
 class Encode(nn.Module):
     """frame uint8 [1, S, S, 3] -> f [1, N, C], hs [L + 1, N, dim] (h0..hL), logits [1, classes]."""
 
+    positions: Tensor
+
     def __init__(self, model: HvqModel) -> None:
         super().__init__()
-        self.model = model
+        self.features, self.encoder, self.classifier = model.features, model.encoder, model.classifier
+        self.register_buffer("positions", model.positions().detach())
 
     def forward(self, frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See the class."""
-        encoded = self.model.encode(self.model.features(frame)["aligned"])
-        return encoded.features, torch.cat(encoded.hidden), encoded.logits
+        aligned = self.features(frame)["aligned"]
+        features, hidden = self.encoder(aligned, self.positions)
+        return features, torch.cat(hidden), self.classifier(aligned)
 
 
 class Quantize(nn.Module):
@@ -178,7 +182,7 @@ def cut(model: AnomalyModel, options: Mapping[str, Any]) -> StagedModel:
         raise ConfigError("hvq has no export options", found=", ".join(options), next_step="leave out --option")
     with_term = model.config.pot.mode != "off"
     state = _state(model)
-    encode, decode = Encode(model), Decode(model)
+    encode, decode, score = Encode(model).eval(), Decode(model).eval(), Score(model).eval()
     maps = ("map14", "sot") if with_term else ("map14",)
     score_inputs = {name: f"decode.{name}" for name in maps} | ({"lam": "state:lam"} if with_term else {})
     return StagedModel(
@@ -194,7 +198,7 @@ def cut(model: AnomalyModel, options: Mapping[str, Any]) -> StagedModel:
                 (*maps, "idx"),
                 fp32=_islands(decode, "quantize", "distance", *(("transport",) if with_term else ())),
             ),
-            StageDef("score", Score(model), score_inputs, ("map", "score"), fp32=("",), int8=False),
+            StageDef("score", score, score_inputs, ("map", "score"), fp32=("",), int8=False),
         ),
         program=(Run(run="encode"), Run(run="decode"), Run(run="score")),
         outputs=Outputs(

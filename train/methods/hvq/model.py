@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ....runtime.manifest import Preprocess
-from ...align import AlignedFeatures, Standardize
+from ...align import Standardize
 from ...method import AnomalyModel, Batch, Optimizer, Scores, TrainingData
 from ...scoremap import ScoreMap
 from . import pot
 from .config import HvqConfig
+from .frontend import Frontend
 from .quantizer import ClassCodebooks, Quantized
 from .transformer import DecoderLayer, EncoderLayer, Positions
 
@@ -37,11 +38,50 @@ class Decoded:
     quantized: tuple[Quantized, ...]
 
 
-class Frontend(AlignedFeatures):
-    """The frozen front end: uint8 [B, S, S, 3] to ``aligned`` [B, C, grid, grid]."""
+class Encoder(nn.Module):
+    """Aligned features [B, C, grid, grid] to (features [B, N, C], h0..hL each [B, N, dim])."""
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
-        return {"aligned": super().forward(images)}
+    def __init__(self, config: HvqConfig, channels: int) -> None:
+        super().__init__()
+        t = config.transformer
+        self.standardize = Standardize(channels) if config.features.standardize else nn.Identity()
+        self.embed = nn.Linear(channels, t.dim)
+        self.layers = nn.ModuleList(EncoderLayer(t.dim, t.heads, t.ffn, t.dropout) for _ in range(t.layers))
+
+    def forward(self, aligned: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See the class."""
+        features = self.standardize(aligned).flatten(2).transpose(1, 2)
+        hidden = [self.embed(features)]
+        for layer in self.layers:
+            hidden.append(layer(hidden[-1], positions))
+        return features, tuple(hidden)
+
+
+class Classifier(nn.Module):
+    """Product logits [B, classes] of aligned features [B, C, grid, grid]; linear in their standardised mean.
+
+    The features come from the frozen front end, so its loss reaches nothing but this module.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels, classes)
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("std", torch.ones(channels))
+
+    def forward(self, aligned: Tensor) -> Tensor:
+        """See the class."""
+        return self.linear((aligned.mean(dim=(2, 3)) - self.mean) / self.std)
+
+    @torch.no_grad()
+    def fit_scale(self, data: TrainingData) -> None:
+        """Mean and standard deviation of the pooled features of the good images."""
+        pooled = torch.cat([batch.features["aligned"].float().mean(dim=(2, 3)) for batch in data.batches(64)])
+        self.mean.copy_(pooled.mean(dim=0))
+        self.std.copy_(pooled.std(dim=0, correction=0) + 1e-6)
 
 
 class HvqModel(AnomalyModel):
@@ -51,8 +91,6 @@ class HvqModel(AnomalyModel):
     theta = VQ(h^L)); HVQ-Trans eq. 1.
     """
 
-    pooled_mean: Tensor
-    pooled_std: Tensor
     lam: Tensor
     epsilon: Tensor
 
@@ -64,10 +102,9 @@ class HvqModel(AnomalyModel):
         f = config.features
         self.features = Frontend(config.backbone, grid, mode=f.align, smooth=f.smooth)
         channels, wide = self.features.channels, 2 * t.dim
-        self.standardize = Standardize(channels) if f.standardize else nn.Identity()
-        self.embed = nn.Linear(channels, t.dim)
         self.positions = Positions(grid, t.dim)
-        self.encoder = nn.ModuleList(EncoderLayer(t.dim, t.heads, t.ffn, t.dropout) for _ in range(t.layers))
+        self.encoder = Encoder(config, channels)
+        self.classifier = Classifier(channels, len(classes))
         self.decoder = nn.ModuleList(
             DecoderLayer(wide, t.decoder_heads, t.decoder_ffn, t.dropout) for _ in range(t.layers)
         )
@@ -77,12 +114,9 @@ class HvqModel(AnomalyModel):
         bound = wide**-0.5
         self.expert_weight = nn.Parameter(torch.empty(len(classes), channels, wide).uniform_(-bound, bound))
         self.expert_bias = nn.Parameter(torch.zeros(len(classes), channels))
-        self.classifier = nn.Linear(channels, len(classes))
         self.score_map = ScoreMap(
             grid, config.size, sigma=config.score.sigma, mode=config.score.mode, window=config.score.window
         )
-        self.register_buffer("pooled_mean", torch.zeros(channels))
-        self.register_buffer("pooled_std", torch.ones(channels))
         self.register_buffer("lam", torch.tensor([80.0 if config.pot.lam == "std" else config.pot.lam]))
         self.register_buffer("epsilon", torch.ones(t.layers + 1, len(classes)))
 
@@ -103,13 +137,8 @@ class HvqModel(AnomalyModel):
 
     def encode(self, aligned: Tensor) -> Encoded:
         """Tokens, encoder states and product logits of aligned features [B, C, grid, grid]."""
-        features = self.standardize(aligned).flatten(2).transpose(1, 2)
-        pooled = (aligned.mean(dim=(2, 3)) - self.pooled_mean) / self.pooled_std
-        positions = self.positions()
-        hidden = [self.embed(features)]
-        for layer in self.encoder:
-            hidden.append(layer(hidden[-1], positions))
-        return Encoded(features, tuple(hidden), self.classifier(pooled))
+        features, hidden = self.encoder(aligned, self.positions())
+        return Encoded(features, hidden, self.classifier(aligned))
 
     def decode(self, encoded: Encoded, class_ids: Tensor) -> Decoded:
         """Quantise with the codebooks of class_ids [B] and reconstruct with its experts (HVQ-Trans eq. 1 and 2)."""
@@ -210,7 +239,9 @@ class HvqModel(AnomalyModel):
     @torch.no_grad()
     def prepare(self, data: TrainingData) -> None:
         """Channel statistics of the good images, then the codes from the first images of each class."""
-        self._statistics(data)
+        if isinstance(self.encoder.standardize, Standardize):
+            self.encoder.standardize.fit(data, "aligned")
+        self.classifier.fit_scale(data)
         self.eval()
         wanted = -(-4 * self.config.codebook.size // self.config.features.grid**2)
         first: dict[int, list[Tensor]] = {i: [] for i in range(len(self.classes))}
@@ -232,13 +263,6 @@ class HvqModel(AnomalyModel):
         theta = top(hidden[-1], ids).tokens
         for book, h in zip(below, hidden[:-1], strict=True):
             book.seed(class_id, torch.cat([h, theta], dim=-1).flatten(0, 1))
-
-    def _statistics(self, data: TrainingData) -> None:
-        if isinstance(self.standardize, Standardize):
-            self.standardize.fit(data, "aligned")
-        pooled = torch.cat([batch.features["aligned"].float().mean(dim=(2, 3)) for batch in data.batches(64)])
-        self.pooled_mean.copy_(pooled.mean(dim=0))
-        self.pooled_std.copy_(pooled.std(dim=0, correction=0) + 1e-6)
 
     @torch.no_grad()
     def finalize(self, holdout: TrainingData) -> None:

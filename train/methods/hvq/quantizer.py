@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from ... import distributed
 from .config import CodebookConfig
 
 
@@ -92,9 +92,8 @@ class ClassCodebooks(nn.Module):
         if not seen:
             return {}
         counts, sums = self._statistics(seen)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(counts)
-            dist.all_reduce(sums)
+        distributed.all_reduce_sum(counts)
+        distributed.all_reduce_sum(sums)
         present = counts.sum(dim=1) > 0
         decay = torch.where(present, self.config.decay, 1.0)[:, None]
         self.count.mul_(decay).add_((1 - decay) * counts)
@@ -144,16 +143,14 @@ class ClassCodebooks(nn.Module):
 
 def _from_owner(tokens: Tensor, number: int, like: Tensor) -> Tensor | None:
     """`number` random rows of tokens [T, D]; over ranks those of the first rank that has any, the same on all."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return pick(tokens, number) if len(tokens) else None
-    rank, world = dist.get_rank(), dist.get_world_size()
-    owner = torch.tensor(rank if len(tokens) else world, device=like.device)
-    dist.all_reduce(owner, op=dist.ReduceOp.MIN)
-    if int(owner) == world:
+    has = torch.zeros(distributed.world(), device=like.device)
+    has[distributed.rank()] = float(len(tokens) > 0)
+    distributed.all_reduce_sum(has)
+    if not bool(has.any()):
         return None
-    fresh = pick(tokens, number) if int(owner) == rank else like.new_empty(number, like.shape[-1])
-    dist.broadcast(fresh, src=int(owner))
-    return fresh
+    owner = int(has.argmax())
+    mine = owner == distributed.rank()
+    return distributed.all_reduce_sum(pick(tokens, number) if mine else like.new_zeros(number, like.shape[-1]))
 
 
 def pick(tokens: Tensor, number: int) -> Tensor:
