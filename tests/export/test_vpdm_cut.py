@@ -1,0 +1,99 @@
+"""The VPDM cut: one step engine, every sampler a program, all equal to the model's own loop."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from andon.export.methods.vpdm import cut
+from andon.export.onnx import export_stage
+from andon.export.walk import Walk, examples, programs, torch_call
+from andon.runtime.errors import ConfigError
+from andon.runtime.manifest import Loop
+from andon.train.methods.vpdm.config import VpdmConfig
+from andon.train.methods.vpdm.model import Vpdm
+from andon.train.methods.vpdm.samplers import find_sampler
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def small_model(kind: str = "flat", prediction: str = "v") -> Vpdm:
+    config = VpdmConfig.model_validate(
+        {
+            "method": "vpdm",
+            "size": 64,
+            "backbone": {"id": "tf_efficientnet_lite0", "weights": "random:0", "taps": [2, 3]},
+            "features": {"grid": 4, "resample": "area", "smooth": True},
+            "prototypes": {"count": 4, "grid": 2},
+            "diffusion": {"prediction": prediction, "steps": 100, "t": [1, 100]},
+            "denoiser": {
+                "kind": kind,
+                "width": 16,
+                "blocks": 1,
+                "groups": 4,
+                "embedding": 16,
+                "time": 16,
+                "attention": [2],
+            },
+            "sampler": "restore",
+            "restore_t": 30,
+            "score": {"space": "raw", "mode": "pool"},
+            "schedule": {"steps": 1},
+        }
+    )
+    model = Vpdm(config, ("a", "b")).eval()
+    model.prototypes.data.normal_()
+    model.standardize.mean.normal_()
+    model.standardize.std.uniform_(0.5, 2)
+    for parameter in model.denoiser.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize(("kind", "prediction"), [("flat", "v"), ("unet", "eps")])
+def test_every_program_is_the_models_sampler(kind: str, prediction: str) -> None:
+    model = small_model(kind, prediction)
+    staged = cut(model, {})
+    assert set(staged.alternatives) == {"ddpm100", "ddim50", "ddim25", "ddim10", "ddim10_t40"}
+    frame = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
+    scores = {}
+    for name in programs(staged):
+        sampler = find_sampler(model.config, "restore" if name == "default" else name)
+        with torch.no_grad():
+            expected = model.score_features(model.front(frame)["features"], sampler)
+        values = Walk(staged, torch_call(staged), name).frame(frame.numpy())
+        np.testing.assert_allclose(values["vpdm_score.score"], expected.score, rtol=1e-4)
+        np.testing.assert_allclose(values["vpdm_score.map"][:, 0], expected.map, rtol=1e-4, atol=1e-5)
+        scores[name] = float(values["vpdm_score.score"][0])
+    assert len(set(scores.values())) == len(scores)
+
+
+def test_default_program_calls_the_step_once_and_is_an_option() -> None:
+    model = small_model()
+    loops = [step for step in cut(model, {}).program if isinstance(step, Loop)]
+    assert [loop.count for loop in loops] == [1]
+    staged = cut(model, {"sampler": "ddim50"})
+    assert [step.count for step in staged.program if isinstance(step, Loop)] == [50]
+    assert "restore" in staged.alternatives and "ddim50" not in staged.alternatives
+    with pytest.raises(ConfigError, match="unknown sampler"):
+        cut(model, {"sampler": "euler"})
+    with pytest.raises(ConfigError, match="export option"):
+        cut(model, {"steps": 4})
+
+
+@pytest.mark.parametrize("kind", ["flat", "unet"])
+def test_stages_export_and_match(kind: str) -> None:
+    staged = cut(small_model(kind), {})
+    seen = examples(staged, np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), dtype=np.uint8))
+    for stage in staged.stages:
+        inputs, outputs = seen[stage.name]
+        graph = export_stage(stage, inputs, outputs)
+        assert "GroupNormalization" not in {node.op_type for node in graph.model.graph.node}
+        session = onnxruntime.InferenceSession(graph.model.SerializeToString())
+        for name, value in zip(stage.outputs, session.run(None, inputs), strict=True):
+            np.testing.assert_allclose(value, outputs[name], rtol=1e-3, atol=1e-4 * np.abs(outputs[name]).max())
