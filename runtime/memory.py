@@ -20,8 +20,10 @@ from ..calib.drift import DriftMonitor
 from ..calib.snapshots import AuditLog, Refusal, Snapshot, SnapshotStore
 from .autosave import Autosave
 from .bundle import Bundle
+from .detector import Detector
 from .errors import CalibrationError, ConfigError, EngineError
 from .judge import Judgement
+from .lineconfig import LineConfig
 from .manifest import Memory
 from .memoryconfig import MemoryConfig
 from .program import Program
@@ -30,8 +32,17 @@ from .verdict import timestamp
 
 log = logging.getLogger(__name__)
 
-#: (camera, the warning stands, what was found)
-DriftCallback = Callable[[str, bool, str], None]
+
+def open_memory(config: LineConfig, detector: Detector, folder: Path) -> LineMemory | None:
+    """Online calibration of a line, in `memory` under its state folder; None if there is nothing to watch or learn.
+
+    Raises:
+        CalibrationError: see :class:`LineMemory`.
+    """
+    learns = config.memory.enabled and detector.bundle.manifest.memory is not None
+    if not learns and not config.memory.drift.enabled:
+        return None
+    return LineMemory(detector.program, config.memory, folder / "memory")
 
 
 class LineMemory:
@@ -43,7 +54,6 @@ class LineMemory:
         program: the opened program; saved state is written into it here.
         config: the `memory` section of the line configuration.
         folder: where snapshots and audit.jsonl live; made if missing.
-        on_drift: told when a drift warning is raised or cleared.
         clock: seconds, monotonic.
 
     Raises:
@@ -55,16 +65,15 @@ class LineMemory:
         program: Program,
         config: MemoryConfig,
         folder: Path,
-        on_drift: DriftCallback = lambda camera, present, detail: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._program = program
         self._config = config
-        self._on_drift = on_drift
         self._classes = program.bundle.manifest.classes
         self._memory = program.bundle.manifest.memory if config.enabled else None
         self._calibrators = _calibrators(program.bundle, self._memory, config) if self._memory else ()
         self._drift: dict[str, DriftMonitor] = {}
+        self._warnings: dict[str, str] = {}
         self._broken: dict[int, str] = {}
         self._number = 0
         self._store = SnapshotStore(folder, _identity(program.bundle, self._memory), config.snapshots)
@@ -81,6 +90,11 @@ class LineMemory:
     def version(self, product: str) -> int | None:
         """Number of the memory's present version, one for the whole bundle; None without memory."""
         return self._number if self._calibrators else None
+
+    def drift(self, camera: str) -> str | None:
+        """What has drifted at this camera; None: nothing has."""
+        found = [detail for name, detail in self._warnings.items() if name.split("/", 1)[0] == camera]
+        return "; ".join(found) or None
 
     def after_frame(self, program: Program, judgement: Judgement, frame: Frame) -> None:
         """A frame was judged with the memory as it was; now the memory may learn from it."""
@@ -119,7 +133,10 @@ class LineMemory:
             detail = f"{product}: scores moved up, KS {drift.statistic:.2f} against {drift.critical:.2f}"
             log.warning("camera %s: drift %s (%s)", camera, "warning" if drift.warning else "cleared", detail)
             self._audit.write({"time": timestamp(), "action": "drift", "camera": camera, "warning": drift.warning})
-            self._on_drift(camera, drift.warning, detail)
+            if drift.warning:
+                self._warnings[name] = detail
+            else:
+                self._warnings.pop(name, None)
 
     def _record(self, outcome: Outcome, judgement: Judgement, frame: Frame, index: int) -> None:
         change, patches = outcome.change, outcome.patches
@@ -194,6 +211,7 @@ class LineMemory:
             self._upload(index)
         for monitor in self._drift.values():
             monitor.reset()
+        self._warnings.clear()
         self._number += 1
 
     def _rollback(self, version: int | None) -> None:
@@ -231,7 +249,7 @@ class LineMemory:
             "rows": {self._name(i): c.memory.length for i, c in enumerate(self._calibrators)},
             "frames": dict(counts),
             "snapshots": self._store.numbers(),
-            "drift": sorted(name for name, monitor in self._drift.items() if monitor.warning),
+            "drift": sorted(self._warnings),
         }
 
     def _name(self, index: int) -> str:
@@ -276,6 +294,8 @@ class LineMemory:
             monitor = DriftMonitor(self._config.drift.policy())
             monitor.restore(_part(arrays, f"drift.{name}."))
             self._drift[name] = monitor
+            if monitor.warning:
+                self._warnings[name] = f"{name.split('/', 1)[1]}: scores had moved up before the restart"
 
     def _upload(self, index: int, rows: slice | None = None) -> None:
         """Write episodic rows (all of them by default) into the program; a failure makes the product unjudgeable."""

@@ -1,0 +1,314 @@
+"""Online calibration on a real program: what is written reaches the next frame, survives a restart, obeys commands."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import datetime, timezone
+
+import numpy as np
+import pytest
+from andon.runtime.bundle import Bundle
+from andon.runtime.detector import Detector
+from andon.runtime.engine.select import open_backend
+from andon.runtime.errors import CalibrationError, ConfigError, EngineError
+from andon.runtime.judge import Judgement
+from andon.runtime.manifest import Threshold
+from andon.runtime.memory import LineMemory
+from andon.runtime.memoryconfig import DriftConfig, GuardConfig, MemoryConfig
+from andon.runtime.types import Frame, Verdict
+
+SEMANTIC, SPARE = 2, 6
+
+#: uint8 frame [1,4,4,3] -> 16 patches of 3 numbers
+FEATURES = """features (uint8[1,4,4,3] image) => (float[16,3] patches) {
+    x = Cast<to=1>(image)
+    shape = Constant<value = int64[2] {16,3}>()
+    patches = Reshape(x, shape)
+}"""
+#: distance to the nearest valid row, 1-norm, as memory methods do it with the 2-norm
+SCORE = f"""score (float[16,3] patches, float[{SEMANTIC + SPARE},3] bank, float[{SEMANTIC + SPARE}] valid)
+ => (float[1,1,4,4] map, float[1] score, float[16] patch_score) {{
+    one = Constant<value = float {{1.0}}>()
+    far = Constant<value = float {{10000.0}}>()
+    empty = Sub(one, valid)
+    penalty = Mul(empty, far)
+    middle = Constant<value = int64[1] {{1}}>()
+    rows = Unsqueeze(patches, middle)
+    gap = Sub(rows, bank)
+    size = Abs(gap)
+    last = Constant<value = int64[1] {{2}}>()
+    distance = ReduceSum<keepdims=0>(size, last)
+    masked = Add(distance, penalty)
+    patch_score = ReduceMin<axes=[1], keepdims=0>(masked)
+    shape = Constant<value = int64[4] {{1,1,4,4}}>()
+    map = Reshape(patch_score, shape)
+    score = ReduceMax<axes=[0], keepdims=1>(patch_score)
+}}"""
+
+GUARD = GuardConfig(share=1.0, warmup=2, window=5, quantile=1.0, local_bound=1e6, global_bound=1e6)
+CONFIG = MemoryConfig(enabled=True, per_frame=2, guard=GUARD, save_every=3600, snapshot_every=1)
+
+
+@pytest.fixture
+def memory_bundle(make_bundle):
+    def make(classes=("a", "b"), per_class=True):
+        bank = np.zeros((len(classes), SEMANTIC + SPARE, 3), np.float32)
+        bank[:, 0], bank[:, 1] = 100.0, 110.0
+        valid = np.zeros(bank.shape[:2], np.float32)
+        valid[:, :SEMANTIC] = 1
+        kind = "class" if per_class else "state"
+        return make_bundle(
+            classes=classes,
+            stages={
+                "features": (FEATURES, {"image": "frame"}),
+                "score": (
+                    SCORE,
+                    {"patches": "features.patches", "bank": f"{kind}:bank", "valid": f"{kind}:valid"},
+                ),
+            },
+            program=[{"run": "features"}, {"run": "score"}],
+            state={"bank": bank if per_class else bank[0], "valid": valid if per_class else valid[0]},
+            class_bound=("bank", "valid") if per_class else (),
+            outputs={"score": "score.score", "map": "score.map"},
+            memory={
+                "bank": "bank",
+                "valid": "valid",
+                "semantic_rows": SEMANTIC,
+                "episodic_rows": SPARE,
+                "candidates": "features.patches",
+                "patch_score": "score.patch_score",
+                "per_class": per_class,
+            },
+        )
+
+    return make
+
+
+class Station:
+    """Detector, memory and the judge's call order."""
+
+    def __init__(self, bundle_path, folder, config=CONFIG):
+        self.bundle = Bundle.load(bundle_path)
+        self.backend = open_backend("onnxruntime", threads=1)
+        self.backend.__enter__()
+        self.detector = Detector(self.bundle, self.backend)
+        for product in self.bundle.manifest.classes:
+            promise = Threshold(value=50.0, false_alarm_rate=0.01, samples=1)
+            self.detector.set_threshold(product, promise)
+        self.memory = LineMemory(self.detector.program, config, folder)
+        self.seq = 0
+
+    def see(self, value, product="a", label=None):
+        image = np.full((4, 4, 3), value, np.uint8)
+        scored = self.detector.judge_image(image, product)
+        now = datetime.now(timezone.utc)
+        self.seq += 1
+        verdict = Verdict(str(self.seq), "cam", self.seq, now, now, label or scored.label, "", product=product)
+        frame = Frame("cam", self.seq, now, 0.0, image)
+        self.memory.after_frame(self.detector.program, Judgement(verdict, scored), frame)
+        return scored.score
+
+    def close(self):
+        self.memory.close()
+        self.detector.close()
+        self.backend.close()
+
+
+@pytest.fixture
+def station(memory_bundle, tmp_path):
+    opened = []
+
+    def make(config=CONFIG, bundle=None):
+        if not hasattr(make, "bundle"):
+            make.bundle = memory_bundle()
+        opened.append(Station(bundle or make.bundle, tmp_path / "state", config))
+        return opened[-1]
+
+    yield make
+    for each in opened:
+        if each.detector.program._engines:
+            each.close()
+
+
+def test_an_accepted_frame_lowers_the_next_score_and_counts_a_version(station):
+    line = station()
+    assert [line.see(104) for _ in range(2)] == [12, 12]
+    assert line.memory.version("a") == 0
+    assert line.see(104) == 12  # scored before the update, with the memory as it was
+    assert line.memory.version("a") == 1
+    assert line.see(104) == 0
+    assert line.see(104, "b") == 12, "each product has its own memory"
+
+
+def test_an_ng_frame_teaches_nothing(station):
+    line = station()
+    for _ in range(5):
+        line.see(104)
+    version = line.memory.version("a")
+    assert line.see(160) == 150
+    assert line.see(160) == 150
+    assert line.memory.version("a") == version
+    assert line.memory.describe()["frames"]["not_ok"] == 2
+
+
+def test_restart_goes_on_where_it_stopped(station):
+    line = station()
+    for value in (104, 105, 104, 103):
+        line.see(value)
+    version, rows = line.memory.version("a"), line.memory.describe()["rows"]
+    line.close()
+    again = station()
+    assert again.memory.version("a") == version
+    assert again.memory.describe()["rows"] == rows
+    assert again.see(104) == 0
+
+
+def test_freeze_unfreeze(station):
+    line = station()
+    for _ in range(2):
+        line.see(104)
+    assert line.memory.command("freeze", {"by": "ann"})["frozen"]
+    line.see(104)
+    assert line.memory.version("a") == 0
+    line.close()
+    again = station()
+    assert again.memory.describe()["frozen"], "a frozen memory stays frozen over a restart"
+    assert not again.memory.command("unfreeze", {})["frozen"]
+    again.see(104)
+    assert again.memory.version("a") == 1
+
+
+def test_snapshot_rollback_and_reset_reach_the_engine(station):
+    line = station()
+    for _ in range(3):
+        line.see(104)
+    line.memory.command("snapshot", {})
+    line.see(120, label="OK")
+    line.see(120, label="OK")
+    assert line.see(120) == 0
+    versions = line.memory.version("a")
+    result = line.memory.command("rollback", {"version": 1})
+    assert result["version"] == versions + 1
+    assert line.see(120, label="NG") == 30
+    assert line.see(104, label="NG") == 0
+    line.memory.command("reset", {})
+    assert line.see(104, label="NG") == 12
+    assert line.memory.version("a") == versions + 2
+
+
+def test_rollback_without_a_version_takes_the_newest_older_one(station):
+    line = station()
+    with pytest.raises(CalibrationError, match="no older version"):
+        line.memory.command("rollback", {})
+    for _ in range(3):
+        line.see(104)
+    line.memory.command("snapshot", {})
+    line.see(108)
+    line.memory.command("rollback", {})
+    assert line.memory.describe()["rows"]["a"] == 2
+    with pytest.raises(CalibrationError, match="no such version"):
+        line.memory.command("rollback", {"version": 99})
+    with pytest.raises(ConfigError, match="no memory action"):
+        line.memory.command("explode", {})
+
+
+def test_audit_says_what_was_admitted_from_which_frame_and_why(station):
+    line = station()
+    for _ in range(3):
+        line.see(104)
+    entry = [e for e in line.memory._audit.entries() if e["action"] == "admit"][-1]
+    assert entry["camera"] == "cam" and entry["seq"] == 3 and entry["verdict"] == "3"
+    assert entry["version"] == 1 and entry["product"] == "a" and len(entry["patches"]) == 2
+    assert entry["score"] == 12 and entry["limit"] == 12 and "quantile" in entry["why"]
+
+
+def test_damaged_newest_snapshot_is_passed_over(station, tmp_path, caplog):
+    line = station()
+    for _ in range(3):
+        line.see(104)
+    line.memory.command("snapshot", {})
+    line.see(108)
+    line.close()
+    newest = max((tmp_path / "state").glob("*.snapshot"), key=lambda p: int(p.stem.split("-")[1]))
+    newest.write_bytes(newest.read_bytes()[:-9])
+    again = station()
+    assert again.memory.version("a") == 1
+    assert "is not used" in caplog.text
+
+
+def test_state_of_another_bundle_is_refused(station, memory_bundle, caplog):
+    line = station()
+    for _ in range(3):
+        line.see(104)
+    line.close()
+    other = station(bundle=memory_bundle(("x", "y")))
+    assert other.memory.version("x") == 0
+    assert "another bundle" in caplog.text
+
+
+def test_shared_memory_of_several_products(memory_bundle, tmp_path):
+    line = Station(memory_bundle(per_class=False), tmp_path / "s")
+    for _ in range(3):
+        line.see(104, "a")
+    assert line.see(104, "b") == 0
+    line.close()
+
+
+def test_an_engine_that_takes_no_update_makes_the_product_unjudgeable(station, monkeypatch):
+    line = station()
+    for _ in range(2):
+        line.see(104)
+    assert line.memory.unusable("a") is None
+
+    def refuse(*args, **kwargs):
+        raise EngineError("copy failed")
+
+    monkeypatch.setattr(line.detector.program, "write_state", refuse)
+    line.see(104)
+    assert "copy failed" in line.memory.unusable("a")
+    assert line.memory.unusable("b") is None
+    monkeypatch.undo()
+    line.memory.command("reset", {})
+    assert line.memory.unusable("a") is None
+
+
+def test_a_bundle_without_use_of_its_memory_still_warns_of_drift(station):
+    config = MemoryConfig(enabled=False, drift=DriftConfig(reference=10, window=10, alpha=0.01))
+    line = station(config)
+    rng = np.random.default_rng(0)
+    for _ in range(25):
+        line.see(int(rng.integers(100, 103)))
+    assert line.memory.version("a") is None and line.memory.drift("cam") is None
+    for _ in range(12):
+        line.see(int(rng.integers(104, 106)))
+    assert "scores moved up" in line.memory.drift("cam")
+    assert line.memory.drift("other") is None
+    with pytest.raises(ConfigError, match="no memory to command"):
+        line.memory.command("freeze", {})
+    line.close()
+    assert station(config).memory.drift("cam") is not None
+
+
+def test_frames_without_a_score_are_left_alone(station):
+    line = station()
+    now = datetime.now(timezone.utc)
+    verdict = Verdict("1", "cam", 1, now, now, "UNKNOWN", "engine_error")
+    frame = Frame("cam", 1, now, 0.0, np.zeros((4, 4, 3), np.uint8))
+    line.memory.after_frame(line.detector.program, Judgement(verdict), frame)
+    scored = line.detector.judge_image(np.full((4, 4, 3), 104, np.uint8), "a")
+    broken = replace(scored, score=float("nan"))
+    line.memory.after_frame(line.detector.program, Judgement(verdict, broken), frame)
+    assert line.memory.describe()["frames"] == {}
+
+
+def test_autosave_writes_while_the_line_runs(memory_bundle, tmp_path):
+    line = Station(memory_bundle(), tmp_path / "s", CONFIG.model_copy(update={"save_every": 0.02}))
+    for _ in range(3):
+        line.see(104)
+    for _ in range(200):
+        if line.memory._store.numbers():
+            break
+        line.memory._saver._stop.wait(0.02)
+    snapshot, _ = line.memory._store.latest()
+    assert snapshot.meta["version"] == 1
+    line.close()
