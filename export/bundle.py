@@ -47,7 +47,7 @@ from ..runtime.manifest import (
 )
 from ..runtime.wiring import check
 from .onnx import OPSET, tensor_type
-from .stage import StagedModel, StageDef
+from .stage import StageDef, StagedModel
 from .walk import Array
 
 STATE_FILE = "state/state.npz"
@@ -207,7 +207,7 @@ def _plain(value: object) -> object:
 
 def variant_bytes(root: Path, manifest: Manifest) -> dict[str, int]:
     """Size of what each variant needs on the device: its stage files, state and tables."""
-    shared = {entry.file for entry in (*manifest.state.values(), *manifest.tables.values())}
+    shared = {e.file for e in manifest.state.values()} | {e.file for e in manifest.tables.values()}
     return {
         variant: sum(
             (root / file).stat().st_size for file in shared | {s.files[variant] for s in manifest.stages.values()}

@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NoReturn, cast
 
 import numpy as np
 import onnx
@@ -26,7 +27,7 @@ from .walk import Array
 OPSET = 17
 #: ONNX IR version that every supported onnxruntime and TensorRT parser reads
 IR_VERSION = 8
-DTYPES = {
+DTYPES: dict[int, str] = {
     onnx.TensorProto.UINT8: "uint8",
     onnx.TensorProto.FLOAT: "float32",
     onnx.TensorProto.FLOAT16: "float16",
@@ -79,7 +80,7 @@ def _trace(stage: StageDef, inputs: Mapping[str, Array]) -> onnx.ModelProto:
             torch.onnx.export(
                 stage.module,
                 tuple(torch.from_numpy(np.array(array)) for array in inputs.values()),
-                stream,
+                cast(str, stream),  # its annotation lacks file objects
                 input_names=list(inputs),
                 output_names=list(stage.outputs),
                 opset_version=OPSET,
@@ -101,14 +102,15 @@ def islands(model: onnx.ModelProto, stage: StageDef) -> dict[str, str]:
         return {node.name: "whole stage" for node in model.graph.node}
     modules = dict(stage.module.named_modules(remove_duplicate=False))
     inside: dict[int, str] = {}
-    for island in stage.fp32:
-        if island not in modules:
-            _fail(stage, f"FP32 island {island!r} is not a submodule", island, ", ".join(filter(None, modules)))
-        inside.update({id(module): island for module in modules[island].modules()})
-    found = {}
+    for name in stage.fp32:
+        if name not in modules:
+            _fail(stage, f"FP32 island {name!r} is not a submodule", name, ", ".join(filter(None, modules)))
+        inside.update({id(module): name for module in modules[name].modules()})
+    found: dict[str, str] = {}
     for node in model.graph.node:
         owners = (inside.get(id(module)) for module in _owners(node.name, modules))
-        if island := next(filter(None, owners), None):
+        island = next(filter(None, owners), None)
+        if island:
             found[node.name] = island
     return found
 
@@ -195,7 +197,7 @@ def tensor_type(info: onnx.ValueInfoProto) -> tuple[tuple[int, ...], str]:
     """Shape and dtype name of a graph input or output; a free dimension is -1, an unknown type its ONNX name."""
     tensor = info.type.tensor_type
     shape = tuple(d.dim_value if d.HasField("dim_value") else -1 for d in tensor.shape.dim)
-    dtype = DTYPES.get(tensor.elem_type, onnx.TensorProto.DataType.Name(tensor.elem_type).lower())
+    dtype = DTYPES.get(tensor.elem_type) or onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
     return shape, dtype
 
 
@@ -212,7 +214,7 @@ def _check_io(
                 _fail(stage, f"{kind} {name} changed on export", found[name], wanted)
 
 
-def _fail(stage: StageDef, what: str, found: object, expected: object) -> None:
+def _fail(stage: StageDef, what: str, found: object, expected: object) -> NoReturn:
     raise ConfigError(
         f"stage {stage.name}: {what}", found=found, expected=expected, next_step="mend the cut in export/methods/"
     )

@@ -22,17 +22,56 @@ FP16_TINY = 2.0**-24
 
 #: Sums, statistics, comparisons and steep functions: FP32 wherever they stand.
 FP32_OPERATORS = frozenset(
-    "LayerNormalization InstanceNormalization GroupNormalization LogSoftmax ReduceSum ReduceMean ReduceSumSquare "
-    "ReduceL1 ReduceL2 ReduceProd ReduceLogSum ReduceLogSumExp ArgMax ArgMin TopK CumSum Exp Log Pow Reciprocal Einsum "
-    "QuantizeLinear DequantizeLinear".split()
+    [
+        "LayerNormalization",
+        "InstanceNormalization",
+        "GroupNormalization",
+        "LogSoftmax",
+        "ReduceSum",
+        "ReduceMean",
+        "ReduceSumSquare",
+        "ReduceL1",
+        "ReduceL2",
+        "ReduceProd",
+        "ReduceLogSum",
+        "ReduceLogSumExp",
+        "ArgMax",
+        "ArgMin",
+        "TopK",
+        "CumSum",
+        "Exp",
+        "Log",
+        "Pow",
+        "Reciprocal",
+        "Einsum",
+        "QuantizeLinear",
+        "DequantizeLinear",
+    ]
 )
 #: Operators that move data without changing it.
 MOVES = frozenset(
-    "Identity Reshape Transpose Flatten Squeeze Unsqueeze Slice Split Concat Gather GatherElements GatherND Expand Tile "
-    "Pad DepthToSpace SpaceToDepth".split()
+    [
+        "Identity",
+        "Reshape",
+        "Transpose",
+        "Flatten",
+        "Squeeze",
+        "Unsqueeze",
+        "Slice",
+        "Split",
+        "Concat",
+        "Gather",
+        "GatherElements",
+        "GatherND",
+        "Expand",
+        "Tile",
+        "Pad",
+        "DepthToSpace",
+        "SpaceToDepth",
+    ]
 )
 #: Elementwise operators between the camera frame and the first product with weights.
-_FRAME_OPERATORS = MOVES | frozenset("Cast Add Sub Mul Div Clip".split())
+_FRAME_OPERATORS = MOVES | frozenset(["Cast", "Add", "Sub", "Mul", "Div", "Clip"])
 #: (operator, input index) that ONNX defines as FP32 whatever the rest is.
 _ALWAYS_FP32 = {("Resize", 1), ("Resize", 2), ("Upsample", 1)}
 #: A bound outside FP16's range means no bound there, so it is clipped instead of keeping the node in FP32.

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..runtime.errors import ConfigError
 from ..runtime.manifest import Loop, Step
 from ..runtime.wiring import parse_source
-from .stage import StagedModel, StageDef
+from .stage import StageDef, StagedModel
 
 Array = NDArray[Any]
 #: (stage name, inputs in graph order) -> outputs by name
@@ -47,7 +47,9 @@ def torch_call(staged: StagedModel) -> StageCall:
                 expected=f"{len(stage.outputs)}: {', '.join(stage.outputs)}",
                 next_step=f"mend the cut of {staged.method} (export/methods/{staged.method}.py)",
             )
-        return {output: np.ascontiguousarray(value.numpy()) for output, value in zip(stage.outputs, values, strict=True)}
+        return {
+            output: np.ascontiguousarray(value.numpy()) for output, value in zip(stage.outputs, values, strict=True)
+        }
 
     return call
 
@@ -181,7 +183,9 @@ def examples(staged: StagedModel, frame: Array) -> dict[str, tuple[dict[str, Arr
         seen.setdefault(stage, (dict(inputs), dict(outputs)))
 
     for steps in programs(staged).values():
-        at_least_once = tuple(s.model_copy(update={"count": max(1, s.count)}) if isinstance(s, Loop) else s for s in steps)
+        at_least_once = tuple(
+            s.model_copy(update={"count": max(1, s.count)}) if isinstance(s, Loop) else s for s in steps
+        )
         Walk(replace(staged, program=at_least_once), torch_call(staged), trace=trace).frame(frame)
     unused = [stage.name for stage in staged.stages if stage.name not in seen]
     if unused:

@@ -1,0 +1,144 @@
+"""`andon export`: a checkpoint to a verified bundle."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ..runtime.errors import ConfigError
+from ..train.registry import list_methods
+
+if TYPE_CHECKING:
+    from ..train.checkpoint import Provenance as CheckpointProvenance
+    from ..train.method import AnomalyModel
+    from .bundle import Provenance
+    from .exporter import Export
+    from .frames import Evidence
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `andon export`."""
+    parser.add_argument("--method", required=True, choices=list_methods(), help="method to export")
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="checkpoint; default: the method's newest one")
+    parser.add_argument("--fp16", action="store_true", help="add FP16 stages")
+    parser.add_argument("--int8", action="store_true", help="add INT8 stages (and the FP16 ones they fall back to)")
+    parser.add_argument(
+        "--fp32-stage", action="append", default=[], metavar="NAME", help="keep this stage FP32 in every variant"
+    )
+    parser.add_argument("--data", metavar="SPEC", help="images to verify on; default: the set the checkpoint is from")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="bundle; default bundles/METHOD-DATA-UTC")
+    parser.add_argument("--tar", action="store_true", help="also write the bundle as DIR.tar")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="setting of the method's cut"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="threads for the torch reference; default: all")
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Export, verify, write, say what comes next."""
+    import torch
+
+    from ..runtime.manifest import Variant
+    from ..train.checkpoint import load_checkpoint, newest_checkpoint, read_provenance
+    from . import bundle, verify
+    from .exporter import Request, export_bundle
+    from .methods import get_cut
+
+    torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
+    checkpoint = args.checkpoint or newest_checkpoint(args.method)
+    origin = read_provenance(checkpoint)
+    if origin.method != args.method:
+        raise ConfigError(
+            f"{checkpoint} is a checkpoint of another method",
+            found=origin.method,
+            expected=args.method,
+            next_step=f"andon export --method {origin.method} --checkpoint {checkpoint}",
+        )
+    _say(f"checkpoint {checkpoint} ({origin.data}, {', '.join(origin.classes)})")
+    model = load_checkpoint(checkpoint)
+    staged = get_cut(args.method)(model, parse_options(args.option))
+    started = time.perf_counter()
+    evidence = _evidence(args.data or origin.data, origin, model)
+    _say(f"evidence: {len(evidence.good)} {evidence.good.source}; {len(evidence.labelled)} {evidence.labelled.source}")
+    variants: tuple[Variant, ...] = ("fp16", "int8") if args.int8 else ("fp16",) if args.fp16 else ()
+    request = Request(args.out, variants, frozenset(args.fp32_stage))
+    export = export_bundle(model, staged, evidence, _provenance(origin, model), request, _say)
+    _say(verify.table(export.checks))
+    packed = bundle.pack(export.path) if args.tar else None
+    _summary(export, time.perf_counter() - started, packed)
+    return {
+        "ok": True,
+        "bundle": str(export.path),
+        "tar": None if packed is None else str(packed),
+        "method": args.method,
+        "checkpoint": str(checkpoint),
+        "variants": list(export.manifest.variants),
+        "bytes": export.report["bytes"],
+        "fallbacks": {v: entry["fallbacks"] for v, entry in export.report["variants"].items()},
+        "checks": verify.record(export.checks),
+        "seconds": export.seconds,
+    }
+
+
+def parse_options(pairs: list[str]) -> Mapping[str, Any]:
+    """``key=value`` settings of a cut; values are read as YAML.
+
+    Raises:
+        ConfigError: a setting without ``=``.
+    """
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError("an --option cannot be read", found=pair, expected="key=value")
+        options[key] = yaml.safe_load(value)
+    return options
+
+
+def _evidence(spec: str, origin: CheckpointProvenance, model: AnomalyModel) -> Evidence:
+    from ..runtime.dataset import open_dataset
+    from . import frames
+
+    return frames.gather(open_dataset(spec), origin.holdout, origin.classes, model.preprocess)
+
+
+def _provenance(origin: CheckpointProvenance, model: AnomalyModel) -> Provenance:
+    from ..runtime.manifest import Backbone
+    from .bundle import Provenance
+
+    backbone = origin.backbone or Backbone(
+        id=model.config.backbone.id, weights="trained with the method", sha256=origin.weights_sha256
+    )
+    licenses = {}
+    if backbone.license:
+        licenses[f"weights of {backbone.id}"] = backbone.license
+    licenses[f"images of {Path(origin.data).name}"] = origin.data_license or "not stated"
+    return Provenance(
+        backbone=backbone,
+        checkpoint_sha256=origin.weights_sha256,
+        data=origin.data,
+        preset=model.config.preset,
+        licenses=licenses,
+    )
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _summary(export: Export, seconds: float, packed: Path | None) -> None:
+    sizes = export.report["bytes"]
+    for variant, size in sizes.items():
+        _say(f"{variant}: {size / 1e6:.2f} MB, {size / sizes['fp32']:.0%} of fp32")
+    for variant, entry in export.report["variants"].items():
+        for stage, reason in entry["fallbacks"].items():
+            _say(f"{variant}: stage {stage} fell back to a wider precision: {reason}")
+    _say(f"{len(export.checks)} checks passed in {seconds:.0f} s")
+    _say(f"bundle {packed or export.path}")
+    _say(f"next: andon calibrate --bundle {export.path}")

@@ -1,0 +1,265 @@
+"""From a cut to a verified bundle: ONNX, precision variants, parity, gates with fall-back, golden set, manifest."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..runtime.errors import AndonError, ConfigError
+from ..runtime.manifest import Manifest, Stage, Variant
+from ..train.method import AnomalyModel
+from . import bundle, trtcheck, verify
+from .frames import Evidence, Frames
+from .onnx import StageGraph, export_stage
+from .reduce import ROUNDED, Reduced, Reducer
+from .stage import StagedModel
+from .verify import Check, Scored
+from .walk import Array, Walk, examples, torch_call
+
+#: Frames of the golden set, and of the gate set that travels along
+GOLDEN_FRAMES = 8
+GATE_FRAMES = 64
+GATE_BYTES = 12 << 20
+#: Frames on which the torch model is compared with the engines, and each stage with its module
+MODEL_FRAMES = 48
+STAGE_FRAMES = 6
+
+Say = Callable[[str], None]
+
+
+class GateError(AndonError):
+    """The export does not keep what it promises; `checks` is the verification table."""
+
+    def __init__(self, checks: list[Check], kept: str):
+        self.checks = checks
+        failed = [c for c in checks if not c.ok]
+        super().__init__(
+            f"the export failed {len(failed)} of {len(checks)} checks\n{verify.table(failed)}",
+            found=", ".join(f"{c.subject} {c.what} {c.value:.3g}" for c in failed[:3]),
+            expected=", ".join(c.limit for c in failed[:3]),
+            next_step=kept,
+        )
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to export. variants: besides fp32; fp32_stages: stages that stay FP32 in every variant."""
+
+    out: Path | None = None
+    variants: tuple[Variant, ...] = ()
+    fp32_stages: frozenset[str] = frozenset()
+
+
+@dataclass
+class Export:
+    """A finished export. seconds: time per phase."""
+
+    path: Path
+    manifest: Manifest
+    report: dict[str, Any]
+    checks: list[Check]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def export_bundle(
+    model: AnomalyModel,
+    staged: StagedModel,
+    evidence: Evidence,
+    provenance: bundle.Provenance,
+    request: Request,
+    say: Say = lambda text: None,
+) -> Export:
+    """Export, verify and write a bundle; nothing is left behind when it fails.
+
+    Raises:
+        ConfigError: the cut, the request or the target path cannot be used.
+        GateError: a stage or the program does not match torch, a precision variant changes decisions even with
+            fall-backs, or TensorRT does not take a stage.
+    """
+    unknown = request.fp32_stages - {stage.name for stage in staged.stages}
+    if unknown:
+        raise ConfigError(
+            "--fp32-stage names a stage that is not there",
+            found=", ".join(sorted(unknown)),
+            expected=", ".join(stage.name for stage in staged.stages),
+        )
+    target = request.out or bundle.default_path(staged.method, provenance)
+    with bundle.new_bundle(target) as root:
+        run = _Run(root, model, staged, evidence, request, say)
+        export = run.export(target, provenance)
+    export.path = target
+    return export
+
+
+class _Run:
+    """One export in its temporary directory."""
+
+    def __init__(
+        self, root: Path, model: AnomalyModel, staged: StagedModel, evidence: Evidence, request: Request, say: Say
+    ):
+        self._root = root
+        self._model = model
+        self._staged = staged
+        self._evidence = evidence
+        self._request = request
+        self._say = say
+        self._checks: list[Check] = []
+        self._seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    def export(self, target: Path, provenance: bundle.Provenance) -> Export:
+        graphs = self._graphs()
+        manifest = self._fp32(target.name, provenance, graphs)
+        self._say("stages against torch, on real frames")
+        frames = _spread(self._evidence.labelled, STAGE_FRAMES)
+        self._checks += verify.stage_parity(self._root, manifest, self._staged, frames)
+        self._refuse_failures("mend the cut: the stage does not compute what its torch module does")
+        full, threshold = self._program(manifest)
+        self._lap("parity")
+        reduced: dict[Variant, Reduced] = {}
+        if self._request.variants:
+            reducer = Reducer(self._root, self._staged, graphs, self._evidence, self._request.fp32_stages, self._say)
+            for variant in self._request.variants:
+                manifest, reduced[variant] = reducer.add(manifest, variant, full, threshold)
+                self._checks += reduced[variant].checks
+                self._lap(variant)
+        self._checks += trtcheck.checks(self._root, manifest)
+        self._refuse_failures("give --fp32-stage for the stage at fault, or leave the variant out")
+        golden = self._golden(manifest, full, threshold)
+        report = self._report(manifest, reduced, golden, threshold)
+        shutil.rmtree(self._root / ROUNDED, ignore_errors=True)
+        manifest = bundle.finish(self._root, manifest, report, self._summary(manifest, reduced))
+        self._lap("golden set and bundle")
+        return Export(target, manifest, report, self._checks, self._seconds)
+
+    def _graphs(self) -> dict[str, StageGraph]:
+        graphs = {}
+        seen = examples(self._staged, self._evidence.good.images[:1])
+        for stage in self._staged.stages:
+            self._say(f"stage {stage.name} to ONNX")
+            graphs[stage.name] = export_stage(stage, *seen[stage.name])
+        self._lap("onnx")
+        return graphs
+
+    def _fp32(self, name: str, provenance: bundle.Provenance, graphs: Mapping[str, StageGraph]) -> Manifest:
+        stages: dict[str, Stage] = {}
+        for stage in self._staged.stages:
+            model = graphs[stage.name].model
+            stages[stage.name] = bundle.describe_stage(
+                stage, model, bundle.save_stage(self._root, stage.name, "fp32", model)
+            )
+        if self._staged.state:
+            bundle.save_npz(self._root, bundle.STATE_FILE, self._staged.state)
+        if self._staged.tables:
+            bundle.save_npz(self._root, bundle.TABLE_FILE, self._staged.tables)
+        return bundle.draft(self._staged, name, provenance, stages)
+
+    def _program(self, manifest: Manifest) -> tuple[Scored, Array]:
+        """FP32 engines on all frames; the torch model beside them on some."""
+        evidence = self._evidence
+        self._say(f"FP32 engines on {len(evidence.good)} good and {len(evidence.labelled)} labelled frames")
+        good = verify.run_engines(self._root, manifest, "fp32", evidence.good)
+        threshold = verify.thresholds(good.score, evidence.good.class_ids, len(self._staged.classes))
+        full = verify.run_engines(self._root, manifest, "fp32", evidence.labelled)
+        self._say("the torch model beside them")
+        chosen = _indices(evidence.labelled, MODEL_FRAMES)
+        some = evidence.labelled.select(chosen)
+        torch_side = verify.reference(self._model, some)
+        engine_side = Scored(full.score[chosen], full.map[chosen])
+        self._checks += verify.model_parity(engine_side, torch_side, some, threshold)
+        self._checks += verify.alternatives_parity(self._root, manifest, self._staged, some.select(range(2)))
+        self._refuse_failures("mend the cut: the program does not compute what the torch model does")
+        return full, threshold
+
+    def _refuse_failures(self, next_step: str) -> None:
+        if not verify.passed(self._checks):
+            raise GateError(self._checks, next_step)
+
+    def _golden(self, manifest: Manifest, full: Scored, threshold: Array) -> dict[str, Any]:
+        """Write golden.npz (torch's values) and gate.npz; returns the tolerances they are to be replayed with."""
+        labelled = self._evidence.labelled
+        frames = _spread(labelled, GOLDEN_FRAMES)
+        walk = Walk(self._staged, torch_call(self._staged))
+        values: dict[str, list[Array]] = {}
+        for image, class_id in zip(frames.images, frames.class_ids, strict=True):
+            walk.reset()
+            for name, array in walk.frame(image[None], int(class_id)).items():
+                values.setdefault(name, []).append(np.array(array))
+        stacked = {name: np.stack(arrays) for name, arrays in values.items()}
+        outputs = self._staged.outputs
+        named = {"score": stacked[outputs.score][:, 0], "map": stacked[outputs.map][:, 0]}
+        inputs = {"frames": frames.images, "class_ids": frames.class_ids}
+        bundle.save_npz(self._root, bundle.GOLDEN_FILE, {**inputs, **named, **stacked})
+        count = max(GOLDEN_FRAMES, min(GATE_FRAMES, GATE_BYTES // labelled.images[0].nbytes))
+        chosen = _indices(labelled, count)
+        gate = labelled.select(chosen)
+        bundle.save_npz(
+            self._root,
+            bundle.GATE_FILE,
+            {
+                "frames": gate.images,
+                "class_ids": gate.class_ids,
+                "labels": gate.labels,
+                "score": full.score[chosen],
+                "threshold": threshold,
+            },
+        )
+        return {"stages": {stage.name: stage.tolerance for stage in self._staged.stages}, "score": verify.SCORE_PARITY}
+
+    def _report(
+        self, manifest: Manifest, reduced: Mapping[Variant, Reduced], golden: dict[str, Any], threshold: Array
+    ) -> dict[str, Any]:
+        evidence = self._evidence
+        return {
+            "method": self._staged.method,
+            "evidence": {
+                "good": {"frames": len(evidence.good), "source": evidence.good.source},
+                "labelled": {"frames": len(evidence.labelled), "source": evidence.labelled.source},
+            },
+            "checks": verify.record(self._checks),
+            "thresholds": dict(zip(self._staged.classes, map(float, threshold), strict=True)),
+            "gates": {variant: vars(verify.GATES[variant]) for variant in reduced},
+            "golden_tolerance": golden,
+            "variants": {variant: r.record() for variant, r in reduced.items()},
+            "bytes": bundle.variant_bytes(self._root, manifest),
+            "tensorrt": trtcheck.versions(),
+        }
+
+    def _summary(self, manifest: Manifest, reduced: Mapping[Variant, Reduced]) -> dict[str, object]:
+        worst = {f"{c.subject}: {c.what}": float(c.value) for c in self._checks if c.subject.startswith("program")}
+        return {
+            "passed": True,
+            "checks": len(self._checks),
+            "program": worst,
+            "bytes": bundle.variant_bytes(self._root, manifest),
+            "fallbacks": {variant: dict(r.fallbacks) for variant, r in reduced.items()},
+        }
+
+    def _lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self._seconds[phase] = round(now - self._started, 2)
+        self._started = now
+
+
+def _indices(frames: Frames, count: int) -> list[int]:
+    """Evenly from every (class, label), evenly spaced within it, in order."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, key in enumerate(zip(frames.class_ids.tolist(), frames.labels.tolist(), strict=True)):
+        groups.setdefault(key, []).append(i)
+    share = -(-count // len(groups))
+    picked = [
+        members[j]
+        for members in groups.values()
+        for j in sorted(set(np.linspace(0, len(members) - 1, min(share, len(members))).round().astype(int)))
+    ]
+    return sorted(picked[:: max(1, len(picked) // count)][:count]) if len(picked) > count else sorted(picked)
+
+
+def _spread(frames: Frames, count: int) -> Frames:
+    return frames.select(_indices(frames, count))

@@ -1,0 +1,224 @@
+"""Reduced-precision variants of a bundle: stage files, the decision gate, per-stage fall-back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..runtime.manifest import Manifest, Stage, Variant
+from . import bundle, verify
+from .frames import Evidence
+from .onnx import StageGraph
+from .precision import Fp16Graph, keep_fp32, simulate, to_fp16
+from .quantize import quantisable, to_int8
+from .ranges import RangeReport, measure
+from .stage import StageDef, StagedModel
+from .verify import Check, Scored
+from .walk import Array, Walk, torch_call
+
+#: Good frames run for range analysis and INT8 calibration, and calls of one stage kept of them
+CALIBRATION_FRAMES = 32
+SAMPLES = 64
+#: Frames next to the threshold that candidates for a fall-back are ranked on
+RANKING_FRAMES = 24
+#: Where the graphs that round on the CPU as a GPU does lie while the bundle is built
+ROUNDED = "rounded"
+
+
+@dataclass
+class Reduced:
+    """What became of a variant. fallbacks: stage -> why it uses a wider file. tried: each gate verdict on the way."""
+
+    checks: list[Check] = field(default_factory=list)
+    fallbacks: dict[str, str] = field(default_factory=dict)
+    graphs: dict[str, Fp16Graph] = field(default_factory=dict)
+    ranges: dict[str, RangeReport] = field(default_factory=dict)
+    tried: list[dict[str, Any]] = field(default_factory=list)
+
+    def record(self) -> dict[str, Any]:
+        """For report.json."""
+        return {
+            "fallbacks": self.fallbacks,
+            "fp32_nodes": {name: dict(g.fp32) for name, g in self.graphs.items()},
+            "clipped_constants": {name: list(g.clipped) for name, g in self.graphs.items() if g.clipped},
+            "ranges": {name: r.record() for name, r in self.ranges.items()},
+            "tried": self.tried,
+        }
+
+
+class Reducer:
+    """Adds variants to a bundle under construction; range analysis and calibration inputs are shared by them."""
+
+    def __init__(
+        self,
+        root: Path,
+        staged: StagedModel,
+        graphs: Mapping[str, StageGraph],
+        evidence: Evidence,
+        fp32_stages: frozenset[str],
+        say: Callable[[str], None],
+    ):
+        self._root = root
+        self._staged = staged
+        self._graphs = graphs
+        self._evidence = evidence
+        self._fp32_stages = fp32_stages
+        self._say = say
+        self._samples = self._record()
+        self._ranges = {name: measure(graphs[name].model, calls) for name, calls in self._samples.items()}
+        self._rounded: dict[tuple[str, str], str] = {}
+
+    def _record(self) -> dict[str, list[dict[str, Array]]]:
+        """Stage inputs on good frames; of more calls than SAMPLES (loops) an even choice."""
+        self._say("ranges of all tensors on good frames")
+        calls: dict[str, list[dict[str, Array]]] = {stage.name: [] for stage in self._staged.stages}
+
+        def keep(stage: str, step: int, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+            calls[stage].append({name: np.array(array) for name, array in inputs.items()})
+
+        walk = Walk(self._staged, torch_call(self._staged), trace=keep)
+        good = self._evidence.good
+        for i in np.unique(np.linspace(0, len(good) - 1, min(CALIBRATION_FRAMES, len(good))).astype(int)):
+            walk.reset()
+            walk.frame(good.images[i : i + 1], int(good.class_ids[i]))
+            for name, kept in calls.items():
+                if len(kept) > 4 * SAMPLES:
+                    calls[name] = kept[::2]
+        return {name: kept[:: -(-len(kept) // SAMPLES)] for name, kept in calls.items() if kept}
+
+    def add(self, manifest: Manifest, variant: Variant, full: Scored, threshold: Array) -> tuple[Manifest, Reduced]:
+        """Make the variant's files and let the gate judge them, widening stage by stage where it fails.
+
+        Returns the manifest with the variant, and what happened; its checks may fail even with all fall-backs.
+        """
+        reduced = Reduced(ranges=dict(self._ranges))
+        self._say(f"{variant}: converting")
+        stages = dict(manifest.stages)
+        for stage in self._staged.stages:
+            stages[stage.name] = self._convert(stage, stages[stage.name], variant, reduced)
+        manifest = manifest.model_copy(update={"stages": stages, "variants": (*manifest.variants, variant)})
+        while True:
+            self._say(f"{variant}: decisions on {len(self._evidence.labelled)} frames")
+            reduced.checks = self._judge(manifest, variant, full, threshold)
+            passed = verify.passed(reduced.checks)
+            reduced.tried.append({"fallbacks": sorted(reduced.fallbacks), "checks": verify.record(reduced.checks)})
+            wider = None if passed else self._widest_gain(manifest, variant, full, threshold)
+            if wider is None:
+                break
+            name, files = wider
+            reason = f"the decision gate failed in {variant}: " + ", ".join(
+                f"{c.what} {c.value:.3g} (limit {c.limit})" for c in reduced.checks if not c.ok
+            )
+            self._say(f"{variant}: stage {name} falls back to {_precision_of(files[variant])}")
+            reduced.fallbacks[name] = reason
+            manifest = _with_files(manifest, name, files, variant, reason)
+        return manifest, reduced
+
+    def _convert(self, stage: StageDef, entry: Stage, variant: Variant, reduced: Reduced) -> Stage:
+        """The stage's entry with a file of this variant, which may be a wider one by design."""
+        graph = self._graphs[stage.name]
+        ranges = self._ranges[stage.name].nodes if stage.name in self._ranges else {}
+        keep = keep_fp32(graph.model, graph.islands, ranges)
+        why = None
+        if stage.name in self._fp32_stages:
+            why = "kept in FP32 by request (--fp32-stage)"
+        elif "" in stage.fp32:
+            why = "FP32 throughout by design (METHODS.md 6.1)"
+        elif stage.name not in self._samples:
+            why = "no program runs this stage, so its ranges are not known"
+        if why:
+            return _entry(entry, variant, entry.files["fp32"], len(graph.model.graph.node), why)
+        half = variant == "int8" and not (stage.int8 and quantisable(graph.model, keep))
+        if half and "fp16" in entry.files:
+            why = entry.fallback.get("fp16") or "nothing to quantise here: FP16"
+            return _entry(entry, variant, entry.files["fp16"], entry.fp32_nodes.get("fp16", 0), why)
+        if variant == "fp16" or half:
+            converted = to_fp16(graph.model, keep)
+            name, why = "fp16", "nothing to quantise here: FP16" if half else None
+        else:
+            converted = to_int8(graph.model, keep, self._samples[stage.name])
+            name, why = "int8", None
+        reduced.graphs[stage.name] = converted
+        file = bundle.save_stage(self._root, stage.name, name, converted.model)  # type: ignore[arg-type]
+        rounded = self._root / ROUNDED / Path(file).name
+        rounded.parent.mkdir(exist_ok=True)
+        rounded.write_bytes(simulate(converted.model).SerializeToString())
+        return _entry(entry, variant, file, len(converted.fp32), why)
+
+    def _judge(self, manifest: Manifest, variant: Variant, full: Scored, threshold: Array) -> list[Check]:
+        """The gate on all labelled frames with GPU rounding, and the shipped files beside it on a few."""
+        frames = self._evidence.labelled
+        rounded = verify.run_engines(self._root, self._with_rounded(manifest, variant), variant, frames)
+        checks = verify.decisions(variant, rounded, full, frames, threshold, self._staged.classes)
+        few = np.argsort(np.abs(full.score - threshold[frames.class_ids]))[:RANKING_FRAMES]
+        shipped = verify.run_engines(self._root, manifest, variant, frames.select(few))
+        limit = threshold[frames.class_ids[few]]
+        flips = int(np.sum((shipped.score > limit) != (full.score[few] > limit)))
+        allowed = int(np.ceil(verify.GATES[variant].flips * len(frames)))
+        note = f"of the {len(few)} frames nearest to the threshold, run by onnxruntime as shipped"
+        return [
+            *checks,
+            Check(f"program {variant}", "flips, files as shipped", flips, f"<= {allowed}", flips <= allowed, note),
+        ]
+
+    def _with_rounded(self, manifest: Manifest, variant: Variant) -> Manifest:
+        stages = {}
+        for name, stage in manifest.stages.items():
+            file = stage.files[variant]
+            rounded = f"{ROUNDED}/{Path(file).name}"
+            files = {**stage.files, variant: rounded if (self._root / rounded).is_file() else file}
+            stages[name] = stage.model_copy(update={"files": files})
+        return manifest.model_copy(update={"stages": stages})
+
+    def _widest_gain(
+        self, manifest: Manifest, variant: Variant, full: Scored, threshold: Array
+    ) -> tuple[str, dict[Variant, str]] | None:
+        """The stage whose next wider file brings the scores near the threshold closest to FP32, or None."""
+        frames = self._evidence.labelled
+        near = np.argsort(np.abs(full.score - threshold[frames.class_ids]))[:RANKING_FRAMES]
+        some, target = frames.select(near), Scored(full.score[near], full.map[near])
+        best: tuple[float, str, dict[Variant, str]] | None = None
+        for name, stage in manifest.stages.items():
+            file = _wider(stage, variant)
+            if file is None:
+                continue
+            files: dict[Variant, str] = {**stage.files, variant: file}
+            candidate = _with_files(manifest, name, files, variant, "candidate")
+            rounded = self._with_rounded(candidate, variant)
+            left = verify.distance(verify.run_engines(self._root, rounded, variant, some), target)
+            if best is None or left < best[0]:
+                best = (left, name, files)
+        return None if best is None else best[1:]
+
+
+def _precision_of(file: str) -> str:
+    return file.split(".")[-2].upper()
+
+
+def _wider(stage: Stage, variant: Variant) -> str | None:
+    """The next wider file that a stage has: INT8 to FP16 (if it was made) to FP32; None from FP32."""
+    now = stage.files[variant]
+    if now == stage.files["fp32"]:
+        return None
+    half = stage.files.get("fp16")
+    return half if half not in (None, now) else stage.files["fp32"]
+
+
+def _entry(entry: Stage, variant: Variant, file: str, fp32_nodes: int, why: str | None) -> Stage:
+    return entry.model_copy(
+        update={
+            "files": {**entry.files, variant: file},
+            "fp32_nodes": {**entry.fp32_nodes, variant: fp32_nodes},
+            "fallback": {**entry.fallback, **({variant: why} if why else {})},
+        }
+    )
+
+
+def _with_files(manifest: Manifest, name: str, files: dict[Variant, str], variant: Variant, why: str) -> Manifest:
+    entry = manifest.stages[name]
+    changed = entry.model_copy(update={"files": files, "fallback": {**entry.fallback, variant: why}})
+    return manifest.model_copy(update={"stages": {**manifest.stages, name: changed}})

@@ -1,0 +1,281 @@
+"""What an export must prove before it ships (DESIGN.md 3): parity with torch, and unchanged decisions.
+
+Scores come from the executor and the engine that the line uses, so what is verified is what is deployed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from scipy.stats import spearmanr
+from sklearn.metrics import roc_auc_score
+
+from ..runtime.bundle import Bundle
+from ..runtime.engine.onnxruntime import OnnxRuntimeBackend
+from ..runtime.manifest import Loop, Manifest, Variant
+from ..runtime.program import Program
+from ..train.method import AnomalyModel
+from .frames import Frames
+from .stage import StagedModel
+from .walk import Array, Walk, programs, torch_call
+
+#: Largest relative score difference between the torch model and the FP32 engines
+SCORE_PARITY = 1e-3
+#: Quantile of held-out good scores that decisions are compared at (METHODS.md 0.6)
+QUANTILE = 0.995
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Limits of a reduced variant against FP32 (METHODS.md 6.3)."""
+
+    flips: float
+    auroc_drop: float
+    map_correlation: float
+    rank_correlation: float
+
+
+GATES: Mapping[Variant, Gate] = {
+    "fp16": Gate(flips=0.005, auroc_drop=0.002, map_correlation=0.999, rank_correlation=0.995),
+    "int8": Gate(flips=0.015, auroc_drop=0.005, map_correlation=0.98, rank_correlation=0.98),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the verification table; `ok` says whether `value` keeps `limit`."""
+
+    subject: str
+    what: str
+    value: float
+    limit: str
+    ok: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores [n] and maps [n, h, w] of a set of frames."""
+
+    score: Array
+    map: Array
+
+
+# -- the deployed side -------------------------------------------------------------------------------------------------
+
+
+def run_engines(
+    root: Path,
+    manifest: Manifest,
+    variant: Variant,
+    frames: Frames,
+    program: str = "default",
+    progress: Callable[[int], None] | None = None,
+) -> Scored:
+    """Judge frames with the executor and onnxruntime, each from the shipped state."""
+    bundle = Bundle(root, root, manifest, digest="")
+    with OnnxRuntimeBackend() as backend, Program(bundle, backend, variant, program) as executor:
+        scores, maps = [], []
+        for image, class_id in zip(frames.images, frames.class_ids, strict=True):
+            executor.reset()
+            executor.frame[...] = image
+            result = executor.run(int(class_id))
+            scores.append(result.score)
+            maps.append(np.array(result.map))
+            if progress is not None:
+                progress(1)
+    return Scored(np.array(scores), np.stack(maps))
+
+
+def thresholds(scores: Array, class_ids: Array, classes: int) -> Array:
+    """Per class, the QUANTILE of held-out good scores: float64 [classes]."""
+    return np.array([np.quantile(scores[class_ids == c], QUANTILE) for c in range(classes)])
+
+
+# -- parity with torch -------------------------------------------------------------------------------------------------
+
+
+def relative_error(value: Array, reference: Array) -> float:
+    """Largest difference over the largest magnitude; for integers and booleans the share of differing elements.
+
+    Not a number or an infinity on one side only counts as infinite error.
+    """
+    if reference.dtype.kind != "f":
+        return float(np.mean(value != reference))
+    finite = np.isfinite(reference)
+    if not np.array_equal(finite, np.isfinite(value)) or not finite.any():
+        return 0.0 if not finite.any() and not np.isfinite(value).any() else float("inf")
+    scale = float(np.abs(reference[finite]).max())
+    return float(np.abs(value[finite] - reference[finite]).max()) / max(scale, 1e-12)
+
+
+def stage_parity(root: Path, manifest: Manifest, staged: StagedModel, frames: Frames) -> list[Check]:
+    """Every stage's FP32 file against its torch module, on the inputs that real frames give it.
+
+    Of a loop the first and the last step of each frame are compared.
+    """
+    sessions = {name: _session(root / stage.files["fp32"]) for name, stage in manifest.stages.items()}
+    worst: dict[tuple[str, str], float] = {
+        (stage.name, output): -1.0 for stage in staged.stages for output in stage.outputs
+    }
+    last = {s.loop: s.count - 1 for steps in programs(staged).values() for s in steps if isinstance(s, Loop)}
+
+    def compare(stage: str, step: int, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        if step not in (0, last.get(stage, 0)):
+            return
+        values = sessions[stage].run(list(outputs), dict(inputs))
+        for (name, reference), value in zip(outputs.items(), values, strict=True):
+            worst[stage, name] = max(worst[stage, name], relative_error(value, reference))
+
+    for program in programs(staged):
+        walk = Walk(staged, torch_call(staged), program, trace=compare)
+        for image, class_id in zip(frames.images, frames.class_ids, strict=True):
+            walk.reset()
+            walk.frame(image[None], int(class_id))
+    return [
+        Check(f"{s.name}.{o}", "torch parity", worst[s.name, o], f"<= {s.tolerance:g}", worst[s.name, o] <= s.tolerance)
+        for s in staged.stages
+        for o in s.outputs
+        if worst[s.name, o] >= 0  # a loop of 0 steps in every program never runs
+    ]
+
+
+def _session(path: Path) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def reference(model: AnomalyModel, frames: Frames) -> Scored:
+    """The torch model's own scores, image by image."""
+    scores, maps = [], []
+    model.eval()
+    with torch.no_grad():
+        for image, class_id in zip(frames.images, frames.class_ids, strict=True):
+            result = model(torch.from_numpy(image[None]), torch.tensor([int(class_id)]))
+            scores.append(float(result.score[0]))
+            maps.append(result.map[0].float().numpy())
+    return Scored(np.array(scores), np.stack(maps))
+
+
+def model_parity(engine: Scored, torch_model: Scored, frames: Frames, threshold: Array) -> list[Check]:
+    """The whole program on FP32 engines against the torch model."""
+    scale = np.maximum(np.abs(torch_model.score), 1e-6)
+    worst = float(np.max(np.abs(engine.score - torch_model.score) / scale))
+    worst = worst if np.isfinite(worst) else float("inf")
+    limit = threshold[frames.class_ids]
+    flips = int(np.sum((engine.score > limit) != (torch_model.score > limit)))
+    where = f"{len(frames)} frames: {frames.source}"
+    checks = [
+        Check("program fp32", "score, relative to torch", worst, f"< {SCORE_PARITY:g}", worst < SCORE_PARITY, where),
+        Check("program fp32", "verdict flips to torch", flips, "0", flips == 0, where),
+    ]
+    if engine.map.shape == torch_model.map.shape:
+        error = relative_error(engine.map, torch_model.map)
+        checks.append(
+            Check("program fp32", "map, relative to torch", error, f"< {SCORE_PARITY:g}", error < SCORE_PARITY)
+        )
+    return checks
+
+
+def alternatives_parity(root: Path, manifest: Manifest, staged: StagedModel, frames: Frames) -> list[Check]:
+    """The alternative programs on FP32 engines against their walk in torch."""
+    checks = []
+    for program in staged.alternatives:
+        engine = run_engines(root, manifest, "fp32", frames, program)
+        walk = Walk(staged, torch_call(staged), program)
+        scores = []
+        for image, class_id in zip(frames.images, frames.class_ids, strict=True):
+            walk.reset()
+            scores.append(float(walk.frame(image[None], int(class_id))[staged.outputs.score][0]))
+        error = relative_error(engine.score, np.array(scores))
+        checks.append(
+            Check(f"program {program}", "score, relative to torch", error, f"< {SCORE_PARITY:g}", error < SCORE_PARITY)
+        )
+    return checks
+
+
+# -- decisions of a reduced variant ------------------------------------------------------------------------------------
+
+
+def auroc(scores: Array, frames: Frames) -> dict[int, float]:
+    """Image AUROC per class that has both labels."""
+    out = {}
+    for c in np.unique(frames.class_ids):
+        mine = frames.class_ids == c
+        if len(np.unique(frames.labels[mine])) == 2 and np.isfinite(scores[mine]).all():
+            out[int(c)] = float(roc_auc_score(frames.labels[mine], scores[mine]))
+    return out
+
+
+def decisions(
+    variant: Variant, reduced: Scored, full: Scored, frames: Frames, threshold: Array, classes: Sequence[str]
+) -> list[Check]:
+    """The decision gate: `reduced` against `full` (FP32 engines) at the FP32 thresholds."""
+    gate = GATES[variant]
+    subject = f"program {variant}"
+    finite = bool(np.isfinite(reduced.score).all() and np.isfinite(reduced.map).all())
+    checks = [Check(subject, "finite", float(finite), "1", finite)]
+    if not finite:
+        return checks
+    limit = threshold[frames.class_ids]
+    flips = int(np.sum((reduced.score > limit) != (full.score > limit)))
+    share = flips / len(frames)
+    note = f"{flips} of {len(frames)}; {frames.source}"
+    checks.append(Check(subject, "verdict flips", share, f"<= {gate.flips:g}", share <= gate.flips, note))
+    before, after = auroc(full.score, frames), auroc(reduced.score, frames)
+    for c, value in before.items():
+        drop = value - after[c]
+        note = f"{classes[c]}: {value:.4f} to {after[c]:.4f}"
+        checks.append(Check(subject, "AUROC drop", drop, f"<= {gate.auroc_drop:g}", drop <= gate.auroc_drop, note))
+    for what, value, least in (
+        ("map correlation", _correlation(reduced.map, full.map), gate.map_correlation),
+        ("score rank correlation", _rank_correlation(reduced.score, full.score), gate.rank_correlation),
+    ):
+        checks.append(Check(subject, what, value, f">= {least:g}", value >= least))
+    return checks
+
+
+def _correlation(a: Array, b: Array) -> float:
+    """Pearson correlation over all pixels of all maps; 1 where both are constant and equal."""
+    x, y = a.ravel() - a.mean(), b.ravel() - b.mean()
+    norm = float(np.linalg.norm(x) * np.linalg.norm(y))
+    return float(x @ y) / norm if norm > 0 else float(np.allclose(a, b))
+
+
+def _rank_correlation(a: Array, b: Array) -> float:
+    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return float(np.allclose(a, b, rtol=1e-2))
+    return float(spearmanr(a, b).statistic)
+
+
+def distance(reduced: Scored, full: Scored) -> float:
+    """How far a variant's scores are from FP32, relative to their spread: what a fall-back has to mend."""
+    if not np.isfinite(reduced.score).all():
+        return float("inf")
+    return float(np.mean(np.abs(reduced.score - full.score)) / max(float(full.score.std()), 1e-12))
+
+
+def passed(checks: Sequence[Check]) -> bool:
+    """True if every check holds."""
+    return all(check.ok for check in checks)
+
+
+def table(checks: Sequence[Check]) -> str:
+    """The verification table, for people."""
+    rows = [("", "check", "value", "limit", "note")]
+    rows += [("ok" if c.ok else "FAIL", f"{c.subject}: {c.what}", f"{c.value:.3g}", c.limit, c.note) for c in checks]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = ("  ".join([*(row[i].ljust(widths[i]) for i in range(4)), row[4]]) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def record(checks: Sequence[Check]) -> list[dict[str, Any]]:
+    """For report.json. A value that is not finite is written as text."""
+    return [asdict(c) | ({} if np.isfinite(c.value) else {"value": str(c.value)}) for c in checks]
