@@ -7,118 +7,40 @@ waiting frames are judged, the outbox is committed and delivered as far as the b
 
 from __future__ import annotations
 
+import json
 import logging
-import os
 import queue
-import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .alarm import AlarmBoard, AlarmRule, Kind
+from .alarm import AlarmBoard, Kind
 from .alarm import payload as alarm_payload
-from .bundle import Bundle
 from .detector import Detector
-from .errors import AndonError, ConfigError
+from .errors import AndonError
 from .evidence import EvidenceStore
 from .handlers import Handlers
 from .judge import Judge, OnlineMemory
-from .lineconfig import AlarmConfig, LineConfig, load_line
 from .linestate import LineState
-from .manifest import Variant
 from .memory import open_memory
 from .mqtt.commands import Commands
 from .mqtt.delivery import Delivery
 from .outbox import Outbox
 from .overrides import Overrides
+from .reload import reload
 from .slot import LanePolicy, Slots
-from .source import make_source
+from .source import Source, make_source
 from .source.camera import Camera, CameraState
+from .startup import Options, Signals, alarm_rule, bundle_path, effective, pick_variant, state_folder
+from .summary import closing_summary
 from .verdict import Ids
 from .worker import LineWorker
 
 log = logging.getLogger("andon.line")
 #: Seconds that a source may take to let go of its camera.
 JOIN = 5.0
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line adds to a configuration; None keeps the configuration's value."""
-
-    config: Path
-    bundle: Path | None = None
-    backend: str | None = None
-    variant: str | None = None
-    broker: str | None = None
-    threads: int | None = None
-    max_frames: int | None = None
-    until_end: bool = False
-
-
-def effective(options: Options) -> LineConfig:
-    """The configuration with the command line's values in it.
-
-    Raises:
-        ConfigError: the file or a value is refused.
-    """
-    config = load_line(options.config)
-    changes: dict[str, Any] = {}
-    if options.backend is not None:
-        changes["backend"] = options.backend
-    if options.variant is not None:
-        changes["variant"] = options.variant
-    if options.bundle is not None:
-        changes["bundle"] = options.bundle.absolute()
-    if options.broker is not None:
-        changes["broker"] = _broker(config, options.broker)
-    if options.until_end and (endless := [name for name, camera in config.cameras.items() if camera.endless]):
-        raise ConfigError(
-            "--until-end needs sources that end",
-            found=f"endless: {', '.join(endless)}",
-            next_step="use --max-frames, or stop it with SIGTERM",
-        )
-    return config.model_copy(update=changes)
-
-
-def _broker(config: LineConfig, address: str) -> Any:
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit():
-        raise ConfigError(f"--broker {address}", found=address, expected="HOST:PORT")
-    from .lineconfig import BrokerConfig
-
-    base = config.broker or BrokerConfig()
-    return base.model_copy(update={"host": host, "port": int(port), "embedded": False})
-
-
-def bundle_path(config: LineConfig) -> Path:
-    """The bundle that is meant; with a * in its name the newest match.
-
-    Raises:
-        ConfigError: none is named, or none matches.
-    """
-    if config.bundle is None:
-        raise ConfigError("no bundle is named", next_step="set 'bundle' in the configuration, or give --bundle")
-    if "*" not in config.bundle.name:
-        return config.bundle
-    matches = [path for path in config.bundle.parent.glob(config.bundle.name) if not path.name.startswith(".")]
-    if not matches:
-        raise ConfigError(f"no bundle matches {config.bundle}", next_step="andon export --method <method>")
-    return max(matches, key=lambda path: path.stat().st_mtime)
-
-
-def state_folder(config: LineConfig, file: Path) -> Path:
-    """Where outbox, overrides and memory live."""
-    named = config.state or os.environ.get("STATE_DIRECTORY")
-    return Path(named) if named else file.absolute().parent / "state"
-
-
-def alarm_rule(config: AlarmConfig) -> AlarmRule:
-    """The rule of a configuration."""
-    return AlarmRule(**config.model_dump())
 
 
 class LineApp:
@@ -165,6 +87,15 @@ class LineApp:
         """Read the configuration again and take over what can be taken over without a gap."""
         self._events.put("reload")
 
+    def replace_source(self, name: str, source: Source) -> None:
+        """Let a camera of that name go and start another on the new source; the others are not touched."""
+        old = self.cameras[name]
+        old.stop()
+        if not old.join(JOIN):
+            log.error("camera %s: its source does not let go after %g s", name, JOIN)
+        self.cameras[name] = Camera(name, self.config.cameras[name], source, self.slots, self._camera_state)
+        self.cameras[name].start()
+
     def run(self) -> dict[str, Any]:
         """Run until stopped; the closing summary.
 
@@ -173,7 +104,7 @@ class LineApp:
         """
         path = bundle_path(self.config)
         with ExitStack() as stack:
-            stack.enter_context(_signals(self._events))
+            stack.enter_context(Signals(self._events))
             self.overrides = Overrides(self.folder)
             stack.callback(self.overrides.close)
             outbox = self.config.outbox
@@ -204,15 +135,13 @@ class LineApp:
 
     # -- start -------------------------------------------------------------------------------------------------------
 
-    def _checked_source(self, name: str) -> Any:
+    def _checked_source(self, name: str) -> Source:
         source = make_source(name, self.config.cameras[name])
         said = source.check()
         log.debug("camera %s: %s", name, said)
         return source
 
     def _restore_boards(self) -> None:
-        import json
-
         for name, board in self.boards.items():
             dumped = self.outbox.load_state(f"alarm/{name}")
             if dumped is not None:
@@ -260,7 +189,7 @@ class LineApp:
         """Runs on the judging thread."""
         started = time.monotonic()
         stack = self._detector_stack
-        variant = self._variant(path)
+        variant = pick_variant(self.config, path)
         detector = stack.enter_context(
             Detector.open(
                 path,
@@ -293,17 +222,6 @@ class LineApp:
         )  # fmt: skip
         return judge, memory
 
-    def _variant(self, path: Path) -> Variant:
-        wanted = self.config.variant
-        if wanted != "auto":
-            return wanted
-        from .engine.probe import tensorrt_missing
-
-        if self.config.backend == "onnxruntime" or tensorrt_missing():
-            return "fp32"
-        with Bundle.load(path) as bundle:
-            return "fp16" if "fp16" in bundle.manifest.variants else "fp32"
-
     # -- run and stop ------------------------------------------------------------------------------------------------
 
     def _run(self) -> dict[str, Any]:
@@ -324,7 +242,7 @@ class LineApp:
             self._stop_line()
         if self.worker.failure is not None:
             raise self.worker.failure
-        return self._summary()
+        return closing_summary(self)
 
     def _attend(self) -> None:
         """Wait for signals and the line's own end; meanwhile publish metrics and watch the broker."""
@@ -408,66 +326,7 @@ class LineApp:
             self.delivery.metrics(name, fields)
 
     def _reload(self) -> None:
-        from .reload import reload
-
         try:
             reload(self)
         except AndonError as error:
             log.error("the configuration is not reloaded: %s", error)
-
-    def _summary(self) -> dict[str, Any]:
-        """The closing summary: what was judged, how fast, what was lost, what it took."""
-        snapshot = self.state.snapshot()
-        failed = [name for name, camera in self.cameras.items() if camera.state.state == "failed"]
-        return {
-            "ok": not failed,
-            "frames": snapshot["frames"],
-            "fps": snapshot["fps"],
-            "verdicts": self.state.counts(),
-            "unknown": self.state.reasons(),
-            "latency_ms": snapshot["latency_ms"],
-            "cameras": {
-                name: {"state": camera.state.state, "restarts": camera.state.restarts, "skipped": camera.state.skipped}
-                for name, camera in self.cameras.items()
-            },
-            "slots": snapshot["slots"],
-            "delivery": snapshot["delivery"],
-            "thresholds": snapshot.get("thresholds", {}),
-            "bundle": snapshot.get("bundle"),
-            "backend": snapshot.get("backend"),
-            "variant": snapshot.get("variant"),
-            "memory_mb": _peak_memory(),
-            "uptime_s": snapshot["uptime_s"],
-        }
-
-
-class _signals:
-    """SIGTERM and SIGINT end the run, SIGHUP reloads; the handlers of before come back. Only in the main thread."""
-
-    def __init__(self, events: queue.SimpleQueue[str]):
-        self._events = events
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        import threading
-
-        if threading.current_thread() is not threading.main_thread():
-            return
-        texts = {signal.SIGTERM: "stop SIGTERM", signal.SIGINT: "stop SIGINT", signal.SIGHUP: "reload"}
-        for number, text in texts.items():
-            self._before[number] = signal.signal(number, lambda *_, text=text: self._events.put(text))
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-def _peak_memory() -> dict[str, float]:
-    """Resident memory now and at its peak, in MB."""
-    import resource
-
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return {
-        "resident": round(pages * resource.getpagesize() / 1e6, 1),
-        "peak": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, 1),
-    }

@@ -28,8 +28,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         AndonError: it cannot start as configured.
     """
-    from ..app import LineApp, Options
+    from ..app import LineApp
     from ..logs import configure_logging
+    from ..startup import Options
 
     configure_logging(args.log_level)
     options = Options(

@@ -78,6 +78,10 @@ class Camera:
         """True once no frame will come any more."""
         return self._state.state in ("ended", "failed", "stopped")
 
+    def configure(self, config: CameraConfig) -> None:
+        """Take over settings from the next frame on; the source stays the one given."""
+        self._config = config
+
     def start(self) -> None:
         """Start the thread."""
         self._last_seen = time.monotonic()

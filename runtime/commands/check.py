@@ -1,0 +1,164 @@
+"""`andon check`: does this configuration, its bundle, its cameras and its broker work on this machine? Nothing runs."""
+
+from __future__ import annotations
+
+import argparse
+import socket
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import AndonError, BundleError, ConfigError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row: what was looked at, whether it is good, and what was found."""
+
+    what: str
+    ok: bool
+    found: str
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    parser.add_argument("--config", type=Path, required=True, help="line configuration (YAML)")
+    parser.add_argument("--bundle", type=Path, help="bundle folder or .tar, instead of the configuration's")
+    parser.add_argument("--broker", metavar="HOST:PORT", help="instead of the configuration's")
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Check and print a table; "ok" False if anything would keep the line from working.
+
+    Raises:
+        ConfigError: the configuration itself is refused.
+    """
+    from ..startup import Options, effective
+
+    config = effective(Options(config=args.config, bundle=args.bundle, broker=args.broker))
+    findings = [Finding("configuration", True, f"{config.topic}, {len(config.cameras)} cameras")]
+    findings += _bundle(config)
+    findings += [_guard(f"camera {name}", _camera(name, camera)) for name, camera in config.cameras.items()]
+    findings.append(_guard("broker", lambda: _broker(config)))
+    findings.append(_guard("state folder", lambda: _writable(config, args.config)))
+    width = max(len(finding.what) for finding in findings)
+    for finding in findings:
+        first, *more = finding.found.splitlines()
+        print(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.what:<{width}}  {first}")
+        for line in more:
+            print(f"      {'':<{width}}  {line}")
+    return {"ok": all(finding.ok for finding in findings), "findings": [asdict(finding) for finding in findings]}
+
+
+def _guard(what: str, look: Callable[[], str]) -> Finding:
+    try:
+        return Finding(what, True, look())
+    except AndonError as error:
+        return Finding(what, False, str(error))
+
+
+def _camera(name: str, camera: Any) -> Callable[[], str]:
+    from ..source import make_source
+
+    return lambda: make_source(name, camera).check()
+
+
+def _bundle(config: Any) -> list[Finding]:
+    """The bundle, then what of the configuration rests on it: backend, variant, program, products, thresholds."""
+    from ..bundle import Bundle
+    from ..startup import bundle_path
+
+    try:
+        path = bundle_path(config)
+        bundle = Bundle.load(path)
+    except AndonError as error:
+        return [Finding("bundle", False, str(error))]
+    with bundle:
+        manifest = bundle.manifest
+        return [
+            Finding("bundle", True, f"{path}: {manifest.method} {bundle.id}, products {', '.join(manifest.classes)}"),
+            _guard("engine", lambda: _engine(config, path, bundle)),
+            _guard("products", lambda: _products(config, bundle)),
+            _guard("thresholds", lambda: _thresholds(config, bundle)),
+        ]
+
+
+def _engine(config: Any, path: Path, bundle: Any) -> str:
+    from ..engine.probe import require_tensorrt, tensorrt_missing
+    from ..startup import pick_variant
+    from ..wiring import wire
+
+    wire(bundle.manifest, config.program)
+    variant = pick_variant(config, path)
+    for stage in bundle.manifest.stages:
+        bundle.stage_path(stage, variant)
+    if config.backend == "tensorrt":
+        require_tensorrt()
+    backend = config.backend if config.backend != "auto" else "onnxruntime" if tensorrt_missing() else "tensorrt"
+    return f"{backend}, {variant}, program {config.program}"
+
+
+def _products(config: Any, bundle: Any) -> str:
+    named = {camera.product for camera in config.cameras.values()} | set(config.judge.thresholds)
+    for product in sorted(named - {"auto"}):
+        bundle.class_index(product)
+    classes = bundle.manifest.classes
+    outputs = bundle.manifest.outputs
+    autos = [
+        name for name, camera in config.cameras.items() if camera.product == "auto" and camera.source.kind != "dataset"
+    ]
+    if autos and len(classes) > 1 and outputs.logits is None:
+        raise ConfigError(
+            f"product: auto of {', '.join(autos)}: the bundle has no classifier",
+            expected=f"one of {', '.join(classes)}",
+            next_step="name the camera's product",
+        )
+    return ", ".join(f"{name}: {camera.product}" for name, camera in config.cameras.items())
+
+
+def _thresholds(config: Any, bundle: Any) -> str:
+    named = {camera.product for camera in config.cameras.values()}
+    wanted = bundle.manifest.classes if "auto" in named else sorted(named)
+    values = {}
+    for product in wanted:
+        entry = bundle.threshold(product, config.program)
+        values[product] = config.judge.thresholds.get(product, None if entry is None else entry.value)
+    missing = [product for product, value in values.items() if value is None]
+    if missing:
+        raise BundleError(
+            f"no threshold for {', '.join(missing)} under program {config.program}: every verdict would be UNKNOWN",
+            next_step="andon calibrate --bundle ... --data ..., or set judge.thresholds",
+        )
+    return ", ".join(f"{product} {value:.4g}" for product, value in values.items())
+
+
+def _broker(config: Any) -> str:
+    """Reach the broker and be let in, with the configuration's own credentials; publishes nothing."""
+    broker = config.broker
+    if broker is None:
+        return "none: verdicts wait in the outbox"
+    if broker.embedded:
+        import shutil
+
+        if shutil.which("mosquitto") is None and shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin") is None:
+            raise ConfigError("broker.embedded needs mosquitto", next_step="apt-get install -y mosquitto")
+        return "embedded mosquitto on loopback"
+    from ..mqtt.probe import probe
+
+    probe(broker, f"{config.topic.replace('/', '-')}-check-{socket.gethostname()}")
+    return f"{broker.host}:{broker.port} lets us in"
+
+
+def _writable(config: Any, file: Path) -> str:
+    import os
+
+    from ..startup import state_folder
+
+    folder = state_folder(config, file)
+    nearest = folder
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise ConfigError(f"{folder} cannot be written by this user", next_step="set 'state' to a folder that can")
+    return str(folder)

@@ -1,0 +1,121 @@
+"""Before a line runs: the command line's values in the configuration, which bundle, which folder, which precision."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .alarm import AlarmRule
+from .bundle import Bundle
+from .engine.probe import tensorrt_missing
+from .errors import ConfigError
+from .lineconfig import AlarmConfig, BrokerConfig, LineConfig, load_line
+from .manifest import Variant
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line adds to a configuration; None keeps the configuration's value."""
+
+    config: Path
+    bundle: Path | None = None
+    backend: str | None = None
+    variant: str | None = None
+    broker: str | None = None
+    threads: int | None = None
+    max_frames: int | None = None
+    until_end: bool = False
+
+
+def effective(options: Options) -> LineConfig:
+    """The configuration with the command line's values in it.
+
+    Raises:
+        ConfigError: the file or a value is refused.
+    """
+    config = load_line(options.config)
+    changes: dict[str, Any] = {}
+    if options.backend is not None:
+        changes["backend"] = options.backend
+    if options.variant is not None:
+        changes["variant"] = options.variant
+    if options.bundle is not None:
+        changes["bundle"] = options.bundle.absolute()
+    if options.broker is not None:
+        changes["broker"] = _broker(config, options.broker)
+    if options.until_end and (endless := [name for name, camera in config.cameras.items() if camera.endless]):
+        raise ConfigError(
+            "--until-end needs sources that end",
+            found=f"endless: {', '.join(endless)}",
+            next_step="use --max-frames, or stop it with SIGTERM",
+        )
+    return config.model_copy(update=changes)
+
+
+def _broker(config: LineConfig, address: str) -> BrokerConfig:
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():
+        raise ConfigError(f"--broker {address}", found=address, expected="HOST:PORT")
+    base = config.broker or BrokerConfig()
+    return base.model_copy(update={"host": host, "port": int(port), "embedded": False})
+
+
+def bundle_path(config: LineConfig) -> Path:
+    """The bundle that is meant; with a * in its name the newest match.
+
+    Raises:
+        ConfigError: none is named, or none matches.
+    """
+    if config.bundle is None:
+        raise ConfigError("no bundle is named", next_step="set 'bundle' in the configuration, or give --bundle")
+    if "*" not in config.bundle.name:
+        return config.bundle
+    matches = [path for path in config.bundle.parent.glob(config.bundle.name) if not path.name.startswith(".")]
+    if not matches:
+        raise ConfigError(f"no bundle matches {config.bundle}", next_step="andon export --method <method>")
+    return max(matches, key=lambda path: path.stat().st_mtime)
+
+
+def state_folder(config: LineConfig, file: Path) -> Path:
+    """Where outbox, overrides and memory live."""
+    named = config.state or os.environ.get("STATE_DIRECTORY")
+    return Path(named) if named else file.absolute().parent / "state"
+
+
+def alarm_rule(config: AlarmConfig) -> AlarmRule:
+    """The rule of a configuration."""
+    return AlarmRule(**config.model_dump())
+
+
+def pick_variant(config: LineConfig, path: Path) -> Variant:
+    """The precision to run; auto is fp16 on TensorRT where the bundle has it, else fp32."""
+    if config.variant != "auto":
+        return config.variant
+    if config.backend == "onnxruntime" or tensorrt_missing():
+        return "fp32"
+    with Bundle.load(path) as bundle:
+        return "fp16" if "fp16" in bundle.manifest.variants else "fp32"
+
+
+class Signals:
+    """SIGTERM and SIGINT end the run, SIGHUP reloads; the handlers of before come back. Only in the main thread."""
+
+    def __init__(self, events: queue.SimpleQueue[str]):
+        self._events = events
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        texts = {signal.SIGTERM: "stop SIGTERM", signal.SIGINT: "stop SIGINT", signal.SIGHUP: "reload"}
+        for number, text in texts.items():
+            self._before[number] = signal.signal(number, lambda *_, text=text: self._events.put(text))
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
