@@ -44,6 +44,21 @@ class Encode(nn.Module):
         return x0, yhat, self.signal * (x0 - yhat), weights
 
 
+class Score(nn.Module):
+    """x0, yhat, u0 -> map [1, 1, S, S], score [1], with the channel weights baked in."""
+
+    std: Tensor
+
+    def __init__(self, model: Vpdm) -> None:
+        super().__init__()
+        self.scoring = model.scoring
+        self.register_buffer("std", model.standardize.std.clone())
+
+    def forward(self, x0: Tensor, yhat: Tensor, u0: Tensor) -> tuple[Tensor, Tensor]:
+        map_, score = self.scoring(x0, yhat, u0, self.std)
+        return map_, score
+
+
 def _float32(array: NDArray[Any]) -> NDArray[np.float32]:
     return np.ascontiguousarray(array, dtype=np.float32)
 
@@ -98,7 +113,7 @@ def _stages(model: Vpdm) -> tuple[StageDef, ...]:
             fp32=("standardize", "condition"),
         ),
         StageDef("vpdm_step", model.step, step, ("u_next", "u0", "noise_next"), fp32=(*kept, "update")),
-        StageDef("vpdm_score", model.scoring, score, ("map", "score"), fp32=("",), int8=False),
+        StageDef("vpdm_score", Score(model), score, ("map", "score"), fp32=("",), int8=False),
     )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from andon.export.methods.hgad import FoldedFlow, cut
+from andon.export.methods.hgad import FoldedFlow, FoldedSubnet, cut
 from andon.export.onnx import export_stage
 from andon.export.walk import Walk, examples, torch_call
 from andon.runtime.errors import ConfigError
@@ -99,9 +99,10 @@ def test_stages_export_and_match() -> None:
 
 def test_position_channels_are_gone_from_the_graph() -> None:
     model = small_model(1, None)
-    folded = FoldedFlow(model.each_level[0].flow)
+    subnet = FoldedFlow(model.each_level[0].flow).subnets[0]
     block = model.each_level[0].flow.each_block[0]
-    assert folded.subnets[0].inner.in_features == block.kept < block.inner.in_features
+    assert isinstance(subnet, FoldedSubnet)
+    assert subnet.inner.in_features == block.kept < block.inner.in_features
 
 
 def test_unknown_option_is_refused() -> None:

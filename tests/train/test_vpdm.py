@@ -349,7 +349,8 @@ def test_learns_normal(kind: str) -> None:
 def test_score_of_a_frame_is_its_own() -> None:
     model = Vpdm(small_config(), ("a", "b")).eval()
     model.prototypes.data.normal_()
-    model.denoiser.head[2].weight.data.normal_(std=0.1)
+    for parameter in model.denoiser.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
     images = torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8)
     with torch.no_grad():
         together = model(images, torch.tensor([0, 1, 0])).score

@@ -78,19 +78,21 @@ def roll(noise: Tensor) -> Tensor:
 
 
 class ResidualScore(nn.Module):
-    """x0, yhat, u0 [B, C, g, g] -> map [B, 1, S, S] and score [B]: norm over channels of what was not restored."""
+    """x0, yhat, u0 [B, C, g, g] -> map [B, 1, S, S] and score [B]: norm over channels of what was not restored.
 
-    def __init__(self, config: VpdmConfig, standardize: Standardize) -> None:
+    std: [1, C, 1, 1], weighs channels by their feature units when `score.space` is raw.
+    """
+
+    def __init__(self, config: VpdmConfig) -> None:
         super().__init__()
-        self.raw = config.score.space == "raw"
-        self.standardize = standardize
         s = config.score
+        self.raw = s.space == "raw"
         self.map = ScoreMap(config.features.grid, config.size, align_corners=False, sigma=s.sigma, mode=s.mode)
 
-    def forward(self, x0: Tensor, yhat: Tensor, u0: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x0: Tensor, yhat: Tensor, u0: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
         residual = x0 - yhat - u0
         if self.raw:
-            residual = residual * self.standardize.std
+            residual = residual * std
         map_, score = self.map((residual * residual).sum(1, keepdim=True).sqrt())
         return map_, score
 
@@ -116,9 +118,8 @@ class Vpdm(AnomalyModel):
         self.standardize = Standardize(channels)
         self.condition = Condition(p, channels, grid)
         self.prototypes = nn.Parameter(torch.zeros(p.count, self.condition.dimension))
-        self.denoiser = build_denoiser(channels, grid, config.denoiser)
-        self.step = StepEngine(self.denoiser)
-        self.scoring = ResidualScore(config, self.standardize)
+        self.step = StepEngine(build_denoiser(channels, grid, config.denoiser))
+        self.scoring = ResidualScore(config)
         generator = torch.Generator().manual_seed(config.seed)
         self.register_buffer("noise", torch.randn(1, channels, grid, grid, generator=generator))
         self.register_buffer("start", torch.randn(1, channels, grid, grid, generator=generator))
@@ -136,6 +137,11 @@ class Vpdm(AnomalyModel):
     @property
     def frontend(self) -> nn.Module:
         return self.front
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """(u, yhat, time code) -> prediction."""
+        return self.step.denoiser
 
     def conditioned(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Standardised x0, condition yhat (both [B, C, g, g]) and prototype weights of raw features."""
@@ -164,7 +170,7 @@ class Vpdm(AnomalyModel):
         """Scores of raw features [B, C, g, g]; sampler: default the configured one."""
         x0, yhat, _ = self.conditioned(features)
         u0 = self.restored(x0, yhat, sampler or find_sampler(self.config, self.config.sampler))
-        map_, score = self.scoring(x0, yhat, u0)
+        map_, score = self.scoring(x0, yhat, u0, self.standardize.std)
         return Scores(map_[:, 0], score)
 
     def forward(self, images: Tensor, class_ids: Tensor) -> Scores:
