@@ -60,13 +60,18 @@ BUNDLES = "ANDON_BUNDLES"
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where the model came from. data: name of the data set, for the bundle's name; empty: the preset's is used."""
+    """Where the model came from.
+
+    data: name of the data set, for the bundle's name; empty: the preset's is used.
+    holdout: keys of the good training images kept for constants and thresholds; `andon calibrate` reads them.
+    """
 
     backbone: Backbone
     checkpoint_sha256: str = ""
     data: str = ""
     preset: str = ""
     licenses: Mapping[str, str] = field(default_factory=dict)
+    holdout: tuple[str, ...] = ()
 
 
 def default_path(method: str, provenance: Provenance) -> Path:

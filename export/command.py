@@ -125,6 +125,7 @@ def _provenance(origin: CheckpointProvenance, model: AnomalyModel) -> Provenance
         data=origin.data,
         preset=model.config.preset,
         licenses=licenses,
+        holdout=origin.holdout,
     )
 
 
