@@ -115,6 +115,14 @@ class Detector:
         name = self.program.name
         self._thresholds = tuple(bundle.threshold(product, name) for product in self._classes)
 
+    def threshold(self, product: str) -> Threshold | None:
+        """The threshold in use for a product.
+
+        Raises:
+            ProductError: unknown product.
+        """
+        return self._thresholds[self.bundle.class_index(product)]
+
     def set_threshold(self, product: str, threshold: Threshold | None) -> None:
         """Change one product's threshold from the next frame on.
 

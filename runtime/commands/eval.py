@@ -1,0 +1,162 @@
+"""`andon eval`: a data set through the engines, and the figures it is usually judged by."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..bundle import Bundle
+from ..dataset import Dataset, Sample, open_dataset
+from ..detector import Detector
+from ..engine.base import Backend
+from ..engine.select import open_backend
+from ..errors import ConfigError
+from ..evaluation import Evaluated, evaluate, latency_table, percentiles
+from ..quality import mean_metrics, table
+from . import options
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options of `andon eval`."""
+    options.add_bundle(parser)
+    parser.add_argument("--data", required=True, help="elpv or a folder (MVTec or good/bad layout)")
+    options.add_engine(parser)
+    parser.add_argument("--split", choices=("test", "train", "all"), default="test", help="default: test")
+    parser.add_argument(
+        "--product",
+        choices=("given", "auto"),
+        default="given",
+        help="auto: the bundle's classifier chooses the product",
+    )
+    parser.add_argument("--products", nargs="+", metavar="NAME", help="only these products")
+    parser.add_argument("--limit", type=int, metavar="N", help="at most N images a product, good and defective evenly")
+    parser.add_argument("--samplers", action="store_true", help="also every other program of the bundle, with its cost")
+    parser.add_argument("--report", type=Path, metavar="HTML", help="write a report with heatmaps, histograms and ROC")
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Run it.
+
+    Raises:
+        AndonError: bundle, data set, product or engine cannot be used.
+    """
+    with Bundle.load(args.bundle) as bundle, open_backend(args.backend, threads=args.threads) as backend:
+        dataset = open_dataset(args.data)
+        samples = choose(dataset, args.split, args.products, args.limit)
+        names = [args.program] + [n for n in options.program_names(bundle) if args.samplers and n != args.program]
+        results: dict[str, Any] = {}
+        for name in names:
+            with options.open_detector(bundle, backend, args, program=name) as detector:
+                evaluated = _run(detector, samples, auto=args.product == "auto")
+                _print(detector, evaluated, auto=args.product == "auto")
+                results[name] = as_dict(evaluated)
+                if args.report and name == args.program:
+                    results[name]["report"] = str(_report(args.report, detector, dataset, evaluated))
+        if args.samplers:
+            print(_samplers(results))
+        variant = options.choose_variant(args.variant, bundle, backend.name)
+        return {
+            "ok": True,
+            **_about(bundle, backend, variant, args),
+            "program": args.program,
+            **results[args.program],
+            **({"samplers": results} if args.samplers else {}),
+        }
+
+
+def choose(dataset: Dataset, split: str, products: Sequence[str] | None, limit: int | None) -> list[Sample]:
+    """The images to judge; with a limit, evenly spaced over good and defective ones of each product.
+
+    Raises:
+        ConfigError: none is left.
+    """
+    chosen = dataset.select(split=None if split == "all" else split, products=products).samples  # type: ignore[arg-type]
+    if not chosen:
+        raise ConfigError(
+            f"{dataset.spec} has no images in its {split} split",
+            found=dataset.describe(),
+            expected="at least one image",
+            next_step="choose another --split",
+        )
+    if limit is None:
+        return list(chosen)
+    kept: list[Sample] = []
+    for product in sorted({s.product for s in chosen}):
+        groups = [[s for s in chosen if s.product == product and s.good == good] for good in (True, False)]
+        share = [min(len(groups[0]), max(limit - len(groups[1]), (limit + 1) // 2))]
+        share.append(min(len(groups[1]), limit - share[0]))
+        for group, count in zip(groups, share, strict=True):
+            kept += [group[i * len(group) // count] for i in range(count)]
+    return kept
+
+
+def as_dict(evaluated: Evaluated) -> dict[str, Any]:
+    """The JSON form of an evaluation."""
+    unknown = sum(j.label == "UNKNOWN" for j in evaluated.judged)
+    return {
+        "images": len(evaluated.judged),
+        "unknown": unknown,
+        "products": evaluated.products,
+        "mean": evaluated.mean,
+        "right_product": evaluated.right_product,
+        "latency_ms": percentiles(evaluated.latency_ms),
+        "images_per_second": len(evaluated.judged) / evaluated.seconds,
+    }
+
+
+def _about(bundle: Bundle, backend: Backend, variant: str, args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "bundle": bundle.id,
+        "method": bundle.manifest.method,
+        "backend": backend.name,
+        "variant": variant,
+        "data": args.data,
+        "split": args.split,
+        "product_mode": args.product,
+    }
+
+
+def _run(detector: Detector, samples: Sequence[Sample], *, auto: bool) -> Evaluated:
+    with options.progress(len(samples), f"eval {detector.program_name}") as bar:
+        return evaluate(detector, samples, auto=auto, step=bar.update)
+
+
+def _print(detector: Detector, evaluated: Evaluated, *, auto: bool) -> None:
+    bundle, program = detector.bundle.manifest, detector.program
+    mode = "chosen by the classifier" if auto else "given"
+    print(
+        f"{bundle.name}: {bundle.method}, {detector.backend.name} {program.variant}, program {program.name}, ", end=""
+    )
+    print(f"product {mode}, {len(evaluated.judged)} images")
+    print(table(evaluated.products))
+    rates = {"threshold": "threshold", "F1": "F1", "false_alarm_rate": "false alarms", "miss_rate": "missed"}
+    for product, metrics in evaluated.products.items():
+        calibrated = detector.threshold(product) is not None
+        cells = [f"{label} {metrics[key]:.4g}" for key, label in rates.items() if metrics.get(key) is not None]
+        basis = "" if calibrated else "  (threshold of the best F1: not calibrated yet)"
+        print(f"{product}: {', '.join(cells)}{basis}")
+    for product, share in evaluated.right_product.items():
+        print(f"{product}: the classifier finds the product of {share:.1%} of the good images")
+    print(latency_table(evaluated.latency_ms))
+
+
+def _samplers(results: dict[str, Any]) -> str:
+    """One line a program: quality against cost."""
+    width = max(len("program"), *(len(name) for name in results))
+    lines = [f"{'program':<{width}}  image_AUROC  pixel_AUPRO  ms p50"]
+    for name, result in results.items():
+        mean = mean_metrics(result["products"])
+        cells = [
+            f"{mean[k]:>{len(k)}.3f}" if mean.get(k) is not None else "-".rjust(len(k))
+            for k in ("image_AUROC", "pixel_AUPRO")
+        ]
+        lines.append("  ".join([f"{name:<{width}}", *cells, f"{result['latency_ms']['total']['p50']:6.1f}"]))
+    return "\n".join(lines)
+
+
+def _report(path: Path, detector: Detector, dataset: Dataset, evaluated: Evaluated) -> Path:
+    from ..evaluation_report import write_report
+
+    return write_report(path, detector, dataset, evaluated)

@@ -1,0 +1,68 @@
+"""Options that several commands share, and what they open."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..bundle import Bundle
+from ..detector import Detector
+from ..engine.select import BACKENDS
+from ..manifest import Variant
+from ..wiring import programs
+
+VARIANTS: tuple[Variant, ...] = ("fp32", "fp16", "int8")
+
+
+def add_bundle(parser: argparse.ArgumentParser) -> None:
+    """--bundle."""
+    parser.add_argument("--bundle", type=Path, required=True, metavar="DIR|TAR", help="bundle, a directory or a .tar")
+
+
+def add_engine(parser: argparse.ArgumentParser, *, program: bool = True) -> None:
+    """--backend, --variant, --threads and, unless the command runs them all, --program."""
+    parser.add_argument(
+        "--backend", choices=("auto", *BACKENDS), default="auto", help="auto: tensorrt where it can run (default)"
+    )
+    parser.add_argument(
+        "--variant", choices=("auto", *VARIANTS), default="auto", help="precision; auto: fp16 on tensorrt, else fp32"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="onnxruntime's threads; default: every CPU it may use")
+    if program:
+        parser.add_argument("--program", default="default", metavar="NAME", help="one of the bundle's programs")
+
+
+def choose_variant(requested: str, bundle: Bundle, backend: str) -> Variant:
+    """The precision to run: as requested, else fp16 where the backend is a GPU and the bundle has it, else fp32."""
+    if requested != "auto":
+        return requested  # type: ignore[return-value]
+    return "fp16" if backend == "tensorrt" and "fp16" in bundle.manifest.variants else "fp32"
+
+
+def open_detector(bundle: Bundle, backend: Any, args: argparse.Namespace, **options: Any) -> Detector:
+    """The detector that the shared options ask for; bundle and backend stay the caller's."""
+    variant = choose_variant(args.variant, bundle, backend.name)
+    program = options.pop("program", None) or getattr(args, "program", "default")
+    return Detector(bundle, backend, variant, program, **options)
+
+
+def program_names(bundle: Bundle) -> list[str]:
+    """The default program first."""
+    return list(programs(bundle.manifest))
+
+
+def progress(total: int, what: str, unit: str = "img") -> Any:
+    """A progress bar with ETA; plain lines at long intervals where there is no terminal."""
+    quiet = not sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        desc=what,
+        unit=unit,
+        mininterval=10 if quiet else 0.2,
+        disable=os.environ.get("ANDON_QUIET") == "1",
+    )

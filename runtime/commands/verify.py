@@ -1,0 +1,69 @@
+"""`andon verify`: does this machine's engine give what the export proved?"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from ..bundle import Bundle
+from ..engine.select import open_backend
+from ..program import Program
+from ..replay import GATE, Check, golden_size, replay_gate, replay_golden
+from . import options
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options of `andon verify`."""
+    options.add_bundle(parser)
+    options.add_engine(parser, program=False)
+    parser.add_argument("--no-gate", action="store_true", help="golden set only, without the decision gate")
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Run it for the chosen variant, or for every variant of the bundle.
+
+    Raises:
+        AndonError: bundle or engine cannot be used.
+    """
+    checks: dict[str, list[Check]] = {}
+    with Bundle.load(args.bundle) as bundle, open_backend(args.backend, threads=args.threads) as backend:
+        variants = bundle.manifest.variants if args.variant == "auto" else (args.variant,)
+        gate = 0 if args.no_gate else golden_size(bundle, GATE)
+        with options.progress((golden_size(bundle) + gate) * len(variants), "verify", "frame") as bar:
+            for variant in variants:
+                with Program(bundle, backend, variant) as program:
+                    checks[variant] = replay_golden(program, bar.update)
+                    if gate:
+                        checks[variant] += replay_gate(program, bar.update)
+        ok = all(check.ok for group in checks.values() for check in group)
+        print(
+            f"{bundle.manifest.name} ({bundle.id}) on {backend.name}, {golden_size(bundle)} golden, {gate} gate frames"
+        )
+        print(_table(checks))
+        print("verified" if ok else "NOT verified: do not run this bundle on this machine")
+        return {
+            "ok": ok,
+            "bundle": bundle.id,
+            "backend": backend.name,
+            "checks": {variant: [_plain(check) for check in group] for variant, group in checks.items()},
+        }
+
+
+def _plain(check: Check) -> dict[str, Any]:
+    return {**asdict(check), "value": check.value if np.isfinite(check.value) else None}
+
+
+def _table(checks: dict[str, list[Check]]) -> str:
+    lines = []
+    for variant, group in checks.items():
+        width = max(len(check.subject) for check in group)
+        for check in group:
+            limit = "" if check.limit is None else f"limit {check.limit:g}"
+            verdict = "ok" if check.ok else "FAILED"
+            lines.append(
+                f"{variant}  {check.subject:<{width}}  {check.what:<27}  {check.value:<10.3g}  {limit:<13}  {verdict}"
+            )
+    return "\n".join(lines)

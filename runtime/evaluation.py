@@ -1,0 +1,154 @@
+"""A data set through the engines: scores, maps, decisions and latencies, and the metrics made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .dataset import Sample
+from .detector import AUTO, Detector
+from .errors import ProductError
+from .images import read_mask, read_rgb
+from .quality import Metrics, map_at, mask_at, mean_metrics, summarize
+
+Array = NDArray[Any]
+Step = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One sample as the engines judged it. product: what it was judged as. predicted: the classifier's choice."""
+
+    sample: Sample
+    label: str
+    score: float
+    product: str | None
+    predicted: str | None
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Everything `andon eval` prints.
+
+    products: metrics of each product, `mean` over them. right_product: share of the *good* images whose product the
+    classifier finds, per product; empty without a classifier. latency_ms: [n] per stage name, plus preprocess, total.
+    """
+
+    judged: tuple[Judged, ...]
+    products: dict[str, Metrics]
+    mean: Metrics
+    right_product: dict[str, float]
+    latency_ms: dict[str, Array]
+    seconds: float
+
+
+def evaluate(
+    detector: Detector, samples: Sequence[Sample], *, auto: bool = False, step: Step | None = None
+) -> Evaluated:
+    """Judge every sample, product by product; what a program keeps between frames starts afresh at each product.
+
+    Args:
+        auto: let the classifier choose the product instead of giving the sample's.
+        step: called with 1 after each image.
+
+    Pixel figures are there for a product whose defective images all have masks; they are computed at network size.
+
+    Raises:
+        ProductError: a sample's product is not one of the bundle's.
+        SourceError: an image or mask cannot be read.
+    """
+    for sample in samples:
+        detector.bundle.class_index(sample.product)
+    if not samples:
+        raise ProductError("there is no image to judge", found="no sample", next_step="name another --data or --split")
+    judged: list[Judged] = []
+    timings: list[dict[str, float]] = []
+    results: dict[str, Metrics] = {}
+    start = perf_counter()
+    for product in sorted({s.product for s in samples}):
+        mine = [s for s in samples if s.product == product]
+        detector.program.reset()
+        results[product] = _product(detector, mine, auto, judged, timings, step)
+    seconds = perf_counter() - start
+    names = timings[0]
+    latency = {name: np.array([t[name] for t in timings]) for name in names}
+    return Evaluated(tuple(judged), results, mean_metrics(results), _right_product(judged), latency, seconds)
+
+
+def _product(
+    detector: Detector,
+    samples: Sequence[Sample],
+    auto: bool,
+    judged: list[Judged],
+    timings: list[dict[str, float]],
+    step: Step | None,
+) -> Metrics:
+    size = (detector.bundle.manifest.preprocess.height, detector.bundle.manifest.preprocess.width)
+    pixels = all(s.good or s.mask_path is not None for s in samples) and any(not s.good for s in samples)
+    maps = np.empty((len(samples) if pixels else 0, *size), np.float32)
+    masks = np.zeros(maps.shape, bool)
+    mine: list[Judged] = []
+    for i, sample in enumerate(samples):
+        image = read_rgb(sample.path)
+        result = detector.judge_image(image, AUTO if auto else sample.product)
+        score = float("inf") if result.score is None else result.score  # not a number: never a good part
+        mine.append(Judged(sample, result.label, score, result.product, result.predicted))
+        timings.append(result.latency_ms)
+        if pixels and result.map is not None:
+            maps[i] = map_at(result.map, size)
+            if sample.mask_path is not None:
+                masks[i] = mask_at(read_mask(sample.mask_path, image.shape[:2]), size)
+        if step is not None:
+            step(1)
+    judged += mine
+    threshold = detector.threshold(samples[0].product)
+    finite = np.minimum([j.score for j in mine], np.finfo(np.float32).max)
+    defective = np.array([not s.good for s in samples])
+    metrics = summarize(
+        finite,
+        defective,
+        threshold=threshold.value if threshold else None,
+        maps=maps if pixels else None,
+        masks=masks if pixels else None,
+    )
+    if auto and threshold is not None:
+        metrics.update(_rates(mine))  # each image was held against the threshold of the product it was judged as
+    return metrics
+
+
+def _rates(judged: Sequence[Judged]) -> Metrics:
+    good = [j.label == "NG" for j in judged if j.sample.good]
+    defective = [j.label == "OK" for j in judged if not j.sample.good]
+    return {
+        "false_alarm_rate": float(np.mean(good)) if good else None,
+        "miss_rate": float(np.mean(defective)) if defective else None,
+    }
+
+
+def _right_product(judged: Sequence[Judged]) -> dict[str, float]:
+    seen = [j for j in judged if j.sample.good and j.predicted is not None]
+    return {
+        product: float(np.mean([j.predicted == product for j in seen if j.sample.product == product]))
+        for product in sorted({j.sample.product for j in seen})
+    }
+
+
+def percentiles(latency_ms: dict[str, Array]) -> dict[str, dict[str, float]]:
+    """p50 and p95 of each timing, in milliseconds."""
+    return {
+        name: {"p50": float(np.percentile(values, 50)), "p95": float(np.percentile(values, 95))}
+        for name, values in latency_ms.items()
+    }
+
+
+def latency_table(latency_ms: dict[str, Array]) -> str:
+    """The percentiles as text."""
+    rows = percentiles(latency_ms)
+    width = max(len(name) for name in rows)
+    lines = [f"{'ms':<{width}}  {'p50':>9}  {'p95':>9}"]
+    return "\n".join(lines + [f"{name:<{width}}  {p['p50']:9.3f}  {p['p95']:9.3f}" for name, p in rows.items()])

@@ -1,0 +1,55 @@
+"""An evaluation as one HTML file: metrics, decisions, distributions, and heatmaps of the parts worth looking at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from .dataset import Dataset
+from .detector import Detector
+from .evaluation import Array, Evaluated
+from .images import read_mask, read_rgb
+from .report.evaluation import Evaluation, Part, write
+
+
+def write_report(path: Path, detector: Detector, dataset: Dataset, evaluated: Evaluated) -> Path:
+    """Write the report; pictures are judged once more, with the product they were judged as."""
+    manifest = detector.bundle.manifest
+    samples = {j.sample.key: j for j in evaluated.judged}
+    parts = [Part(j.sample.key, j.sample.product, j.sample.label, j.score, j.label) for j in evaluated.judged]
+    stages = {k: float(np.median(v)) for k, v in evaluated.latency_ms.items() if k != "total"}
+    thresholds = {p: t for p, m in evaluated.products.items() if (t := m.get("threshold")) is not None}
+    total = float(np.median(evaluated.latency_ms["total"]))
+
+    def look(part: Part) -> tuple[Array, Array, Array | None]:
+        judged = samples[part.key]
+        image = read_rgb(judged.sample.path)
+        result = detector.judge_image(image, judged.product)
+        mask = judged.sample.mask_path
+        empty = np.zeros(image.shape[:2], np.float32)
+        found = empty if result.map is None else result.map.copy()
+        return image, found, None if mask is None else read_mask(mask, image.shape[:2])
+
+    facts = {
+        "bundle": f"{manifest.name} ({detector.bundle.id})",
+        "method": manifest.method,
+        "engine": f"{detector.backend.name}, {detector.program.variant}, program {detector.program_name}",
+        "backbone": f"{manifest.backbone.id}, {manifest.backbone.weights}",
+        "data": f"{dataset.spec} {dataset.license}".strip(),
+    }
+    tiles = [
+        ("image AUROC", _figure(evaluated.mean.get("image_AUROC"))),
+        ("pixel AUPRO", _figure(evaluated.mean.get("pixel_AUPRO"))),
+        ("images", str(len(parts))),
+        ("ms per image", f"{total:.1f}"),
+    ]
+    lead = f"{len(parts)} images of {dataset.spec}, judged by the engines of this machine."
+    title = f"{manifest.name}: {manifest.method}"
+    return write(
+        Evaluation(title, lead, parts, evaluated.products, thresholds, stages, tiles, list(facts.items())), path, look
+    )
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

@@ -1,0 +1,173 @@
+"""Replays what a bundle proved at export on the engines of this machine (`andon verify`, DESIGN.md 3).
+
+golden/golden.npz: frames uint8 [n, h, w, 3], class_ids int32 [n], score [n], map [n, 1, h, w] and every
+``<stage>.<output>`` [n, ...] as torch gave them; each frame starts from the shipped state.
+golden/gate.npz: what export's decision gate judged by: frames, class_ids, labels int32 [n] (1 defective, 0 good, -1
+unknown), score [n] of the FP32 engines and threshold [classes].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .bundle import MAX_FILE_BYTES, Bundle, inside, read_npz
+from .errors import BundleError
+from .manifest import Variant
+from .program import Program
+from .quality import auroc
+
+Array = NDArray[Any]
+Step = Callable[[int], object]
+GOLDEN = "golden/golden.npz"
+GATE = "golden/gate.npz"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a variant may differ by. output: of a stage's output, relative to its largest magnitude, None: not limited;
+    correlation: least correlation of a map; flips: share of changed decisions; auroc_drop: against FP32."""
+
+    score: float | None
+    output: float | None
+    correlation: float
+    flips: float
+    auroc_drop: float
+
+
+LIMITS: Mapping[Variant, Limits] = {
+    "fp32": Limits(score=1e-3, output=1e-3, correlation=0.9999, flips=0.0, auroc_drop=0.001),
+    "fp16": Limits(score=None, output=None, correlation=0.999, flips=0.005, auroc_drop=0.002),
+    "int8": Limits(score=None, output=None, correlation=0.98, flips=0.015, auroc_drop=0.005),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the verification: `ok` says whether `value` keeps `limit` (None: reported, not limited)."""
+
+    subject: str
+    what: str
+    value: float
+    limit: float | None
+    ok: bool
+
+
+def golden_size(bundle: Bundle, name: str = GOLDEN) -> int:
+    """Number of frames in a golden or gate set; 0 if the bundle has none."""
+    if name not in bundle.manifest.files:
+        return 0
+    return len(_read(bundle, name, ("class_ids",))["class_ids"])
+
+
+def golden_frames(bundle: Bundle) -> tuple[Array, Array]:
+    """The golden set's frames [n, h, w, 3] and class indices [n].
+
+    Raises:
+        BundleError: the bundle has no golden set.
+    """
+    data = _read(bundle, GOLDEN, ("frames", "class_ids"))
+    return data["frames"], data["class_ids"]
+
+
+def replay_golden(program: Program, step: Step | None = None) -> list[Check]:
+    """Every stage output, map and score of the golden set against the recorded ones.
+
+    Raises:
+        BundleError: the bundle has no golden set, or its shapes are not the program's.
+        EngineError: a stage failed.
+    """
+    bundle, limits = program.bundle, LIMITS[program.variant]
+    data = _read(bundle, GOLDEN)
+    outputs = [name for name in data if "." in name]
+    worst = dict.fromkeys(outputs, 0.0)
+    score, correlation = 0.0, 1.0
+    for i, (frame, class_id) in enumerate(zip(data["frames"], data["class_ids"], strict=True)):
+        result = _judge(program, frame, int(class_id))
+        for name in outputs:
+            worst[name] = max(worst[name], difference(program.read(name), data[name][i]))
+        score = max(score, abs(result[0] - float(data["score"][i])) / max(abs(float(data["score"][i])), 1e-12))
+        correlation = min(correlation, _correlation(result[1], data["map"][i]))
+        if step is not None:
+            step(1)
+    checks = [_upper(name, "largest relative difference", value, limits.output) for name, value in worst.items()]
+    checks.append(_upper("score", "largest relative difference", score, limits.score))
+    checks.append(Check("map", "least correlation", correlation, limits.correlation, correlation >= limits.correlation))
+    return checks
+
+
+def replay_gate(program: Program, step: Step | None = None) -> list[Check]:
+    """The decisions of export's gate: share of flips, and the drop of AUROC per product where labels are known.
+
+    Raises:
+        BundleError: the bundle has no gate set.
+        EngineError: a stage failed.
+    """
+    bundle, limits = program.bundle, LIMITS[program.variant]
+    data = _read(bundle, GATE, ("frames", "class_ids", "labels", "score", "threshold"))
+    scores = np.empty(len(data["score"]))
+    for i, (frame, class_id) in enumerate(zip(data["frames"], data["class_ids"], strict=True)):
+        scores[i] = _judge(program, frame, int(class_id))[0]
+        if step is not None:
+            step(1)
+    threshold = data["threshold"][data["class_ids"]]
+    flips = float(np.mean(~np.isfinite(scores) | ((scores > threshold) != (data["score"] > threshold))))
+    checks = [_upper("decisions", "share of flips", flips, limits.flips)]
+    for index, product in enumerate(bundle.manifest.classes):
+        mine = (data["class_ids"] == index) & (data["labels"] >= 0) & np.isfinite(scores)
+        before, now = (auroc(values[mine], data["labels"][mine] == 1) for values in (data["score"], scores))
+        if before is not None and now is not None:
+            checks.append(_upper(product, "AUROC drop", before - now, limits.auroc_drop))
+    return checks
+
+
+def difference(value: Array, reference: Array) -> float:
+    """Largest difference over the largest magnitude; of integers and booleans the share that differs.
+
+    Not a number or an infinity on one side only counts as infinite.
+    """
+    if reference.dtype.kind != "f":
+        return float(np.mean(value != reference))
+    finite = np.isfinite(reference)
+    if not np.array_equal(finite, np.isfinite(value)):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    scale = float(np.abs(reference[finite]).max())
+    return float(np.abs(value[finite].astype(np.float64) - reference[finite]).max()) / max(scale, 1e-12)
+
+
+def _judge(program: Program, frame: Array, class_id: int) -> tuple[float, Array]:
+    program.reset()
+    np.copyto(program.frame, frame)
+    result = program.run(class_id)
+    return result.score, result.map
+
+
+def _correlation(value: Array, reference: Array) -> float:
+    """Pearson correlation of two maps; 1 for two constant ones that agree."""
+    a, b = (np.asarray(x, np.float64).ravel() for x in (value, reference))
+    a, b = a - a.mean(), b - b.mean()
+    scale = float(np.sqrt((a * a).sum() * (b * b).sum()))
+    if scale == 0:
+        return 1.0 if np.allclose(value, reference, rtol=1e-3) else 0.0
+    return float((a * b).sum() / scale) if np.isfinite(scale) else 0.0
+
+
+def _upper(subject: str, what: str, value: float, limit: float | None) -> Check:
+    return Check(subject, what, value, limit, bool(np.isfinite(value)) and (limit is None or value <= limit))
+
+
+def _read(bundle: Bundle, name: str, keys: tuple[str, ...] | None = None) -> dict[str, Array]:
+    if name not in bundle.manifest.files:
+        raise BundleError(
+            f"the bundle has no {name}",
+            found=", ".join(sorted(bundle.manifest.files)),
+            expected=name,
+            next_step="export the bundle again: andon export --method <method>",
+        )
+    return read_npz(inside(bundle.root, name), keys, limit=MAX_FILE_BYTES)
