@@ -23,7 +23,10 @@ from .outbox_file import OutboxFile
 
 log = logging.getLogger("andon.outbox")
 
-_BATCH = 512
+#: Messages and bytes of one transaction; the bytes keep the log smaller than the reserve of the file.
+_BATCH, _BATCH_BYTES = 512, 2**17
+#: A nearly full disk takes small transactions, each followed by folding the log into the file.
+_SMALL_BATCH = 16
 _ACK_BATCH = 256
 _ACK_DELAY = 0.2
 _RETRY = 1.0
@@ -245,7 +248,7 @@ class Outbox:
         """The broker acknowledged these; they are deleted with the next transactions."""
         with self._lock:
             for key in keys:
-                if self._degraded and key in self._tail:
+                if key in self._tail:
                     self._forget(key)
                 else:
                     self._acked.add(key)
@@ -272,7 +275,7 @@ class Outbox:
         while True:
             with self._lock:
                 self._await_work(housekeeping)
-                batch = list(islice(self._tail.values(), _BATCH))
+                batch = self._next_batch()
                 states, acked = dict(self._states), set(self._acked)
                 last_id = max((message.id for message in batch), default=None)
                 stopping = self._stopping
@@ -285,9 +288,21 @@ class Outbox:
                 else:
                     self._pause()
             if due:
+                if not self._degraded:
+                    self._file.reserve()
                 housekeeping = time.monotonic() + _HOUSEKEEPING
             if stopping and not self._tail and not self._acked and not self._states:
                 return
+
+    def _next_batch(self) -> list[Stored]:
+        batch: list[Stored] = []
+        size = 0
+        for message in islice(self._tail.values(), _SMALL_BATCH if self._degraded else _BATCH):
+            size += len(message.payload)
+            if batch and size > _BATCH_BYTES:
+                break
+            batch.append(message)
+        return batch
 
     def _await_work(self, housekeeping: float) -> None:
         """Sleep until there is something to commit; acknowledgements alone may wait a little to be many."""
@@ -306,6 +321,8 @@ class Outbox:
     ) -> bool:
         rows = [(m.key, m.camera, m.kind, m.id, m.payload) for m in batch if m.key > self._file.last_key]
         try:
+            if self._degraded and acked:
+                self._file.delete_with_reserve(acked)
             self._file.commit(rows, states, acked, last_id, self._caps if due or rows else None)
         except sqlite3.OperationalError as error:
             self._set_degraded(str(error))
@@ -314,8 +331,10 @@ class Outbox:
             self._replace(error)
             return False
         if self._degraded:
-            self._say("recovered", f"the outbox stores again; {len(batch)} messages came from memory")
-        self._degraded = None
+            self._file.fold()
+            if len(batch) == len(self._tail):
+                self._degraded = None
+                self._say("recovered", "the outbox stores again; nothing waits in memory")
         return True
 
     def _replace(self, damage: sqlite3.DatabaseError) -> None:
@@ -332,6 +351,8 @@ class Outbox:
             for message in batch:
                 if message.key in self._tail:
                     self._forget(message.key)
+                else:  # acknowledged, from memory, while it was being stored
+                    self._acked.add(message.key)
                 self._committed = max(self._committed, message.key)
             for name, value in states.items():
                 if self._states.get(name) is value:

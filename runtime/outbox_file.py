@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import sqlite3
 import threading
 import time
@@ -25,6 +26,11 @@ CREATE TABLE state (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 """
 #: A wall clock that departs from the monotonic one by more than this was set, not drifting.
 _JUMP = 30.0
+#: Pages of 4 KiB in the write-ahead log before it is folded into the file, and the bytes kept free for doing so when
+#: the disk is full.
+_LOG_PAGES, _RESERVE = 128, 2**20
+#: Deletions of one transaction on a full disk.
+_SMALL = 64
 Row = tuple[int, str, str, str, bytes]
 
 
@@ -40,6 +46,7 @@ class OutboxFile:
 
     def __init__(self, path: Path, wall: Callable[[], float] = time.time):
         self._path = path
+        self._reserve = path.with_name(path.name + ".reserve")
         self._wall = wall
         self._writer: sqlite3.Connection | None = None
         self._reader: sqlite3.Connection | None = None
@@ -114,12 +121,13 @@ class OutboxFile:
         self.dropped = int(self._state("dropped") or 0)
         self.last_id = (self._state("last_id") or b"").decode()
         self._reader = self._connect()
+        self.reserve()
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=10)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
-        connection.execute(f"PRAGMA journal_size_limit = {8 * 2**20}")
+        connection.execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}")
         return connection
 
     def commit(
@@ -166,6 +174,42 @@ class OutboxFile:
         self.last_id = max(self.last_id, last_id or "")
         if rows:
             self.last_key = rows[-1][0]
+
+    def reserve(self) -> None:
+        """Hold room on the disk in a file of its own, to be given up when the disk is full."""
+        if self._reserve.exists():
+            return
+        try:
+            with self._reserve.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, _RESERVE)
+        except OSError as error:
+            log.debug("no reserve: %s", error)
+            self._reserve.unlink(missing_ok=True)
+
+    def delete_with_reserve(self, acked: Iterable[int]) -> None:
+        """Delete what was acknowledged on a full disk: give up the reserve for it, fold the log, take it back.
+
+        Without the reserve a disk that the log itself has filled would stay full: neither deletions nor folding could
+        be written.
+
+        Raises:
+            sqlite3.OperationalError: the disk refuses even so.
+        """
+        self._reserve.unlink(missing_ok=True)
+        self.fold()
+        keys = sorted(acked)
+        for start in range(0, len(keys), _SMALL):
+            self.commit((), {}, keys[start : start + _SMALL], None, None)
+            self.fold()
+        self.reserve()
+
+    def fold(self) -> None:
+        """Fold the write-ahead log into the file and give its room back, as far as the disk lets us."""
+        if self._writer is not None:
+            try:
+                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            except sqlite3.DatabaseError as error:
+                log.debug("no checkpoint: %s", error)
 
     def _over(
         self, writer: sqlite3.Connection, size: int, now: float, caps: tuple[int, float]
