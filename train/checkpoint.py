@@ -166,7 +166,7 @@ def load_checkpoint(folder: str | Path) -> AnomalyModel:
     except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"{weights} does not fit the method {provenance.method} of this version",
-            found=str(error),
+            found=str(error)[:600],
             expected=f"a checkpoint of Andon {provenance.andon}",
             next_step="train again",
         ) from error

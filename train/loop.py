@@ -67,13 +67,14 @@ def fit(
     Raises:
         TrainingError: a loss is not finite, or the resume file is of another run.
     """
-    model.to(device).train()
+    model.to(device)
     torch.manual_seed(model.config.seed + distributed.rank())
     if resume is None or not resume.exists():
         if distributed.is_main():
             with torch.no_grad():
                 model.prepare(data)
         distributed.broadcast_module(model)
+    model.train()  # here and not before: `prepare` may have looked at the data in eval mode
     if model.config.schedule.steps == 0:
         return Fitted(0, 0.0, {}, False)
     return _Trainer(model, data, device, log, resume, progress).run()
@@ -170,7 +171,7 @@ class _Trainer:
     def _check(self, loss: Tensor, losses: Mapping[str, Tensor]) -> None:
         """Stop at a loss that is not a number. On a GPU every 20th step only: the question waits for the device."""
         if (self.device.type == "cpu" or self.step % 20 == 0) and not torch.isfinite(loss):
-            parts = ", ".join(f"{k} {float(v):.4g}" for k, v in losses.items())
+            parts = ", ".join(f"{k} {float(v.detach()):.4g}" for k, v in losses.items())
             raise TrainingError(
                 f"the loss is not finite at step {self.step}",
                 found=parts,
