@@ -1,0 +1,156 @@
+"""`andon bench`: where a frame's time goes, what the executor adds, and how that compares with the torch model."""
+
+from __future__ import annotations
+
+import argparse
+import resource
+from collections.abc import Callable
+from contextlib import ExitStack
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from ..bundle import Bundle
+from ..engine.base import Array
+from ..engine.select import open_backend
+from ..errors import AndonError
+from ..evaluation import latency_table, percentiles
+from ..program import Program
+from ..replay import golden_frames
+from . import options
+
+#: Entry point group of the torch side: a context manager (weights hash, checkpoint or None, threads) -> judge function
+REFERENCE = "andon.reference"
+Judge = Callable[[Array, int], float]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options of `andon bench`."""
+    options.add_bundle(parser)
+    options.add_engine(parser)
+    parser.add_argument("--frames", type=int, default=100, metavar="N", help="frames to time (100)")
+    parser.add_argument("--warmup", type=int, default=10, metavar="N", help="frames before them (10)")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="the bundle's checkpoint; default: found by hash"
+    )
+    parser.add_argument("--no-torch", action="store_true", help="leave the torch model out")
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Run it on the golden frames, torch and engines in turn in the same process.
+
+    Raises:
+        AndonError: bundle or engine cannot be used, or a checkpoint that was named is not the bundle's.
+    """
+    started = perf_counter()
+    with Bundle.load(args.bundle) as bundle, open_backend(args.backend, threads=args.threads) as backend:
+        variant = options.choose_variant(args.variant, bundle, backend.name)
+        threads = getattr(backend, "threads", 1)
+        frames, class_ids = golden_frames(bundle)
+        with Program(bundle, backend, variant, args.program) as program:
+            opened = perf_counter() - started
+            for i in range(args.warmup):
+                _frame(program, frames, class_ids, i)
+            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            with ExitStack() as stack:
+                judge, why = _reference(stack, bundle, args, threads)
+                latency, torch_ms = _measure(program, judge, frames, class_ids, args.frames)
+        result: dict[str, Any] = {
+            "ok": True,
+            "bundle": bundle.id,
+            "method": bundle.manifest.method,
+            "backend": backend.name,
+            "variant": variant,
+            "program": args.program,
+            "threads": threads,
+            "frames": args.frames,
+            "open_s": opened,
+            "peak_rss_mb": resident,
+            "latency_ms": percentiles(latency),
+            **_overhead(latency),
+            "torch_ms": None if torch_ms is None else percentiles({"frame": torch_ms})["frame"],
+            "speedup_over_torch": None
+            if torch_ms is None
+            else float(np.median(torch_ms) / np.median(latency["frame"])),
+        }
+    _print(result, latency, why)
+    return result
+
+
+def _measure(
+    program: Program, judge: Judge | None, frames: Array, class_ids: Array, count: int
+) -> tuple[dict[str, Array], Array | None]:
+    """Per-frame timings of the program, and of the torch model, one frame each in turn so that both see the same
+    machine."""
+    timings: list[dict[str, float]] = []
+    reference = np.zeros(count)
+    if judge is not None:
+        judge(frames[:1], int(class_ids[0]))  # torch's own warm-up
+    with options.progress(count, "bench", "frame") as bar:
+        for i in range(count):
+            timings.append(_frame(program, frames, class_ids, i))
+            if judge is not None:
+                k = i % len(frames)
+                start = perf_counter()
+                judge(frames[k : k + 1], int(class_ids[k]))
+                reference[i] = (perf_counter() - start) * 1e3
+            bar.update(1)
+    latency = {name: np.array([t[name] for t in timings]) for name in timings[0]}
+    return latency, None if judge is None else reference
+
+
+def _frame(program: Program, frames: Array, class_ids: Array, i: int) -> dict[str, float]:
+    np.copyto(program.frame, frames[i % len(frames)])
+    start = perf_counter()
+    program.run(int(class_ids[i % len(frames)]))
+    total = (perf_counter() - start) * 1e3
+    return {**program.stage_ms, "frame": total}
+
+
+def _overhead(latency: dict[str, Array]) -> dict[str, float]:
+    """What a frame takes beyond its stages: the executor itself, and reading score, map and logits."""
+    stages = sum(values for name, values in latency.items() if name != "frame")
+    extra = latency["frame"] - stages
+    return {
+        "stages_ms": float(np.median(stages)),
+        "executor_overhead_ms": float(np.median(extra)),
+        "executor_overhead": float(np.median(extra / stages)),
+    }
+
+
+def _reference(stack: ExitStack, bundle: Bundle, args: argparse.Namespace, threads: int) -> tuple[Judge | None, str]:
+    """The torch model as a function of (frame, class index), open until the stack closes; or None and why not."""
+    points = entry_points(group=REFERENCE)
+    if args.no_torch:
+        return None, "left out (--no-torch)"
+    if not points or find_spec("torch") is None:
+        return None, "torch is not installed here"
+    if not bundle.manifest.checkpoint_sha256:
+        return None, "the bundle was enrolled without a checkpoint"
+    opener = next(iter(points)).load()
+    try:
+        return stack.enter_context(opener(bundle.manifest.checkpoint_sha256, args.checkpoint, threads)), ""
+    except AndonError as error:
+        if args.checkpoint is not None:
+            raise
+        return None, f"{error.what} (name its folder with --checkpoint)"
+
+
+def _print(result: dict[str, Any], latency: dict[str, Array], why: str) -> None:
+    print(f"{result['method']} {result['bundle']} on {result['backend']} {result['variant']}, ", end="")
+    print(f"program {result['program']}, {result['threads']} threads, {result['frames']} frames")
+    print(latency_table(latency))
+    share, extra = result["executor_overhead"], result["executor_overhead_ms"]
+    print(f"executor: {extra * 1e3:.0f} us a frame, {share:.2%} of its stages")
+    print(f"opened in {result['open_s']:.2f} s, {result['peak_rss_mb']:.0f} MB resident at most")
+    if result["torch_ms"] is None:
+        print(f"torch model: not measured, {why}")
+    else:
+        speedup = result["speedup_over_torch"]
+        print(
+            f"torch model, same threads: {result['torch_ms']['p50']:.2f} ms p50; the engines are {speedup:.1f}x as fast"
+        )
