@@ -109,7 +109,8 @@ class Backbone(nn.Module):
 
     def normalize(self, images: Tensor) -> Tensor:
         """[B, H, W, 3] uint8 to [B, 3, H, W] float32 as the weights expect."""
-        return images.permute(0, 3, 1, 2).to(torch.float32) * self.scale + self.shift
+        # the cast comes first: TensorRT takes uint8 at the network's border only, nothing but a cast may read it
+        return images.to(torch.float32).permute(0, 3, 1, 2) * self.scale + self.shift
 
 
 def state_hash(module: nn.Module) -> str:
