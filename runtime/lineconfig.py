@@ -6,6 +6,7 @@ variable or a file. The published JSON Schema (configs/schema/line.json) is gene
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +25,7 @@ Milliseconds = Annotated[float, Field(gt=0)]
 
 def _absolute(path: Path, info: ValidationInfo) -> Path:
     """Make a path of the file absolute, once, here: nobody else needs to know where the file lies."""
-    return Path((info.context or {}).get("base", "."), path.expanduser()).absolute()
+    return Path((info.context or {}).get("base", "."), path.expanduser()).resolve()
 
 
 LocalPath = Annotated[Path, AfterValidator(_absolute)]
@@ -362,3 +363,7 @@ def load_line(path: Path) -> LineConfig:
 def schema() -> dict[str, Any]:
     """The JSON Schema of a line configuration, published as configs/schema/line.json."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **LineConfig.model_json_schema()}
+
+
+if __name__ == "__main__":
+    print(json.dumps(schema(), indent=1))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import SplitResult, urlsplit
 
 from ..errors import AndonError, BundleError, ConfigError
 
@@ -61,7 +62,28 @@ def _guard(what: str, look: Callable[[], str]) -> Finding:
 def _camera(name: str, camera: Any) -> Callable[[], str]:
     from ..source import make_source
 
-    return lambda: make_source(name, camera).check()
+    def look() -> str:
+        said = make_source(name, camera).check()
+        source = camera.source
+        if source.kind == "usb" and not Path(source.device).exists():
+            raise ConfigError(
+                f"{source.device} is not there now", next_step="plug it in; the line waits for it"
+            )
+        if source.kind == "rtsp":
+            _reach(urlsplit(source.url))
+        return said
+
+    return look
+
+
+def _reach(address: SplitResult) -> None:
+    try:
+        socket.create_connection((address.hostname or "", address.port or 554), timeout=3).close()
+    except OSError as error:
+        raise ConfigError(
+            f"{address.hostname}:{address.port or 554} cannot be reached now: {error}",
+            next_step="check the camera and the network; the line waits for it",
+        ) from error
 
 
 def _bundle(config: Any) -> list[Finding]:

@@ -17,8 +17,11 @@ from .gstreamer import Pipeline, gst, to_array
 from .playlist import Part, parts, playing
 
 PLAYER = "andon_player"
-#: Pictures in the pipeline at a time: one is shown while the next is converted.
-AHEAD = 2
+#: Pictures in the pipeline at a time: one is shown while the next is converted. When nothing comes out, elements hold
+#: some back (an encoder's look-ahead) or have lost them, and more are sent, up to the second number.
+AHEAD, MOST_AHEAD = 2, 32
+#: Seconds without a picture until one more is sent.
+HELD_BACK = 0.05
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class PipelinePlayer:
         self._pipeline = Pipeline(text, live=False, sync=config.fps is not None, keep_all=True)
         self._playing: Iterator[Part | None] = iter(())
         self._flying: deque[_Flying] = deque()
-        self._sent = 0
+        self._sent, self._ahead = 0, AHEAD
+        self._ended = self._drained = False
         self._modules: Any = None
         self._pending: Any = None
 
@@ -57,23 +61,23 @@ class PipelinePlayer:
         self._modules = gst()
         self._playing = playing(self._config)
         self._flying.clear()
-        self._sent, self._pending = 0, None
+        self._sent, self._ahead, self._pending = 0, AHEAD, None
+        self._ended = self._drained = False
         self._pipeline.open()
 
     def read(self, timeout: float) -> Shot | None:
         """See :class:`Source`."""
-        while len(self._flying) < AHEAD and (part := next(self._playing, None)) is not None:
-            self._flying.append(self._send(part))
+        self._fill()
         if not self._flying:
             raise EndOfSource
         head = self._flying[0]
         if head.error is not None:
             return self._fail(head.error)
-        sample = self._pending or self._pipeline.pull(timeout)
-        if sample is None:
+        sample = self._pending or self._pull(timeout)
+        pts = None if sample is None else sample.get_buffer().pts
+        if sample is None and not self._drained:
             return None
-        pts = sample.get_buffer().pts
-        if all(flying.pts != pts for flying in self._flying):
+        if sample is not None and all(flying.pts != pts for flying in self._flying):
             raise SourceError(
                 "the elements in source.through changed the time stamps, so frames cannot be told apart",
                 found=f"{pts} ns",
@@ -91,6 +95,29 @@ class PipelinePlayer:
         self._pipeline.close()
         self._playing, self._pending = iter(()), None
         self._flying.clear()
+
+    def _fill(self) -> None:
+        """Send pictures until enough are on their way; after the last one tell the pipeline that it was the last."""
+        while len(self._flying) < self._ahead and not self._ended:
+            part = next(self._playing, None)
+            if part is not None:
+                self._flying.append(self._send(part))
+            else:
+                self._ended = True
+                self._pipeline.element(PLAYER).end_of_stream()
+
+    def _pull(self, timeout: float) -> Any | None:
+        """The next sample, or None: nothing yet, or (`_drained`) nothing any more."""
+        paced = self._config.fps is not None
+        hasty = not (self._ended or paced) and self._ahead < MOST_AHEAD
+        try:
+            sample = self._pipeline.pull(min(timeout, HELD_BACK) if hasty else timeout)
+        except EndOfSource:
+            self._drained = True
+            return None
+        if sample is None:
+            self._ahead = min(self._ahead + 1, MOST_AHEAD)
+        return sample
 
     def _send(self, part: Part) -> _Flying:
         pts = self._pts(self._sent)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ import paho.mqtt.client as paho
 import pytest
 from andon.runtime.broker import EmbeddedBroker
 from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 
 BASE = "andon/v1/site/line/station"
 
@@ -28,7 +31,7 @@ class Received:
 
 @dataclass
 class Consumer:
-    """A subscriber that keeps everything; it reconnects by itself when the broker comes back."""
+    """A subscriber that keeps everything, with a session that outlives connections and, if saved, the broker."""
 
     port: int
     topic: str = "andon/v1/#"
@@ -38,7 +41,8 @@ class Consumer:
     def __post_init__(self) -> None:
         self._changed = threading.Condition()
         self._subscribed = threading.Event()
-        self.client = paho.Client(CallbackAPIVersion.VERSION2, protocol=paho.MQTTv5)
+        name = f"consumer-{uuid.uuid4().hex[:12]}"
+        self.client = paho.Client(CallbackAPIVersion.VERSION2, client_id=name, protocol=paho.MQTTv5)
         self.client.reconnect_delay_set(1, 1)
         self.client.on_connect = lambda c, *_: c.subscribe(self.topic, qos=1)
         self.client.on_subscribe = lambda *_: self._subscribed.set()
@@ -52,7 +56,9 @@ class Consumer:
             self._changed.notify_all()
 
     def __enter__(self) -> Consumer:
-        self.client.connect("127.0.0.1", self.port)
+        lasting = Properties(PacketTypes.CONNECT)
+        lasting.SessionExpiryInterval = 3600
+        self.client.connect("127.0.0.1", self.port, clean_start=False, properties=lasting)
         self.client.loop_start()
         assert self._subscribed.wait(10), "the consumer could not subscribe"
         return self
@@ -127,3 +133,108 @@ def eventually_fixture() -> Callable[..., None]:
 @pytest.fixture
 def producer_script() -> Path:
     return Path(__file__).with_name("producer.py")
+
+
+#: Map = mean over the channels / 255 at 32x32, score = its largest value.
+BRIGHTNESS = """judge (uint8[1,32,32,3] image) => (float[1,1,32,32] map, float[1] score) {
+    x = Cast<to=1>(image)
+    k = Constant<value = float {0.00392156862745098}>()
+    y = Mul(x, k)
+    m = ReduceMean<axes=[3], keepdims=0>(y)
+    shape = Constant<value = int64[4] {1,1,32,32}>()
+    map = Reshape(m, shape)
+    score = ReduceMax<axes=[1,2,3], keepdims=0>(map)
+}"""
+#: The same with a logarithm of (brightest - 1/255): NaN for a black frame.
+NAN_WHEN_BLACK = BRIGHTNESS.replace("score = ReduceMax", "s = ReduceMax").replace(
+    "\n}", "\n    e = Constant<value = float {0.0039}>()\n    d = Sub(s, e)\n    score = Sqrt(d)\n}"
+)
+
+
+def write_bundle(root: Path, text: str = BRIGHTNESS, thresholds: float | None = 0.5, **extra: Any) -> Path:
+    """A bundle of one stage for the products mono and poly; NG above 0.5 unless told otherwise."""
+    import onnx.parser
+    from andon.runtime.bundle import hash_file, write_manifest
+    from andon.runtime.manifest import Manifest
+
+    (root / "stages").mkdir(parents=True)
+    model = onnx.parser.parse_model('<ir_version: 8, opset_import: ["" : 17]>\n' + text)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, str(root / "stages/judge.onnx"))
+    digest, size = hash_file(root / "stages/judge.onnx")
+    threshold = {"value": thresholds, "false_alarm_rate": 0.05, "samples": 20, "pixel": 0.5}
+    manifest = {
+        "schema": "andon.bundle/1",
+        "method": "brightness",
+        "name": "brightness",
+        "created": "2026-01-01T00:00:00Z",
+        "andon": "0",
+        "checkpoint_sha256": "",
+        "backbone": {"id": "none", "weights": "none", "sha256": ""},
+        "preprocess": {"height": 32, "width": 32},
+        "classes": ["mono", "poly"],
+        "stages": {
+            "judge": {
+                "files": {"fp32": "stages/judge.onnx"},
+                "inputs": {"image": {"shape": [1, 32, 32, 3], "dtype": "uint8", "source": "frame"}},
+                "outputs": {
+                    "map": {"shape": [1, 1, 32, 32], "dtype": "float32"},
+                    "score": {"shape": [1], "dtype": "float32"},
+                },
+                "opset": 17,
+            }
+        },
+        "variants": ["fp32"],
+        "program": [{"run": "judge"}],
+        "outputs": {"score": "judge.score", "map": "judge.map"},
+        "thresholds": {} if thresholds is None else {name: {"default": threshold} for name in ("mono", "poly")},
+        "files": {"stages/judge.onnx": {"sha256": digest, "bytes": size}},
+        **extra,
+    }
+    write_manifest(root, Manifest.model_validate(manifest))
+    return root
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return write_bundle(tmp_path / "bundle")
+
+
+@pytest.fixture
+def make_bundle() -> Callable[..., Path]:
+    return write_bundle
+
+
+@pytest.fixture
+def nan_bundle(tmp_path: Path) -> Path:
+    return write_bundle(tmp_path / "nan-bundle", NAN_WHEN_BLACK)
+
+
+def write_images(folder: Path, shades: list[int], size: tuple[int, int] = (40, 30)) -> Path:
+    """Grey PNGs part000.png, part001.png, ... of these shades; size is (width, height)."""
+    import cv2
+    import numpy as np
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, shade in enumerate(shades):
+        cv2.imwrite(str(folder / f"part{index:03d}.png"), np.full((size[1], size[0], 3), shade, np.uint8))
+    return folder
+
+
+@pytest.fixture
+def make_images() -> Callable[..., Path]:
+    return write_images
+
+
+def write_line(path: Path, cameras: dict[str, Any], **sections: Any) -> Path:
+    """A line configuration; a broker of its own is started unless another is named."""
+    import yaml
+
+    document = {"site": "site", "line": "line", "station": "station", "cameras": cameras}
+    path.write_text(yaml.safe_dump({**document, "broker": {"embedded": True, "port": 0}, **sections}))
+    return path
+
+
+@pytest.fixture
+def make_line(tmp_path: Path) -> Callable[..., Path]:
+    return lambda cameras, **sections: write_line(tmp_path / "line.yaml", cameras, **sections)

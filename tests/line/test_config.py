@@ -1,0 +1,118 @@
+"""The line configuration: what is refused, and how the refusal reads; the published schema."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from andon.runtime.configfile import secret
+from andon.runtime.errors import ConfigError
+from andon.runtime.lineconfig import LineConfig, load_line, schema
+from jsonschema import Draft202012Validator
+
+ROOT = Path(__file__).parents[2]
+GOOD = """
+site: s
+line: l
+station: st
+cameras:
+  cam0:
+    source: {kind: folder, path: parts}
+    product: mono
+"""
+
+
+def refused(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "line.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_line(path)
+    return str(error.value)
+
+
+def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "line.yaml"
+    path.write_text(GOOD + "bundle: ../bundles/hvq-*\n")
+    config = load_line(path)
+    assert config.cameras["cam0"].source.path == tmp_path / "parts"
+    assert config.bundle == tmp_path.parent / "bundles" / "hvq-*"
+    assert config.topic == "andon/v1/s/l/st"
+
+
+@pytest.mark.parametrize(
+    ("change", "line", "told"),
+    [
+        ("    max_fsp: 3\n", 9, "cameras.cam0.max_fsp: unknown key; did you mean 'max_fps'?"),
+        ("brokre: {}\n", 9, "brokre: unknown key; did you mean 'broker'?"),
+        ("broker: {tls: {caa: x}}\n", 9, "broker.tls.caa: unknown key; did you mean 'ca'?"),
+        ("alarm: {k: 9, n: 2}\n", 9, "alarm: needs clear < k <= n"),
+        ("    deadline_ms: .nan\n", 9, "cameras.cam0.deadline_ms: Input should be"),
+        ("    product: poly\n", 9, "'cameras.cam0.product' is given twice"),
+        ("  status: {source: {kind: test}}\n", 5, "cannot be called 'status'"),
+        ("  c1: {source: {kind: tset}}\n", 9, "does not match any of the expected tags"),
+        ("  c1: {source: {kind: test, widht: 9}}\n", 9, "c1.source.widht: unknown key; did you mean 'width'?"),
+        ("  c1: {source: {kind: rtsp, url: 'rtsp://me:word@cam/x'}}\n", 9, "no user name or password in the URL"),
+        ("  'a/b': {source: {kind: test}}\n", 9, "String should match pattern"),
+        ("web: {host: 0.0.0.0}\n", 9, "needs token_env or token_file"),
+    ],
+)
+def test_what_is_refused_names_file_line_and_key(tmp_path: Path, change: str, line: int, told: str) -> None:
+    message = refused(tmp_path, GOOD + change)
+    assert told in message
+    assert f"line.yaml:{line}:" in message
+
+
+def test_all_problems_are_named_at_once(tmp_path: Path) -> None:
+    message = refused(tmp_path, GOOD.replace("site: s\n", "") + "    roi: [0, 0, 0, 4]\nbundel: x\n")
+    assert [part in message for part in ("site: this key is required", "cameras.cam0.roi", "bundel")] == [True] * 3
+
+
+@pytest.mark.parametrize("text", ["", "a: [", "- 1\n", "\tx: 1\n"])
+def test_what_is_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
+    assert "line.yaml" in refused(tmp_path, text)
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_line(tmp_path / "none.yaml")
+
+
+def test_secrets_come_from_environment_or_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "word").write_text("from file\n")
+    monkeypatch.setenv("ANDON_TEST_WORD", "from environment")
+    assert secret("x", None, tmp_path / "word") == "from file"
+    assert secret("x", "ANDON_TEST_WORD", tmp_path / "word") == "from environment"
+    assert secret("x", None, None) is None
+    with pytest.raises(ConfigError, match="ANDON_TEST_NOTHING is not set"):
+        secret("x", "ANDON_TEST_NOTHING", None)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        secret("x", None, tmp_path / "none")
+
+
+def test_published_schema_is_the_models() -> None:
+    published = json.loads((ROOT / "configs/schema/line.json").read_text())
+    assert published == schema(), "run: python -m andon.runtime.lineconfig > configs/schema/line.json"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/lines").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_lines_are_valid(path: Path) -> None:
+    Draft202012Validator(schema()).validate(yaml.safe_load(path.read_text()))
+    assert load_line(path).cameras
+
+
+def undescribed(model: Any, at: str = "") -> list[str]:
+    document = model.model_json_schema()
+    sections = {"LineConfig": document, **document["$defs"]}
+    return [
+        f"{name}.{key}"
+        for name, section in sections.items()
+        for key, field in section.get("properties", {}).items()
+        if not field.get("description")
+    ]
+
+
+def test_every_key_is_described() -> None:
+    assert undescribed(LineConfig) == []
