@@ -216,7 +216,7 @@ def lr_factor(schedule: Schedule, step: int, seconds: float) -> float:
     schedule comes to its end either way. A run that does not meet its time limit is reproducible to the bit.
 
     Raises:
-        TrainingError: `schedule.decay` is not cosine, none or step:<fraction>:<factor>.
+        TrainingError: `schedule.decay` is not cosine, none, step:<fraction>:<factor> or inverse:<a>:<b>.
     """
     if step < schedule.warmup:
         return (step + 1) / (schedule.warmup + 1)
@@ -229,15 +229,17 @@ def lr_factor(schedule: Schedule, step: int, seconds: float) -> float:
         return 1.0
     if kind == "cosine":
         return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    fraction, _, factor = rest.partition(":")
+    first, _, second = rest.partition(":")
     try:
         if kind == "step":
-            return float(factor) if done >= float(fraction) else 1.0
+            return float(second) if done >= float(first) else 1.0
+        if kind == "inverse":
+            return float((1 + float(first) * min(1.0, done)) ** -float(second))
     except ValueError:
         pass
     raise TrainingError(
         f"unknown schedule.decay {schedule.decay!r}",
-        expected="cosine | none | step:<fraction>:<factor>, e.g. step:0.8:0.1",
+        expected="cosine | none | step:<fraction>:<factor> | inverse:<a>:<b>, e.g. step:0.8:0.1 or inverse:10:0.75",
         next_step="mend the configuration",
     )
 

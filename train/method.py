@@ -44,7 +44,10 @@ class Schedule(Config):
     lr: float = Field(default=1e-3, gt=0, description="Peak learning rate")
     weight_decay: float = Field(default=0.0, ge=0, description="Weight decay")
     warmup: int = Field(default=0, ge=0, description="Linear warm-up steps")
-    decay: str = Field(default="cosine", description="cosine | step:<fraction>:<factor> | none")
+    decay: str = Field(
+        default="cosine",
+        description="cosine | step:<fraction>:<factor> | inverse:<a>:<b>, i.e. (1 + a p)^-b at progress p | none",
+    )
     clip: float | None = Field(default=None, description="Gradient norm clip")
     amp: str = Field(default="auto", description="auto | off | bf16 | fp16 autocast of the training step")
     ema: float | None = Field(default=None, description="Decay of a weight average used for evaluation and export")
