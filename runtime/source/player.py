@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ class PipelinePlayer:
         self._flying: deque[_Flying] = deque()
         self._sent, self._ahead = 0, AHEAD
         self._ended = self._drained = False
+        self._last_out = 0.0
         self._modules: Any = None
         self._pending: Any = None
 
@@ -63,6 +65,7 @@ class PipelinePlayer:
         self._flying.clear()
         self._sent, self._ahead, self._pending = 0, AHEAD, None
         self._ended = self._drained = False
+        self._last_out = time.monotonic()
         self._pipeline.open()
 
     def read(self, timeout: float) -> Shot | None:
@@ -108,15 +111,18 @@ class PipelinePlayer:
 
     def _pull(self, timeout: float) -> Any | None:
         """The next sample, or None: nothing yet, or (`_drained`) nothing any more."""
-        paced = self._config.fps is not None
-        hasty = not (self._ended or paced) and self._ahead < MOST_AHEAD
+        patience = HELD_BACK + (2 / self._config.fps if self._config.fps else 0.0)
+        more = not self._ended and self._ahead < MOST_AHEAD
         try:
-            sample = self._pipeline.pull(min(timeout, HELD_BACK) if hasty else timeout)
+            sample = self._pipeline.pull(min(timeout, patience) if more else timeout)
         except EndOfSource:
             self._drained = True
             return None
-        if sample is None:
-            self._ahead = min(self._ahead + 1, MOST_AHEAD)
+        now = time.monotonic()
+        if sample is not None:
+            self._last_out = now
+        elif more and now - self._last_out >= patience:
+            self._ahead += 1
         return sample
 
     def _send(self, part: Part) -> _Flying:
