@@ -51,7 +51,7 @@ class EmbeddedBroker:
                 expected="mosquitto 2.0 or newer",
                 next_step="apt-get install -y mosquitto, or set broker.embedded: false and name a broker",
             )
-        self.port = self.port or _free_port()
+        self.port = _bindable(self.port)
         self._folder = tempfile.TemporaryDirectory(prefix="andon-broker-")
         folder = Path(self._folder.name)
         (folder / "mosquitto.conf").write_text(self._configuration())
@@ -127,8 +127,22 @@ class EmbeddedBroker:
         )
 
 
-def _free_port() -> int:
+def _bindable(port: int) -> int:
+    """The port itself if it is free, a free one for 0.
+
+    Raises:
+        DeliveryError: something listens there; mosquitto would end, and we would talk to the other one.
+    """
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise DeliveryError(
+                f"the embedded broker did not start on port {port}",
+                found=error.strerror,
+                expected="a free port",
+                next_step="set broker.port: 0 for a free port",
+            ) from error
+        free: int = probe.getsockname()[1]
+        return free

@@ -25,6 +25,8 @@ log = logging.getLogger("andon.mqtt")
 _FIRST_PAUSE = 0.5
 #: A connection that lasted this many seconds was a good one: the next outage starts with short pauses again.
 _STEADY = 5.0
+#: So many short connections in a row are no accident.
+_SUSPICIOUS = 3
 _DIRECT = 256
 
 
@@ -76,6 +78,7 @@ class Publisher:
         self._state = LinkState(since=time.monotonic())
         self._announce = False
         self._up_at = 0.0
+        self._short = 0
         self._stop = threading.Event()
         self._drain = 0.0
         self._wake_read, self._wake_write = -1, -1
@@ -142,7 +145,7 @@ class Publisher:
                 self._down(str(lost))
             except AndonError as error:  # a certificate or password file that is gone: mended by hand, then retried
                 self._down(error.what + (f" ({error.found})" if error.found is not None else ""))
-            if self._state.connects > connects and time.monotonic() - self._up_at > _STEADY:
+            if self._state.connects > connects and not self._short:
                 pause = _FIRST_PAUSE
             # Full jitter keeps a plant's stations from returning all at once.
             self._stop.wait(random.uniform(_FIRST_PAUSE / 2, pause))
@@ -192,10 +195,16 @@ class Publisher:
     def _down(self, reason: str) -> None:
         if self._stop.is_set():
             return
-        if reason != self._state.reason:
+        was = self._state
+        if was.connected:
+            self._short = self._short + 1 if time.monotonic() - self._up_at < _STEADY else 0
+        if self._short >= _SUSPICIOUS:
+            # mosquitto closes the older connection of a client id without telling it why.
+            reason += f", time and again soon after connecting: does another client use the id {self._client_id}?"
+        if reason != was.reason:
             log.warning("%s: %s; verdicts wait in the outbox, retrying", self._client_id, reason)
-        since = time.monotonic() if self._state.connected else self._state.since
-        self._state = replace(self._state, connected=False, reason=reason, since=since)
+        since = time.monotonic() if was.connected else was.since
+        self._state = replace(was, connected=False, reason=reason, since=since)
 
     def _on_refused(self, topic: str, reason: str | None) -> None:
         if reason is None:

@@ -1,0 +1,340 @@
+"""The connection in one process: messages against their schemas, retained state, commands, refusals."""
+
+from __future__ import annotations
+
+import json
+import resource
+import threading
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import andon
+import pytest
+from andon.runtime.alarm import AlarmBoard, AlarmRule
+from andon.runtime.alarm import payload as alarm_payload
+from andon.runtime.broker import EmbeddedBroker
+from andon.runtime.errors import ConfigError, DeliveryError
+from andon.runtime.lineconfig import BrokerConfig
+from andon.runtime.mqtt.commands import Commands, TokenBucket
+from andon.runtime.mqtt.delivery import Delivery
+from andon.runtime.outbox import Outbox
+from andon.runtime.types import Region, Verdict
+from andon.runtime.verdict import Ids
+from jsonschema import Draft202012Validator, FormatChecker
+
+SCHEMAS = Path(andon.__file__).parent / "configs" / "schema"
+
+
+def validate(document: dict[str, Any]) -> None:
+    name = document["schema"].removeprefix("andon.").partition("/")[0]
+    schema = json.loads((SCHEMAS / f"{name}.json").read_text())
+    Draft202012Validator(schema, format_checker=FormatChecker()).validate(document)
+
+
+def verdict(ids: Ids, camera: str = "cam0", seq: int = 0) -> Verdict:
+    now = datetime.now(timezone.utc)
+    regions = (Region((1, 2, 3, 4), 12, 3.0),)
+    return Verdict(ids.next(), camera, seq, now, now, "NG", "score_above_threshold", "mono", "A-1", 3.0, 2.0, regions)
+
+
+class Line:
+    """Outbox, delivery and one alarm board per camera, as the runtime has them."""
+
+    def __init__(
+        self, folder: Path, base: str, broker: BrokerConfig, cameras: tuple[str, ...], handlers: dict[str, Any]
+    ):
+        self.outbox = Outbox(folder / "outbox.db")
+        self.boards = {camera: AlarmBoard(camera, AlarmRule(k=1, n=1)) for camera in cameras}
+        self.commands = Commands(handlers)
+        self.delivery = Delivery(
+            base,
+            cameras,
+            broker,
+            self.outbox,
+            status=lambda camera: {"bundle": "9f2c", "method": "hvq"},
+            alarms=lambda camera: alarm_payload(self.ids.next(), camera, self.boards[camera].alarms),
+            commands=self.commands,
+        )
+
+    def __enter__(self) -> Line:
+        self.outbox.open()
+        self.ids = Ids(self.outbox.last_id)
+        self.delivery.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.delivery.stop()
+        self.outbox.close()
+
+    def send(self, count: int = 1, camera: str = "cam0") -> list[str]:
+        verdicts = [verdict(self.ids, camera, seq) for seq in range(count)]
+        for each in verdicts:
+            self.delivery.verdict(each)
+        return [each.id for each in verdicts]
+
+    def alarm(self, camera: str, label: str) -> None:
+        self.delivery.alarm(self.boards[camera], self.boards[camera].verdict(label), self.ids)
+
+
+@pytest.fixture
+def line(tmp_path: Path, base: str) -> Callable[..., Line]:
+    def make(port: int, cameras: tuple[str, ...] = ("cam0",), **handlers: Any) -> Line:
+        settings = {"port": port, "retry_max": 0.5}
+        names = [name for name in handlers if name in BrokerConfig.model_fields]
+        settings |= {name: handlers.pop(name) for name in names}
+        return Line(tmp_path, base, BrokerConfig(**settings), cameras, handlers)
+
+    return make
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+def test_messages_fit_their_schemas(line: Any, consumer: Any, broker: EmbeddedBroker, protocol: str) -> None:
+    with line(
+        broker.port, ("cam0", "cam1"), protocol=protocol, rebuild=lambda camera, arguments: {"done": True}
+    ) as running:
+        assert running.delivery.wait_connected(10)
+        running.send(5)
+        running.alarm("cam1", "NG")
+        running.delivery.metrics("cam0", {"frames": 5})
+        consumer.client.publish("andon/v1/site/line/station/cam0/cmd/rebuild", b'{"id":"1"}', 1)
+        consumer.wait_for("verdict", 5)
+        consumer.until(lambda: consumer.of("result") and consumer.of("metrics") and len(consumer.of("alarm")) > 2)
+    consumer.until(lambda: [s["state"] for s in consumer.of("status")].count("stopped") == 2)
+    kinds = set()
+    for message in consumer.messages:
+        if "/cmd/" in message.topic and not message.topic.endswith("result"):
+            continue
+        validate(message.document)
+        kinds.add(message.document["schema"])
+        assert b"base64" not in message.raw
+    assert len(kinds) == 5
+
+
+def test_alarm_is_retained_and_replayed_ones_do_not_overwrite_it(
+    line: Any, broker: EmbeddedBroker, make_consumer: Any
+) -> None:
+    port = broker.port
+    broker.stop()
+    with line(port) as running:
+        running.alarm("cam0", "NG")
+        running.alarm("cam0", "OK")  # raised, then latched, both while the broker is away
+        with EmbeddedBroker(port):
+            assert running.delivery.wait_connected(10)
+            with make_consumer(port) as consumer:
+                consumer.until(lambda: consumer.of("alarm"))
+                running.alarm("cam0", "NG")
+                consumer.until(lambda: consumer.of("alarm")[-1]["state"] == "raised")
+            with make_consumer(port) as later:
+                later.until(lambda: later.of("alarm"))
+                (message,) = [m for m in later.messages if m.topic.endswith("/alarm")]
+                assert message.retain and message.document["state"] == "raised"
+                assert not message.document["replayed"]
+
+
+def test_state_of_alarms_survives_a_restart(line: Any, broker: EmbeddedBroker) -> None:
+    with line(broker.port) as running:
+        running.alarm("cam0", "NG")
+    with line(broker.port) as running:
+        board = AlarmBoard("cam0", AlarmRule(k=1, n=1))
+        board.restore(json.loads(running.outbox.load_state("alarm/cam0")))
+        assert [(a.kind, a.state) for a in board.active] == [("defect", "raised")]
+
+
+def test_broker_that_is_not_there_is_said_and_does_not_stop_the_line(
+    line: Any, broker: EmbeddedBroker, eventually: Any
+) -> None:
+    broker.stop()
+    with line(broker.port) as running:
+        running.send(3)
+        eventually(lambda: "nothing listens there" in running.delivery.health().reason)
+        assert running.delivery.health().outbox.messages == 3 and not running.delivery.health().connected
+
+
+def test_unanswered_port_is_said(line: Any, eventually: Any) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        threading.Thread(target=lambda: deaf.accept()[0].close(), daemon=True).start()
+        with line(deaf.getsockname()[1]) as running:
+            eventually(lambda: "without an answer" in running.delivery.health().reason)
+
+
+def test_same_client_id_twice_is_said(tmp_path: Path, base: str, broker: EmbeddedBroker, eventually: Any) -> None:
+    config = BrokerConfig(port=broker.port, retry_max=0.5)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    with (
+        Line(tmp_path / "a", base, config, ("cam0",), {}) as first,
+        Line(tmp_path / "b", base, config, ("cam0",), {}) as second,
+    ):
+        eventually(lambda: any("another client" in r.delivery.health().reason for r in (first, second)), 20)
+
+
+def test_messages_of_a_removed_camera_are_delivered(line: Any, consumer: Any, broker: EmbeddedBroker) -> None:
+    port = broker.port
+    gone = line(1, ("old",))
+    with gone as running:
+        expected = running.send(4, "old")
+    with line(port, ("cam0",)):
+        consumer.wait_for("verdict", 4)
+    assert [d["id"] for d in consumer.of("verdict", "old")] == expected
+    assert all(d["replayed"] for d in consumer.of("verdict"))
+
+
+# -- commands --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def commanded(line: Any, broker: EmbeddedBroker, consumer: Any, base: str) -> Iterator[Any]:
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    def handle(camera: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        calls.append((camera, arguments))
+        return {"was": 1}
+
+    def refuse(camera: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        raise DeliveryError(
+            "no such product", found=arguments["product"], expected="mono, poly", next_step="andon check"
+        )
+
+    def crash(camera: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        raise ZeroDivisionError("oh")
+
+    with line(broker.port, ("cam0",), trigger=handle, acknowledge=handle, product=refuse, rebuild=crash) as running:
+        assert running.delivery.wait_connected(10)
+
+        def command(
+            name: str, payload: bytes, *, retain: bool = False, answers: int | None = None
+        ) -> list[dict[str, Any]]:
+            before = len(consumer.of("result"))
+            consumer.client.publish(f"{base}/cam0/cmd/{name}", payload, 1, retain)
+            if answers is None:
+                consumer.until(lambda: len(consumer.of("result")) > before)
+            return consumer.of("result")[before:]
+
+        command.calls = calls  # type: ignore[attr-defined]
+        command.running = running  # type: ignore[attr-defined]
+        yield command
+
+
+# The consumer sees the commands too; they are JSON only where the test says so.
+@pytest.fixture
+def consumer(broker: EmbeddedBroker, make_consumer: Any) -> Iterator[Any]:
+    topics = "andon/v1/+/+/+/+/"
+
+    def subscribe(client: Any) -> None:
+        leaves = ("verdict", "alarm", "status", "metrics", "cmd/+/result")
+        client.on_connect = lambda c, *_: c.subscribe([(f"{topics}{leaf}", 1) for leaf in leaves])
+
+    with make_consumer(broker.port, configure=subscribe) as running:
+        yield running
+
+
+def test_command_is_executed_and_answered(commanded: Any) -> None:
+    (answer,) = commanded("trigger", b'{"schema":"andon.command/1","id":"t1","part_id":"A-7"}')
+    validate(answer)
+    assert answer["ok"] and answer["id"] == "t1" and answer["result"] == {"was": 1}
+    assert commanded.calls == [("cam0", {"part_id": "A-7"})]
+
+
+def test_command_repeated_by_id_is_answered_but_not_executed(commanded: Any) -> None:
+    (first,) = commanded("acknowledge", b'{"id":"a1","by":"Ada"}')
+    (second,) = commanded("acknowledge", b'{"id":"a1","by":"Ada"}')
+    assert first == second and len(commanded.calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "payload", "says"),
+    [
+        ("trigger", b"{", "not JSON"),
+        ("trigger", b"\xff\xfe", "not JSON"),
+        ("trigger", b"[" * 50_000, "not JSON"),
+        ("trigger", b'{"part":"A"}', "schema"),
+        ("trigger", b"[]", "schema"),
+        ("memory", b'{"action":"freeze"}', "does not take"),
+        ("selfdestruct", b"{}", "unknown command"),
+        ("product", b'{"product":"cat"}', "no such product"),
+        ("rebuild", b"", "internal error"),
+    ],
+)
+def test_command_that_fails_is_answered_with_the_reason(commanded: Any, name: str, payload: bytes, says: str) -> None:
+    (answer,) = commanded(name, payload)
+    validate(answer)
+    assert not answer["ok"] and says in answer["error"] and commanded.calls == []
+
+
+def test_retained_command_is_refused(
+    commanded: Any, line: Any, consumer: Any, broker: EmbeddedBroker, base: str
+) -> None:
+    commanded.running.delivery.stop()
+    consumer.client.publish(f"{base}/cam0/cmd/trigger", b'{"part_id":"old"}', 1, True).wait_for_publish(5)
+    commanded.running.delivery.start()
+    consumer.until(lambda: any("retained" in (r["error"] or "") for r in consumer.of("result")))
+    assert commanded.calls == []
+
+
+def test_ten_thousand_malformed_commands_leave_no_trace(
+    commanded: Any, consumer: Any, base: str, eventually: Any
+) -> None:
+    counts = commanded.running.commands.counts
+    for index in range(2000):
+        consumer.client.publish(f"{base}/cam0/cmd/x{index}", b"{", 1)
+    eventually(lambda: counts["limited"] + counts["refused"] == 2000, 30)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for index in range(8000):
+        consumer.client.publish(f"{base}/cam0/cmd/y{index}", b'{"id":"%d"' % index + b"x" * 200, 1)
+    eventually(lambda: counts["limited"] + counts["refused"] == 10_000, 60)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 20_000, f"{grown} KiB more resident memory"
+    assert len(consumer.of("result")) < 60 and len(commanded.running.commands._buckets) < 10
+    (answer,) = commanded("acknowledge", b"{}")
+    assert answer["ok"]
+
+
+def test_oversized_command_is_not_taken(commanded: Any, consumer: Any, base: str) -> None:
+    consumer.client.publish(f"{base}/cam0/cmd/trigger", b'{"part_id":"' + b"x" * 100_000 + b'"}', 1).wait_for_publish(5)
+    (answer,) = commanded("acknowledge", b"{}")
+    assert answer["command"] == "acknowledge" and commanded.calls == [("cam0", {})]
+
+
+def test_rate_is_limited_and_said(commanded: Any, consumer: Any, base: str) -> None:
+    for _ in range(100):
+        consumer.client.publish(f"{base}/cam0/cmd/acknowledge", b"{}", 1)
+    consumer.until(lambda: any("too many" in (r["error"] or "") for r in consumer.of("result")))
+    consumer.until(lambda: sum(commanded.running.commands.counts.values()) == 100)
+    assert 20 <= len(commanded.calls) <= 30
+
+
+def test_token_bucket() -> None:
+    clock = [0.0]
+    bucket = TokenBucket(2.0, 3, lambda: clock[0])
+    assert [bucket.take() for _ in range(5)] == [True, True, True, False, False]
+    clock[0] = 1.0
+    assert [bucket.take() for _ in range(3)] == [True, True, False]
+
+
+# -- the embedded broker ---------------------------------------------------------------------------------------------
+
+
+def test_port_in_use_is_said(broker: EmbeddedBroker) -> None:
+    with pytest.raises(DeliveryError, match=r"(?s)did not start.*in use"):
+        EmbeddedBroker(broker.port).start()
+
+
+def test_missing_mosquitto_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
+    with pytest.raises(DeliveryError, match="apt-get install -y mosquitto"):
+        EmbeddedBroker().start()
+
+
+def test_missing_password_variable_is_said(line: Any, broker: EmbeddedBroker, eventually: Any) -> None:
+    with line(broker.port, username="u", password_env="ANDON_NO_SUCH_VARIABLE") as running:
+        eventually(lambda: "ANDON_NO_SUCH_VARIABLE" in running.delivery.health().reason)
+
+
+def test_unknown_handler_is_refused() -> None:
+    with pytest.raises(ValueError, match="not a command"):
+        Commands({"dance": lambda camera, arguments: None})
+    assert issubclass(ConfigError, Exception)
