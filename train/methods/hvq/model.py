@@ -242,6 +242,7 @@ class HvqModel(AnomalyModel):
         if isinstance(self.encoder.standardize, Standardize):
             self.encoder.standardize.fit(data, "aligned")
         self.classifier.fit_scale(data)
+        training = self.training
         self.eval()
         wanted = -(-4 * self.config.codebook.size // self.config.features.grid**2)
         first: dict[int, list[Tensor]] = {i: [] for i in range(len(self.classes))}
@@ -254,6 +255,7 @@ class HvqModel(AnomalyModel):
         for class_id, images in first.items():
             if images:
                 self._seed(class_id, torch.stack(images).to(self.lam.device))
+        self.train(training)
 
     def _seed(self, class_id: int, aligned: Tensor) -> None:
         hidden = self.encode(aligned).hidden
