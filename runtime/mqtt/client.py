@@ -88,6 +88,8 @@ def explain(error: BaseException, broker: BrokerConfig) -> str:
     where = f"{broker.host}:{broker.port}"
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"{where}: {_certificate(error, broker)}"
+    if broker.tls is not None and isinstance(error, ConnectionResetError | ssl.SSLEOFError):
+        return f"{where}: connection closed during the TLS handshake (the plain MQTT port?)"
     if isinstance(error, ssl.SSLError):
         return f"{where}: {_alert(str(error.reason or error))}"
     if isinstance(error, socket.gaierror):
