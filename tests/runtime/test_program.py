@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from andon.runtime.bundle import Bundle
 from andon.runtime.engine.onnxruntime import OnnxRuntimeBackend
+from andon.runtime.errors import ConfigError, EngineError
 from andon.runtime.program import Program
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -126,3 +129,126 @@ def test_program_equals_a_plain_python_loop(
             np.testing.assert_allclose(program.read_state("u0"), reference.u0, rtol=2e-5, atol=1e-6)
             for c in (0, 1):
                 np.testing.assert_allclose(program.read_state("v0", c), reference.v0[c], rtol=2e-5, atol=1e-6)
+
+
+def test_a_frame_allocates_nothing_in_the_executor(tmp_path: Path) -> None:
+    """No tensor and nothing that stays: what a frame leaves behind is bounded by the one Result it returns."""
+    bundle = looped(tmp_path / "bundle", 8, persist=True, counter=True, read_old=False)
+    with OnnxRuntimeBackend(threads=1) as backend, Program(bundle, backend) as program:
+        for _ in range(20):
+            program.run(0)
+        tracemalloc.start()
+        program.run(0)
+        before, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        for _ in range(200):
+            program.run(0)
+        after, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert after - before < 512, "memory grows from frame to frame"
+    assert peak - before < 4096, "a frame makes more than a few Python objects"
+
+
+def test_stage_inputs_are_the_producers_buffers(tmp_path: Path) -> None:
+    """Zero copies between stages: what `step` wrote last is, as memory, what `score` reads."""
+    bundle = looped(tmp_path / "bundle", 3, persist=False, counter=False, read_old=False)
+    bound: list[tuple[str, dict[str, int]]] = []
+
+    class Spy(OnnxRuntimeBackend):
+        def open(self, name: str, *rest: Any) -> Any:
+            engine = super().open(name, *rest)
+            prepare = engine.prepare
+
+            def spy(bindings: Any) -> Any:
+                bound.append((name, {key: buffer.host.ctypes.data for key, buffer in bindings.items()}))
+                return prepare(bindings)
+
+            engine.prepare = spy  # type: ignore[method-assign]
+            return engine
+
+    with Spy(threads=1) as backend, Program(bundle, backend) as program:
+        program.run(1)
+        program.run(1)
+        (_, encode), *steps, (_, score) = bound
+        assert [name for name, _ in bound] == ["encode", "step", "step", "step", "score"]  # prepared once
+        assert all(step["h"] == encode["u"] for _, step in steps)
+        for (_, earlier), (_, later) in pairwise(steps):
+            assert (later["u"], later["v"]) == (earlier["u_next"], earlier["v_next"])
+        assert (score["u"], score["v"]) == (steps[-1][1]["u_next"], steps[-1][1]["v_next"])
+        addresses = {step[name] for _, step in steps for name in ("u_next", "v_next")}
+        assert len(addresses) == 4  # ping-pong: two buffers a carry, however many steps
+        assert all(address % 64 == 0 for step in (encode, score) for address in step.values())
+
+
+def test_the_last_step_writes_a_persistent_state_in_place(tmp_path: Path) -> None:
+    class Counting(OnnxRuntimeBackend):
+        copies = 0
+
+        def copy(self, target: Any, source: Any) -> Any:
+            self.copies += 1
+            return super().copy(target, source)
+
+    for count, read_old, copies in ((1, False, 2), (2, False, 0), (3, False, 0), (2, True, 1)):
+        bundle = looped(tmp_path / f"{count}{read_old}", count, persist=True, counter=False, read_old=read_old)
+        with Counting(threads=1) as backend, Program(bundle, backend) as program:
+            program.run(0)
+            assert backend.copies == copies
+
+
+def test_states_can_be_written_between_frames(tmp_path: Path) -> None:
+    bundle = looped(tmp_path / "bundle", 2, persist=False, counter=False, read_old=False)
+    with OnnxRuntimeBackend(threads=1) as backend, Program(bundle, backend) as program:
+        before = program.run(1).score
+        program.write_state("v0", np.full((1, 2), 100, np.float32), slice(1, 2), class_index=1)
+        assert program.read_state("v0", 1)[1].tolist() == [100, 100]
+        assert program.run(1).score > before + 10
+        assert program.read_state("v0", 0) == pytest.approx(STATE["v0"][0])
+        for bad in (np.zeros((2, 2), np.float64), np.zeros((3, 2), np.float32)):
+            with pytest.raises(EngineError, match="cannot take these values"):
+                program.write_state("v0", bad)
+        with pytest.raises(EngineError, match="has no state x"):
+            program.write_state("x", np.zeros(1, np.float32))
+
+
+def test_reset_brings_back_what_persists(tmp_path: Path) -> None:
+    bundle = looped(tmp_path / "bundle", 3, persist=True, counter=True, read_old=False)
+    with OnnxRuntimeBackend(threads=1) as backend, Program(bundle, backend) as program:
+        first = program.run(0).score
+        assert program.run(0).score != first
+        program.reset()
+        assert program.run(0).score == first
+
+
+def test_an_engine_that_fails_is_named_and_leaves_no_half_written_state(tmp_path: Path) -> None:
+    bundle = looped(tmp_path / "bundle", 3, persist=True, counter=True, read_old=False)
+    with OnnxRuntimeBackend(threads=1) as backend, Program(bundle, backend) as program:
+        first = program.run(0).score
+        engine = program._engines["score"]
+        session, engine._errors = engine._session, (*engine._errors, ZeroDivisionError)  # type: ignore[attr-defined]
+        compiled = program._compiled.pop(0)
+
+        class Broken:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(session, name)
+
+            def run_with_iobinding(self, binding: Any) -> None:
+                raise ZeroDivisionError("device lost")
+
+        engine._session = Broken()  # type: ignore[attr-defined]
+        program._launches.clear()
+        with pytest.raises(EngineError, match=r"stage score failed in onnxruntime\n.*device lost"):
+            program.run(0)
+        program._compiled[0] = compiled
+        assert program.run(0).score == first
+
+
+def test_what_cannot_be_asked_is_refused(tmp_path: Path) -> None:
+    bundle = looped(tmp_path / "bundle", 1, persist=False, counter=False, read_old=False)
+    with OnnxRuntimeBackend(threads=1) as backend, Program(bundle, backend) as program:
+        with pytest.raises(EngineError, match="has no value yet"):
+            program.read("encode.u")
+        with pytest.raises(ConfigError, match="no such product index"):
+            program.run(2)
+        program.run(0)
+        with pytest.raises(EngineError, match=r"no output encode\.x"):
+            program.read("encode.x")

@@ -1,0 +1,57 @@
+"""The device side: runs without torch and onnx, on Python 3.10, and is light at import."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ROOMS = ("runtime", "calib")
+FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+MODULES = sorted(
+    ".".join(("andon", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__") for path in FILES
+)
+BLOCK = """
+import importlib, sys
+BLOCKED = {"torch", "torchvision", "timm", "onnx", "matplotlib"}
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ImportError(f"{name} is not on the device")
+sys.meta_path.insert(0, Block())
+"""
+
+
+def python(code: str, *arguments: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_every_device_module_imports_without_torch_and_onnx() -> None:
+    code = BLOCK + "for name in sys.argv[1:]: importlib.import_module(name)\nprint(*sorted(BLOCKED & set(sys.modules)))"
+    assert python(code, *MODULES).strip() == ""
+
+
+def test_the_block_is_real() -> None:
+    with pytest.raises(AssertionError, match="torch is not on the device"):
+        python(BLOCK + "import torch")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_python_3_10_can_read_it(path: Path) -> None:
+    ast.parse(path.read_text(), feature_version=(3, 10))
+
+
+def test_the_run_path_imports_nothing_heavy() -> None:
+    """Start-up time and memory of the device: no sklearn, scipy or pandas behind the detector."""
+    code = BLOCK + (
+        "import andon.runtime.detector, andon.runtime.engine.onnxruntime\n"
+        "heavy = {'sklearn', 'scipy', 'pandas', 'jsonschema', 'tensorrt', 'pycuda'}\n"
+        "print(*sorted(heavy & {m.partition('.')[0] for m in sys.modules}))"
+    )
+    assert python(code).strip() == ""
