@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,11 @@ def build(
     tables: Mapping[str, np.ndarray] | None = None,
     outputs: Mapping[str, Any] | None = None,
     classes: tuple[str, ...] = ("a", "b"),
+    npz: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+    report: Mapping[str, Any] | None = None,
     **extra: Any,
 ) -> Path:
-    """Write a bundle. stages: name -> (ONNX text, input -> source)."""
+    """Write a bundle. stages: name -> (ONNX text, input -> source). npz: further files, path -> arrays."""
     (root / "stages").mkdir(parents=True)
     (root / "state").mkdir()
     described = {}
@@ -95,6 +98,11 @@ def build(
             }
             if name in class_bound:
                 entries[kind][name]["class_bound"] = True
+    for name, arrays in (npz or {}).items():
+        (root / name).parent.mkdir(exist_ok=True)
+        np.savez(root / name, **arrays)
+    if report is not None:
+        (root / "report.json").write_text(json.dumps(report))
     files = {}
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
         digest, count = hash_file(path)

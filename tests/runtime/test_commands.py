@@ -1,0 +1,201 @@
+"""calibrate, eval, verify and bench as commands, on a small synthetic bundle and real image files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from andon.cli import main
+from andon.runtime.bundle import Bundle
+
+from .conftest import ENCODE, SCORE  # type: ignore[import-not-found]
+
+MakeBundle = Callable[..., Path]
+#: The same score, twice as large: an alternative program with thresholds of its own.
+DOUBLE = """double (float[1,3] u) => (float[1,3] twice) {
+    twice = Add(u, u)
+}"""
+
+
+def level(brightness: int, product: str) -> np.ndarray:
+    """Red for product a, green for b: the synthetic classifier reads that, the score is the brightness / 100."""
+    image = np.zeros((8, 8, 3), np.uint8)
+    image[:, :, "ab".index(product)] = brightness
+    return image
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Good parts 1..40 of brightness, defects 61..64, in MVTec layout; masks cover the whole image."""
+    root = tmp_path / "data"
+    for product in "ab":
+        for i in range(40):
+            write(root / product / "train" / "good" / f"{i:03}.png", level(i + 1, product))
+        for i in range(8):
+            write(root / product / "test" / "good" / f"{i:03}.png", level(5 * i + 3, product))
+        for i in range(4):
+            write(root / product / "test" / "bright" / f"{i:03}.png", level(i + 61, product))
+            mask = np.zeros((8, 8), np.uint8)
+            mask[:, :4] = 255
+            write(root / product / "ground_truth" / "bright" / f"{i:03}_mask.png", mask)
+    return root
+
+
+def write(path: Path, image: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), image[:, :, ::-1] if image.ndim == 3 else image)
+
+
+def golden(brightness: list[int]) -> dict[str, np.ndarray]:
+    frames = np.stack([cv2.resize(level(x, "a"), (4, 4)) for x in brightness])
+    u = np.stack([np.array([[x, 0, 0]], np.float32) / 100 for x in brightness])
+    return {
+        "frames": frames,
+        "class_ids": np.zeros(len(brightness), np.int32),
+        "score": u.max(axis=(1, 2)),
+        "map": u[:, None, None, 0],
+        "encode.u": u,
+    }
+
+
+def gate(brightness: list[int], threshold: float) -> dict[str, np.ndarray]:
+    data = golden(brightness)
+    labels = np.array([0, 0, 1, 1], np.int32)
+    limits = np.full(2, threshold, np.float32)
+    return {k: data[k] for k in ("frames", "class_ids", "score")} | {"labels": labels, "threshold": limits}
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict[str, Any], str]:
+    capsys.readouterr()
+    code = main([str(a) for a in arguments] + ["--json"])
+    captured = capsys.readouterr()
+    return code, json.loads(captured.out.splitlines()[-1]), captured.out + captured.err
+
+
+ENGINE = ("--backend", "onnxruntime", "--threads", 1)
+
+
+def held(products: str = "ab", count: int = 19) -> list[str]:
+    return [f"{p}/train/good/{i:03}.png" for p in products for i in range(count)]
+
+
+def test_calibrate_uses_the_held_out_images_and_eval_reports_what_that_does(
+    make_bundle: MakeBundle, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_bundle(report={"holdout": held()})
+    code, result, text = run(capsys, "calibrate", "--bundle", root, "--data", data, "--false-alarm-rate", 0.05, *ENGINE)
+    assert code == 0 and result["origin"] == "held out by training" and "<= 0.05" in text
+    threshold = Bundle.load(root).threshold("a")
+    assert threshold is not None and threshold.samples == 19
+    assert threshold.value == pytest.approx(0.19)  # the 19th of 19: what 5 % takes
+    code, result, text = run(capsys, "eval", "--bundle", root, "--data", data, *ENGINE)
+    assert code == 0 and result["images"] == 24 and result["unknown"] == 0
+    metrics = result["products"]["a"]
+    assert metrics["image_AUROC"] == 1 and metrics["miss_rate"] == 0
+    assert metrics["false_alarm_rate"] == 0.5  # brightness 23, 28, 33, 38 of 3, 8, ..., 38
+    assert metrics["threshold"] == pytest.approx(0.19) and metrics["pixel_AUROC"] is not None
+    assert result["right_product"] == {"a": 1.0, "b": 1.0}
+    assert set(result["latency_ms"]) == {"preprocess", "encode", "score", "total"}
+
+
+def test_calibrate_refuses_before_it_works_and_says_how_many_images_it_takes(
+    make_bundle: MakeBundle, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_bundle(report={"holdout": held()})
+    code, result, text = run(capsys, "calibrate", "--bundle", root, "--data", data, *ENGINE)
+    assert code == 1 and "too few good images for a false-alarm rate of 0.01" in text and "at least 99" in text
+    assert result == {"ok": False, "error": result["error"], "found": "19 images", "next": result["next"]}
+    assert Bundle.load(root).threshold("a") is None
+    (data / "a/train/good/000.png").unlink()
+    code, _, text = run(capsys, "calibrate", "--bundle", root, "--data", data, *ENGINE)
+    assert code == 1 and "only some of the images that training held out" in text
+
+
+def test_calibrate_takes_new_good_images_but_never_the_test_split(
+    make_bundle: MakeBundle, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_bundle(report={"holdout": ["elsewhere/1.png"]})
+    code, result, _ = run(capsys, "calibrate", "--bundle", root, "--data", data, "--false-alarm-rate", 0.1, *ENGINE)
+    assert code == 0 and result["images"] == 80 and "new good images" in result["origin"]
+    threshold = Bundle.load(root).threshold("b")
+    assert threshold is not None and 0.3 < threshold.value <= 0.40  # of brightness 1..40; the test split goes to 64
+
+
+def test_auto_product_and_every_program(
+    make_bundle: MakeBundle, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_bundle(
+        stages={
+            "encode": (ENCODE, {"image": "frame"}),
+            "double": (DOUBLE, {"u": "encode.u"}),
+            "score": (SCORE, {"u": "encode.u"}),
+        },
+        program=[{"run": "encode"}, {"run": "double"}, {"run": "score"}],
+        alternatives={"short": [{"run": "encode"}, {"run": "score"}]},
+        report={"holdout": held()},
+    )
+    code, result, _ = run(capsys, "calibrate", "--bundle", root, "--data", data, "--false-alarm-rate", 0.05, *ENGINE)
+    assert code == 0 and set(result["thresholds"]["a"]) == {"default", "short"}
+    # A dark part of product b that looks like a: the classifier is asked, and is right for all others.
+    write(data / "b/test/good/000.png", level(3, "a"))
+    arguments = ("--product", "auto", "--samplers", "--limit", 6)
+    code, result, text = run(capsys, "eval", "--bundle", root, "--data", data, *arguments, *ENGINE)
+    assert code == 0 and result["images"] == 12 and set(result["samplers"]) == {"default", "short"}
+    assert result["right_product"] == {"a": 1.0, "b": pytest.approx(2 / 3)}
+    assert "double" not in result["samplers"]["short"]["latency_ms"] and "program  image_AUROC" in text
+
+
+def test_eval_refuses_a_product_it_does_not_know(
+    make_bundle: MakeBundle, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (data / "b").rename(data / "c")
+    code, _, text = run(capsys, "eval", "--bundle", make_bundle(), "--data", data, *ENGINE)
+    assert code == 1 and "unknown product 'c'" in text and "Traceback" not in text
+
+
+def test_eval_writes_a_report(
+    make_bundle: MakeBundle, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "out" / "report.html"
+    code, result, _ = run(capsys, "eval", "--bundle", make_bundle(), "--data", data, "--report", page, *ENGINE)
+    assert code == 0 and result["report"] == str(page)
+    assert "image AUROC" in page.read_text() and "http://" not in page.read_text().replace("http://www.w3.org", "")
+
+
+def test_verify_replays_golden_set_and_gate(make_bundle: MakeBundle, capsys: pytest.CaptureFixture[str]) -> None:
+    good = {"golden/golden.npz": golden([10, 40]), "golden/gate.npz": gate([10, 20, 60, 70], 0.5)}
+    code, result, text = run(capsys, "verify", "--bundle", make_bundle(npz=good), *ENGINE)
+    assert code == 0 and result["ok"] and "verified" in text
+    subjects = {check["subject"] for check in result["checks"]["fp32"]}
+    assert subjects == {"encode.u", "score", "map", "decisions", "a"}
+    other = golden([10, 40])
+    other["encode.u"] = other["encode.u"] * np.float32(1.01)
+    flipped = gate([10, 20, 60, 70], 0.5)
+    flipped["score"][1] = 0.6  # what export saw was NG
+    for npz, subject in (
+        ({**good, "golden/golden.npz": other}, "encode.u"),
+        ({**good, "golden/gate.npz": flipped}, "decisions"),
+    ):
+        code, result, text = run(capsys, "verify", "--bundle", make_bundle(npz=npz), *ENGINE)
+        assert code == 1 and not result["ok"] and "NOT verified" in text
+        assert [check["subject"] for check in result["checks"]["fp32"] if not check["ok"]] == [subject]
+
+
+def test_verify_without_a_golden_set_is_refused(make_bundle: MakeBundle, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, text = run(capsys, "verify", "--bundle", make_bundle(), *ENGINE)
+    assert code == 1 and "has no golden/golden.npz" in text
+
+
+def test_bench_reports_stages_overhead_and_why_there_is_no_torch(
+    make_bundle: MakeBundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_bundle(npz={"golden/golden.npz": golden([10, 40])})
+    code, result, text = run(capsys, "bench", "--bundle", root, "--frames", 5, "--warmup", 2, *ENGINE)
+    assert code == 0 and set(result["latency_ms"]) == {"encode", "score", "frame"}
+    assert result["threads"] == 1 and result["executor_overhead"] > 0 and result["peak_rss_mb"] > 10
+    assert result["torch_ms"] is None and "enrolled without a checkpoint" in text
