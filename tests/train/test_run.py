@@ -1,0 +1,210 @@
+"""`andon train` as a user calls it: configuration, checkpoint, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from andon.cli import main
+from andon.runtime.dataset import open_dataset
+from andon.runtime.errors import AndonError, ConfigError
+from andon.train.checkpoint import load_checkpoint, newest_checkpoint, read_provenance
+from andon.train.config import dump_config, load_config
+from andon.train.errors import CheckpointError
+from andon.train.evaluate import evaluate
+from andon.train.run import split_holdout
+
+SETTINGS = ("backbone.weights=random:0", "schedule.steps=4", "schedule.warmup=1")
+SETS = [part for s in SETTINGS for part in ("--set", s)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(synthetic_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "hvq"
+    arguments = ["train", "--method", "hvq", "--data", str(synthetic_data), "--products", "grid,stripes"]
+    assert main([*arguments, "--out", str(folder), "--seed", "3", *SETS]) == 0
+    return folder
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What `andon train` says when it refuses."""
+    capsys.readouterr()
+    assert main(["train", *arguments]) == 1
+    return capsys.readouterr().err
+
+
+# ---- configuration
+
+
+def test_overrides_and_round_trip(tmp_path: Path) -> None:
+    config = load_config("hvq", None, ["schedule.steps=7", "backbone.weights=random:2", "schedule.lr=1e-3", "seed=5"])
+    assert (config.schedule.steps, config.schedule.lr, config.seed) == (7, 1e-3, 5)
+    assert config.backbone.weights == "random:2"
+    path = tmp_path / "c.yaml"
+    path.write_text(dump_config(config))
+    assert load_config("hvq", path) == config
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("schedule.stepps=7", "unknown key 'stepps'"),
+        ("skedule.steps=7", "no section 'skedule'"),
+        ("schedule.steps", "no value"),
+        ("schedule.steps=many", "schedule.steps"),
+        ("schedule.steps=-1", "schedule.steps"),
+        ("schedule.lr=[", "not YAML"),
+    ],
+)
+def test_bad_override_is_named(setting: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        load_config("hvq", None, [setting])
+
+
+def test_bad_configuration_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(dump_config(load_config("hvq")) + "colour: red\n")
+    with pytest.raises(ConfigError, match=r"c\.yaml:\d+: colour: unknown key"):
+        load_config("hvq", path)
+    path.write_text(dump_config(load_config("hvq")).replace("method: hvq", "method: other"))
+    with pytest.raises(ConfigError, match="method"):
+        load_config("hvq", path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config("hvq", tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="unknown method 'hvk'"):
+        load_config("hvk")
+
+
+# ---- hold-out
+
+
+def test_holdout_is_a_fixed_share_of_good_training_images(synthetic_data: Path) -> None:
+    samples = [s for s in open_dataset(synthetic_data).samples if s.split == "train"]
+    fitting, held = split_holdout(samples, 0.1)
+    assert {s.key for s in fitting} | {s.key for s in held} == {s.key for s in samples}
+    assert not {s.key for s in fitting} & {s.key for s in held}
+    assert {p: sum(s.product == p for s in held) for p in ("grain", "grid", "stripes")} == dict.fromkeys(
+        ("grain", "grid", "stripes"), 3
+    ), "a quarter of 14, for 20 would be more"
+    assert split_holdout(samples[::-1], 0.1)[1] == held[::-1], "the order of the list does not matter"
+    assert split_holdout(samples, 0.0) == (samples, [])
+    assert len(split_holdout(samples[:10], 0.5)[1]) == 5
+
+
+# ---- checkpoint
+
+
+def test_checkpoint_is_complete_and_truthful(checkpoint: Path, synthetic_data: Path) -> None:
+    names = {p.name for p in checkpoint.iterdir()}
+    assert names == {"model.safetensors", "config.yaml", "metrics.json", "log.jsonl", "provenance.json"}
+    provenance = read_provenance(checkpoint)
+    assert provenance.classes == ("grid", "stripes") and provenance.data == str(synthetic_data)
+    assert provenance.backbone is not None and provenance.backbone.weights == "random:0"
+    data = open_dataset(synthetic_data)
+    held = data.select(keys=provenance.holdout)
+    assert len(held) == 6 and all(s.split == "train" and s.good for s in held.samples)
+    assert provenance.trained_on == 22 and provenance.steps == 4
+    metrics = json.loads((checkpoint / "metrics.json").read_text())
+    assert set(metrics["products"]) == {"grid", "stripes"}
+    assert 0 <= metrics["mean"]["pixel_AUPRO"] <= 1 and metrics["products"]["grid"]["defective"] == 8
+    assert json.loads((checkpoint / "log.jsonl").read_text().splitlines()[-1])["step"] == 4
+
+
+def test_loaded_model_gives_the_same_figures(checkpoint: Path, synthetic_data: Path) -> None:
+    model = load_checkpoint(checkpoint)
+    assert not model.training and model.config.seed == 3 and model.config.backbone.weights == "random:0"
+    tests = open_dataset(synthetic_data).select(split="test", products=["grid"]).samples
+    found = evaluate(model, tests, progress=False)["grid"]
+    recorded = json.loads((checkpoint / "metrics.json").read_text())["products"]["grid"]
+    assert found == pytest.approx(recorded, rel=1e-5)
+
+
+def test_altered_or_unfinished_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    weights = copy / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(CheckpointError, match="not the file that training wrote"):
+        load_checkpoint(copy)
+    (copy / "provenance.json").unlink()
+    (copy / "run.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="not a complete checkpoint") as caught:
+        load_checkpoint(copy)
+    assert f"--resume {copy}" in str(caught.value.next_step)
+
+
+def test_weights_of_another_architecture_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    config = (copy / "config.yaml").read_text()
+    assert "layers: 2" in config
+    (copy / "config.yaml").write_text(config.replace("layers: 2", "layers: 3"))
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_checkpoint(copy)
+
+
+def test_newest_checkpoint_is_the_last_completed_of_its_method(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint of hvq"):
+        newest_checkpoint("hvq", tmp_path)
+    for name, created in (("b", "2026-01-01T00:00:00+00:00"), ("a", "2026-01-02T00:00:00+00:00")):
+        shutil.copytree(checkpoint, tmp_path / name)
+        record = json.loads((tmp_path / name / "provenance.json").read_text())
+        (tmp_path / name / "provenance.json").write_text(json.dumps({**record, "created": created}))
+    (tmp_path / "unfinished").mkdir()
+    assert newest_checkpoint("hvq", tmp_path) == tmp_path / "a"
+    with pytest.raises(CheckpointError):
+        newest_checkpoint("hgad", tmp_path)
+
+
+def test_same_seed_gives_the_same_weights(checkpoint: Path, synthetic_data: Path, tmp_path: Path) -> None:
+    arguments = ["train", "--method", "hvq", "--data", str(synthetic_data), "--products", "grid,stripes", "--no-eval"]
+    for seed in ("3", "4"):
+        assert main([*arguments, "--out", str(tmp_path / seed), "--seed", seed, *SETS]) == 0
+    first = load_checkpoint(checkpoint).state_dict()
+    same, other = (load_checkpoint(tmp_path / s).state_dict() for s in ("3", "4"))
+    assert all(torch.equal(first[k], same[k]) for k in first)
+    assert any(not torch.equal(first[k], other[k]) for k in first)
+    assert read_provenance(tmp_path / "4").holdout == read_provenance(checkpoint).holdout
+
+
+# ---- refusals and output
+
+
+def test_refusals_name_what_is_wrong(
+    synthetic_data: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = str(synthetic_data)
+    assert "--method and --data are needed" in refusal(capsys, "--method", "hvq")
+    assert "no data set at" in refusal(capsys, "--method", "hvq", "--data", str(tmp_path / "none"))
+    error = refusal(capsys, "--method", "hvq", "--data", data, "--products", "bolt", "--out", str(tmp_path / "x"))
+    assert "no product bolt" in error and "grain, grid, stripes" in error
+    assert "is not empty" in refusal(capsys, "--method", "hvq", "--data", data, "--out", str(checkpoint))
+    assert "nothing to resume" in refusal(capsys, "--resume", str(checkpoint))
+    if not torch.cuda.is_available():
+        error = refusal(capsys, "--method", "hvq", "--data", data, "--out", str(tmp_path / "y"), "--device", "cuda")
+        assert "cannot train on device cuda" in error
+
+
+def test_corrupt_image_stops_or_is_skipped_and_recorded(
+    synthetic_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(synthetic_data / "grid", data / "grid")
+    broken = data / "grid" / "train" / "good" / "004.png"
+    broken.write_bytes(broken.read_bytes()[:300])
+    common = ["--method", "hvq", "--data", str(data), "--no-eval", *SETS]
+    assert str(broken) in refusal(capsys, *common, "--out", str(tmp_path / "a"))
+    assert main(["train", *common, "--out", str(tmp_path / "b"), "--on-corrupt", "skip", "--json"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert any("skipped 1 undecodable" in line for line in out)
+    assert read_provenance(tmp_path / "b").skipped == ("grid/train/good/004.png",)
+    assert json.loads(out[-1])["ok"] is True and "next: andon export --method hvq" in out
+
+
+def test_error_is_an_andon_error() -> None:
+    assert issubclass(CheckpointError, AndonError)
