@@ -77,6 +77,8 @@ def _trace(stage: StageDef, inputs: Mapping[str, Array]) -> onnx.ModelProto:
             # Sizes as Python numbers are wanted: shapes are fixed. What depends on values shows up in the parity check.
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
+            # Folding what the exporter leaves is onnxslim's work.
+            warnings.filterwarnings("ignore", message="Constant folding", category=UserWarning)
             torch.onnx.export(
                 stage.module,
                 tuple(torch.from_numpy(np.array(array)) for array in inputs.values()),
@@ -86,6 +88,13 @@ def _trace(stage: StageDef, inputs: Mapping[str, Array]) -> onnx.ModelProto:
                 opset_version=OPSET,
                 dynamo=False,
             )
+    except (RuntimeError, torch.onnx.errors.OnnxExporterError) as error:
+        raise ConfigError(
+            f"stage {stage.name} cannot be exported to ONNX",
+            found=str(error).strip().splitlines()[0],
+            expected=f"a module that traces to opset {OPSET}",
+            next_step="mend the cut in export/methods/",
+        ) from error
     finally:
         stage.module.train(training)
     return onnx.load_from_string(stream.getvalue())

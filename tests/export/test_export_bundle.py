@@ -1,0 +1,188 @@
+"""A whole export of a small looped method: bundle, gates, fall-back, refusals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from andon.export import bundle as writing
+from andon.export import verify
+from andon.export.exporter import GateError, Request, export_bundle
+from andon.runtime.bundle import Bundle, read_npz
+from andon.runtime.engine.onnxruntime import OnnxRuntimeBackend
+from andon.runtime.errors import BundleError, ConfigError
+from andon.runtime.program import Program
+from torch import nn
+
+from .conftest import Toy
+
+
+def export(toy: Toy, out: Path, *variants: str, fp32_stages: frozenset[str] = frozenset()):
+    request = Request(out, variants, fp32_stages)  # type: ignore[arg-type]
+    return export_bundle(toy.model, toy.staged, toy.evidence, toy.provenance, request)
+
+
+def test_a_looped_method_exports_loads_and_replays(toy: Toy, tmp_path: Path) -> None:
+    result = export(toy, tmp_path / "b", "fp16", "int8")
+    assert verify.passed(result.checks)
+    bundle = Bundle.load(tmp_path / "b")
+    assert bundle.manifest.variants == ("fp32", "fp16", "int8")
+    golden = read_npz(bundle.root / writing.GOLDEN_FILE)
+    with OnnxRuntimeBackend(threads=1) as backend, Program(bundle, backend) as program:
+        for i, (frame, class_id) in enumerate(zip(golden["frames"], golden["class_ids"], strict=True)):
+            program.reset()
+            program.frame[...] = frame
+            score = program.run(int(class_id)).score
+            assert score == pytest.approx(golden["score"][i], rel=1e-4)
+            for stage in toy.staged.stages:
+                for output in stage.outputs:
+                    found = program.read(f"{stage.name}.{output}")
+                    np.testing.assert_allclose(found, golden[f"{stage.name}.{output}"][i], rtol=1e-3, atol=1e-4)
+    gate = read_npz(bundle.root / writing.GATE_FILE)
+    assert set(gate["labels"]) == {0, 1} and gate["threshold"].shape == (2,)
+
+
+def test_the_files_are_what_the_manifest_says(toy: Toy, tmp_path: Path) -> None:
+    export(toy, tmp_path / "b", "fp16")
+    report = json.loads((tmp_path / "b" / "report.json").read_text())
+    assert all(check["ok"] for check in report["checks"])
+    assert report["variants"]["fp16"]["ranges"]["encode"]["tensors"] > 5
+    assert not (tmp_path / "b" / "rounded").exists() and [p.name for p in tmp_path.iterdir()] == ["b"]
+    listed = set(Bundle.load(tmp_path / "b").manifest.files)
+    present = {p.relative_to(tmp_path / "b").as_posix() for p in (tmp_path / "b").rglob("*") if p.is_file()}
+    assert present - listed == {"manifest.json", "manifest.sha256"}
+    # The score stage is an island: it has one file for both variants.
+    assert "stages/score.fp16.onnx" not in present and "stages/encode.fp16.onnx" in present
+
+
+def test_a_tar_of_the_bundle_loads_and_is_reproducible(toy: Toy, tmp_path: Path) -> None:
+    export(toy, tmp_path / "b")
+    packed = writing.pack(tmp_path / "b")
+    with Bundle.load(packed) as bundle:
+        assert bundle.manifest.method == "toy"
+    first = packed.read_bytes()
+    assert writing.pack(tmp_path / "b").read_bytes() == first
+    with tarfile.open(packed) as archive:
+        assert all(m.mtime == 0 and m.uname == "" for m in archive)
+
+
+def test_nothing_is_left_behind_when_a_stage_does_not_match_torch(toy: Toy, tmp_path: Path) -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = toy.model.encode
+
+        def forward(self, frame: torch.Tensor) -> torch.Tensor:
+            # A Python number is frozen into the graph at export.
+            return self.inner(frame) + float(frame.float().mean()) / 255
+
+    with pytest.raises(GateError) as caught:
+        export(toy.with_stage("encode", module=Frozen()), tmp_path / "b")
+    assert "encode.f" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_program_that_is_not_the_torch_model_is_refused(toy: Toy, tmp_path: Path) -> None:
+    with torch.no_grad():
+        toy.staged.state["start"][...] += 0.1  # the array shares memory with the model's buffer ...
+    toy.model.start = toy.model.start - 0.1  # ... so give the model its own, unchanged one
+    with pytest.raises(GateError, match="relative to torch"):
+        export(toy, tmp_path / "b")
+
+
+class Coarse(nn.Module):
+    """Right in FP32, hopeless in FP16: a large offset comes and goes."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, frame: torch.Tensor) -> torch.Tensor:
+        return (self.inner(frame) + 2048.0) - 2048.0
+
+
+def coarse(toy: Toy, **changes: object) -> Toy:
+    module = Coarse(toy.model.encode)
+    toy.model.encode = module  # type: ignore[assignment]
+    return toy.with_stage("encode", module=module, tolerance=1e-3, **changes)
+
+
+def test_a_stage_that_spoils_decisions_in_fp16_falls_back_alone(toy: Toy, tmp_path: Path) -> None:
+    result = export(coarse(toy), tmp_path / "b", "fp16")
+    stages = result.manifest.stages
+    assert stages["encode"].files["fp16"] == "stages/encode.fp32.onnx"
+    assert "decision gate" in stages["encode"].fallback["fp16"]
+    assert stages["refine"].files["fp16"] == "stages/refine.fp16.onnx"
+    assert not (tmp_path / "b" / "stages" / "encode.fp16.onnx").exists()
+    tried = result.report["variants"]["fp16"]["tried"]
+    assert len(tried) == 2 and not all(c["ok"] for c in tried[0]["checks"]) and all(c["ok"] for c in tried[1]["checks"])
+
+
+def test_an_island_makes_the_fallback_unnecessary(toy: Toy, tmp_path: Path) -> None:
+    result = export(coarse(toy, fp32=("",)), tmp_path / "b", "fp16")
+    assert result.report["variants"]["fp16"]["fallbacks"] == {}
+
+
+def test_the_export_fails_when_no_fallback_helps(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = verify.Gate(flips=0.005, auroc_drop=0.002, map_correlation=1.1, rank_correlation=0.9)
+    monkeypatch.setattr(verify, "GATES", {"fp16": gate})
+    with pytest.raises(GateError, match="map correlation"):
+        export(toy, tmp_path / "b", "fp16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stage_stays_fp32_on_request(toy: Toy, tmp_path: Path) -> None:
+    result = export(toy, tmp_path / "b", "fp16", "int8", fp32_stages=frozenset({"refine"}))
+    files = result.manifest.stages["refine"].files
+    assert set(files.values()) == {"stages/refine.fp32.onnx"}
+    with pytest.raises(ConfigError, match="--fp32-stage"):
+        export(toy, tmp_path / "c", fp32_stages=frozenset({"nonsense"}))
+
+
+def test_int8_quantises_the_products(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # An untrained toy has no decisions that could survive INT8; what is quantised is looked at, not how well.
+    anything = verify.Gate(flips=1, auroc_drop=1, map_correlation=-1, rank_correlation=-1)
+    monkeypatch.setattr(verify, "GATES", {"fp16": verify.GATES["fp16"], "int8": anything})
+    result = export(toy, tmp_path / "b", "fp16", "int8")
+    model = onnx.load(str(tmp_path / "b" / result.manifest.stages["encode"].files["int8"]))
+    kinds = [node.op_type for node in model.graph.node]
+    assert kinds.count("Conv") == 3 and kinds.count("QuantizeLinear") >= 3
+    weights = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 4]
+    assert len(weights) == 3
+
+
+def test_an_existing_target_is_refused(toy: Toy, tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    with pytest.raises(ConfigError, match="exists"):
+        export(toy, tmp_path / "b")
+
+
+def test_a_cut_that_does_not_hold_together_is_named(toy: Toy, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"score\.u reads what no earlier step gives"):
+        export(
+            toy.with_stage("score", inputs={"f": "encode.f", "u": "refine.nope", "prototype": "class:prototypes"}),
+            tmp_path / "b",
+        )
+    with pytest.raises((ConfigError, BundleError)):
+        export(toy.with_stage("encode", fp32=("no_such_module",)), tmp_path / "b")
+
+
+def test_no_array_needs_pickle(toy: Toy, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Python objects"):
+        writing.save_npz(tmp_path, "x.npz", {"a": np.array([{}], dtype=object)})
+    export(toy, tmp_path / "b")
+    for path in (tmp_path / "b").rglob("*.npz"):
+        with np.load(path, allow_pickle=False) as data:
+            assert [data[key].dtype for key in data]
+
+
+def test_python_m_andon_export_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "andon.export", "--help"], capture_output=True, text=True, check=True)
+    assert "usage: andon export" in done.stdout and "--fp32-stage" in done.stdout
