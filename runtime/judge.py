@@ -245,7 +245,7 @@ class Judge:
         product = self._product(frame)
         try:
             return self.detector.judge_image(frame.image[y : y + height, x : x + width], product)
-        except ProductError as error:
+        except (ProductError, ConfigError) as error:  # ConfigError: auto, where the bundle has no classifier
             raise _Refusal("wrong_product", str(error), product=product) from error
         except SourceError as error:
             raise _Refusal("bad_frame", str(error), product=product) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import cv2
@@ -33,14 +32,14 @@ def find_regions(
     peaks = np.full(count, -np.inf)
     inside = labels > 0
     np.maximum.at(peaks, labels[inside].astype(np.intp), anomaly_map[inside])
-    scale_x, scale_y = box[2] / anomaly_map.shape[1], box[3] / anomaly_map.shape[0]
+    rows, columns = anomaly_map.shape
     regions = []
     for index in sorted(range(1, count), key=lambda i: -peaks[i]):
         left, top, width, height, cells = (int(value) for value in stats[index])
-        area = round(cells * scale_x * scale_y)
-        if area >= min_area:
-            x, y = math.floor(left * scale_x), math.floor(top * scale_y)
-            right, bottom = math.ceil((left + width) * scale_x), math.ceil((top + height) * scale_y)
+        area = round(cells * box[2] * box[3] / (rows * columns))
+        if area >= min_area:  # whole pixels outwards, in integers: floats would step over the edge
+            x, y = left * box[2] // columns, top * box[3] // rows
+            right, bottom = -(-(left + width) * box[2] // columns), -(-(top + height) * box[3] // rows)
             regions.append(Region((box[0] + x, box[1] + y, right - x, bottom - y), area, float(peaks[index])))
     return tuple(regions[:limit])
 

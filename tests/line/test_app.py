@@ -1,0 +1,297 @@
+"""The whole line in a process of its own: real pipelines, a real broker, real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paho.mqtt.client as paho
+import pytest
+from andon.runtime.app import LineApp
+from andon.runtime.broker import EmbeddedBroker
+from andon.runtime.startup import Options
+from paho.mqtt.enums import CallbackAPIVersion
+
+RUN = [sys.executable, "-m", "andon.cli", "run", "--backend", "onnxruntime", "--threads", "1", "--json"]
+LIVE = {"kind": "test", "width": 64, "height": 48, "fps": 20, "pattern": "black"}
+
+
+def andon_run(config: Path, *more: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*RUN, "--config", str(config), *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[dict[str, Any], str]:
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    return json.loads(out.splitlines()[-1]), err
+
+
+def at(broker: EmbeddedBroker) -> dict[str, Any]:
+    return {"host": broker.host, "port": broker.port}
+
+
+def test_parts_of_a_folder_become_verdicts_on_mqtt(
+    tmp_path: Path, bundle: Path, broker: EmbeddedBroker, consumer: Any, make_images: Any, make_line: Any
+) -> None:
+    shades = [(53 * index) % 256 for index in range(60)]
+    folder = make_images(tmp_path / "parts", shades)
+    (folder / "part007.png").write_bytes(b"not a picture")
+    source = {"kind": "folder", "path": str(folder), "player": "gstreamer"}
+    line = make_line(
+        {"cam0": {"source": source, "product": "mono", "drop": "block"}},
+        bundle=str(bundle),
+        broker=at(broker),
+        evidence={},
+    )
+    summary, log = finish(andon_run(line, "--until-end"))
+    verdicts = consumer.wait_for("verdict", 60)
+    assert [verdict["part_id"] for verdict in verdicts] == [f"part{index:03d}" for index in range(60)]
+    assert [verdict["seq"] for verdict in verdicts] == list(range(1, 61))
+    expected = ["NG" if shade / 255 > 0.5 else "OK" for shade in shades]
+    expected[7] = "UNKNOWN"
+    assert [verdict["label"] for verdict in verdicts] == expected
+    assert verdicts[7]["reason"] == "bad_frame" and "part007.png" in log
+    assert all(Path(verdict["evidence"]).is_file() for verdict in verdicts if verdict["label"] == "NG")
+    assert summary["verdicts"]["mono"] == {label: expected.count(label) for label in ("NG", "OK", "UNKNOWN")}
+    assert summary["frames"] == 59 and summary["delivery"]["outbox"]["messages"] == 0
+    consumer.until(lambda: [s["state"] for s in consumer.of("status", "cam0")][-1:] == ["stopped"])
+    assert consumer.of("status", "cam0")[0]["state"] == "online"
+
+
+def test_the_line_needs_no_torch_and_little_memory(bundle: Path, make_line: Any) -> None:
+    line = make_line({"cam0": {"source": {**LIVE, "frames": 20}, "product": "mono"}}, bundle=str(bundle))
+    script = (
+        "import sys\n"
+        "for name in ('torch', 'onnx', 'timm', 'matplotlib', 'sklearn', 'pandas'): sys.modules[name] = None\n"
+        "from andon.cli import main\n"
+        f"sys.exit(main(['run', '--config', {str(line)!r}, '--until-end', '--json', '--backend', 'onnxruntime']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["frames"] > 0
+    assert summary["memory_mb"]["peak"] < 400
+
+
+def test_sigterm_ends_in_good_order(
+    bundle: Path, broker: EmbeddedBroker, consumer: Any, make_line: Any, tmp_path: Path
+) -> None:
+    cameras = {name: {"source": LIVE, "product": "mono", "queue": 4} for name in ("a", "b")}
+    process = andon_run(make_line(cameras, bundle=str(bundle), broker=at(broker)))
+    consumer.wait_for("verdict", 20)
+    process.send_signal(signal.SIGTERM)
+    summary, log = finish(process)
+    assert "stopping: SIGTERM" in log and summary["delivery"]["outbox"]["messages"] == 0
+    judged = sum(sum(row.values()) for row in summary["verdicts"].values())
+    consumer.until(lambda: all(consumer.of("status", camera)[-1]["state"] == "stopped" for camera in cameras))
+    assert len({verdict["id"] for verdict in consumer.of("verdict")}) == judged
+    for camera in cameras:
+        seqs = [verdict["seq"] for verdict in consumer.of("verdict", camera)]
+        assert seqs == sorted(seqs)
+
+
+def test_without_a_broker_the_run_goes_on_and_the_verdicts_come_later(
+    tmp_path: Path, bundle: Path, broker: EmbeddedBroker, consumer: Any, make_images: Any, make_line: Any
+) -> None:
+    folder = make_images(tmp_path / "parts", [10, 200, 30])
+    cameras = {"cam0": {"source": {"kind": "folder", "path": str(folder)}, "product": "mono", "drop": "block"}}
+    line = make_line(cameras, bundle=str(bundle), broker={"host": "127.0.0.1", "port": 1})
+    summary, log = finish(andon_run(line, "--until-end"))
+    assert summary["delivery"]["outbox"]["messages"] >= 3 and "nothing listens there" in log
+    finish(andon_run(line, "--until-end", "--broker", f"127.0.0.1:{broker.port}"))
+    verdicts = consumer.wait_for("verdict", 6)
+    assert [verdict["replayed"] for verdict in verdicts[:3]] == [True] * 3
+    assert [verdict["part_id"] for verdict in verdicts] == ["part000", "part001", "part002"] * 2
+
+
+@pytest.mark.parametrize(
+    ("camera", "sections", "told"),
+    [
+        ({"source": LIVE, "product": "nut"}, {}, "unknown product 'nut'"),
+        ({"source": {"kind": "gstreamer", "pipeline": "videotestsrc ! nosuch"}}, {}, "GStreamer refuses"),
+        ({"source": LIVE}, {"bundle": "none"}, "there is no bundle at"),
+        ({"source": LIVE}, {"bundle": "none-*"}, "no bundle matches"),
+        ({"source": LIVE, "max_fsp": 3}, {}, "did you mean 'max_fps'?"),
+        ({"source": LIVE}, {"program": "nosuch"}, "nosuch"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_a_reason(
+    bundle: Path, make_line: Any, camera: dict[str, Any], sections: dict[str, Any], told: str
+) -> None:
+    line = make_line({"cam0": camera}, **{"bundle": str(bundle), "broker": None, **sections})
+    answer, err = finish(andon_run(line, "--max-frames", "5"), code=1)
+    assert told in err and answer["ok"] is False
+    assert "Traceback" not in err
+
+
+def test_until_end_refuses_endless_sources(bundle: Path, make_line: Any) -> None:
+    _, err = finish(andon_run(make_line({"cam0": {"source": LIVE}}, bundle=str(bundle)), "--until-end"), code=1)
+    assert "endless: cam0" in err
+
+
+def test_max_frames_and_a_camera_that_never_delivers(bundle: Path, make_line: Any) -> None:
+    dead = {"kind": "gstreamer", "pipeline": "videotestsrc is-live=true ! valve drop=true"}
+    cameras = {
+        "dead": {"source": dead, "product": "mono", "stale_after": 0.5, "stale_verdict_every": 0.5},
+        "good": {"source": LIVE, "product": "mono"},
+    }
+    line = make_line(cameras, bundle=str(bundle))
+    summary, log = finish(andon_run(line, "--max-frames", "60"))
+    assert sum(sum(row.values()) for row in summary["verdicts"].values()) == 60
+    assert summary["unknown"]["camera_stale"] >= 2
+    assert summary["cameras"]["dead"]["restarts"] >= 1 and summary["cameras"]["good"]["restarts"] == 0
+    assert "camera dead: down (no frame for 0.5 s)" in log
+    assert summary["slots"]["good"]["dropped"] <= 2, "the other camera is not delayed"
+
+
+def test_hangup_takes_over_what_can_change(bundle: Path, broker: EmbeddedBroker, consumer: Any, make_line: Any) -> None:
+    cameras = {"cam0": {"source": LIVE, "product": "mono", "queue": 8}}
+    line = make_line(cameras, bundle=str(bundle), broker=at(broker))
+    process = andon_run(line)
+    consumer.wait_for("verdict", 3)
+    text = line.read_text()
+    line.write_text(text + "judge: {thresholds: {mono: -1.0}}\noutbox: {inflight: 9}\n")
+    process.send_signal(signal.SIGHUP)
+    consumer.until(lambda: consumer.of("verdict")[-1]["label"] == "NG")
+    line.write_text("site: 3")
+    process.send_signal(signal.SIGHUP)
+    seen = len(consumer.of("verdict"))
+    consumer.wait_for("verdict", seen + 5)
+    line.write_text(text.replace("pattern: black", "pattern: white"))
+    process.send_signal(signal.SIGHUP)
+    consumer.until(lambda: consumer.of("verdict")[-1]["score"] == pytest.approx(1.0, abs=0.1))
+    process.send_signal(signal.SIGTERM)
+    summary, log = finish(process)
+    assert "reloaded: judge" in log and "only taken over by a restart: outbox" in log
+    assert "the configuration is not reloaded" in log and "reloaded: cameras.cam0.source" in log
+    seqs = [verdict["seq"] for verdict in consumer.of("verdict")]
+    assert seqs == list(range(1, len(seqs) + 1)), "no gap"
+    assert summary["slots"]["cam0"]["dropped"] == 0
+
+
+# -- commands, within this process -------------------------------------------------------------------------------------
+
+
+class Line:
+    """A line on a thread of this process, and a client that commands it."""
+
+    def __init__(self, app: LineApp, port: int, consumer: Any):
+        self.app, self.consumer = app, consumer
+        self.summary: dict[str, Any] = {}
+        self.thread = threading.Thread(target=self._run)
+        self.client = paho.Client(CallbackAPIVersion.VERSION2, protocol=paho.MQTTv5)
+        self.client.connect("127.0.0.1", port)
+        self.client.loop_start()
+
+    def _run(self) -> None:
+        self.summary = self.app.run()
+
+    def command(self, camera: str, name: str, **arguments: Any) -> dict[str, Any]:
+        identifier = f"{name}-{time.monotonic_ns()}"
+        topic = f"{self.app.config.topic}/{camera}/cmd/{name}"
+        self.client.publish(topic, json.dumps({"id": identifier, **arguments}), qos=1)
+
+        def answers() -> list[dict[str, Any]]:
+            return [answer for answer in self.consumer.of("result", camera) if answer["id"] == identifier]
+
+        self.consumer.until(lambda: bool(answers()))
+        return answers()[0]
+
+
+@pytest.fixture
+def start_line(broker: EmbeddedBroker, consumer: Any, bundle: Path, make_line: Any) -> Iterator[Callable[..., Line]]:
+    lines: list[Line] = []
+
+    def start(cameras: dict[str, Any], **sections: Any) -> Line:
+        ready = threading.Event()
+        path = make_line(cameras, bundle=str(bundle), broker=at(broker), **sections)
+        app = LineApp(Options(config=path, backend="onnxruntime", threads=1), on_ready=lambda app: ready.set())
+        line = Line(app, broker.port, consumer)
+        lines.append(line)
+        line.thread.start()
+        assert ready.wait(20)
+        assert app.delivery.wait_connected(10)
+        return line
+
+    yield start
+    for line in lines:
+        line.app.stop()
+        line.thread.join(20)
+        assert not line.thread.is_alive()
+        line.client.loop_stop()
+
+
+def test_a_trigger_names_the_next_frame(start_line: Callable[..., Line], consumer: Any) -> None:
+    line = start_line({"cam0": {"source": LIVE, "product": "mono", "queue": 8, "trigger": {"timeout_ms": 2000}}})
+    for index in range(5):
+        assert line.command("cam0", "trigger", part_id=f"A-{index}")["ok"]
+    verdicts = consumer.wait_for("verdict", 5)
+    assert [(verdict["part_id"], verdict["label"]) for verdict in verdicts] == [(f"A-{i}", "OK") for i in range(5)]
+    assert line.app.slots.counts()["cam0"].untriggered > 0, "frames without a trigger were not judged"
+
+
+def test_a_trigger_without_a_frame_is_unknown(start_line: Callable[..., Line], consumer: Any) -> None:
+    dead = {"kind": "gstreamer", "pipeline": "videotestsrc is-live=true ! valve drop=true"}
+    cameras = {"cam0": {"source": dead, "product": "mono", "stale_after": None, "trigger": {"timeout_ms": 300}}}
+    start_line(cameras).command("cam0", "trigger", part_id="A-1")
+    (verdict,) = consumer.wait_for("verdict", 1)
+    assert (verdict["part_id"], verdict["label"], verdict["reason"]) == ("A-1", "UNKNOWN", "no_frame")
+
+
+def test_commands_change_the_line_and_are_answered(start_line: Callable[..., Line], consumer: Any) -> None:
+    line = start_line({"cam0": {"source": LIVE, "product": "mono"}}, alarm={"k": 2, "n": 3})
+    answer = line.command("cam0", "threshold", threshold=-1.0, by="me")
+    assert answer["result"] == {"product": "mono", "before": 0.5, "now": -1.0}
+    consumer.until(lambda: any(alarm["state"] == "raised" for alarm in consumer.of("alarm")))
+    assert line.command("cam0", "threshold", threshold=None)["result"]["now"] == 0.5
+    consumer.until(lambda: consumer.of("alarm")[-1]["state"] == "latched")
+    assert line.command("cam0", "acknowledge", by="me")["result"] == {"acknowledged": ["defect"]}
+    consumer.until(lambda: consumer.of("alarm")[-1]["state"] == "cleared")
+    assert line.command("cam0", "product", product="poly")["result"] == {"before": "mono", "now": "poly"}
+    consumer.until(lambda: consumer.of("verdict")[-1]["product"] == "poly")
+    consumer.until(lambda: consumer.of("status")[-1]["product"] == "poly")
+    for name, arguments in [
+        ("product", {"product": "nut"}),
+        ("memory", {"action": "snapshot"}),
+        ("rebuild", {}),
+        ("threshold", {"threshold": 1, "product": "nut"}),
+    ]:
+        refused = line.command("cam0", name, **arguments)
+        assert not refused["ok"] and refused["error"], name
+    assert consumer.of("verdict")[-1]["product"] == "poly"
+
+
+def test_the_state_can_be_looked_at(start_line: Callable[..., Line], consumer: Any) -> None:
+    import cv2
+
+    line = start_line({"cam0": {"source": {**LIVE, "pattern": "ball"}, "product": "mono"}})
+    consumer.wait_for("verdict", 2)
+    state = line.app.state
+    assert state.picture("cam0") is not None
+    seen = len(consumer.of("verdict"))
+    consumer.wait_for("verdict", seen + 2)
+    shown = state.picture("cam0", width=32)
+    assert shown is not None
+    assert cv2.imdecode(np.frombuffer(shown, np.uint8), cv2.IMREAD_COLOR).shape == (24, 32, 3)
+    snapshot = json.loads(json.dumps(state.snapshot()))
+    assert snapshot["ready"] is True and snapshot["cameras"]["cam0"]["verdict"]["threshold"] == 0.5
+    assert snapshot["delivery"]["connected"] and snapshot["slots"]["cam0"]["taken"] > 0
+    assert len(snapshot["cameras"]["cam0"]["history"]) >= 2
+    age = state.judged_age()
+    assert age is not None and age < 5
