@@ -161,10 +161,11 @@ class LineApp:
     def _make_delivery(self, stack: ExitStack) -> None:
         broker = self.config.broker
         if broker is not None and broker.embedded:
-            from .broker import EmbeddedBroker
+            from .broker import EmbeddedBroker, announced
 
             embedded = stack.enter_context(EmbeddedBroker(broker.port))
             broker = broker.model_copy(update={"host": embedded.host, "port": embedded.port})
+            stack.enter_context(announced(self.folder, f"{embedded.host}:{embedded.port}"))
             log.info("embedded broker on %s:%d", embedded.host, embedded.port)
         self.broker = broker
         self.handlers = Handlers(self)

@@ -138,6 +138,21 @@ def _right_product(judged: Sequence[Judged]) -> dict[str, float]:
     }
 
 
+def confusion_table(evaluated: Evaluated) -> str:
+    """Decisions by ground truth and product, as text."""
+    lines = [f"{'decided':<10}  {'good OK':>8} {'good NG':>8} {'bad OK':>8} {'bad NG':>8} {'UNKNOWN':>8}"]
+    for product in evaluated.products:
+        mine = [j for j in evaluated.judged if j.sample.product == product]
+        counts = [
+            sum(j.sample.good == good and j.label == label for j in mine)
+            for good in (True, False)
+            for label in ("OK", "NG")
+        ]
+        unknown = sum(j.label == "UNKNOWN" for j in mine)
+        lines.append(f"{product:<10}  " + " ".join(f"{n:>8}" for n in [*counts, unknown]))
+    return "\n".join(lines)
+
+
 def percentiles(latency_ms: dict[str, Array]) -> dict[str, dict[str, float]]:
     """p50 and p95 of each timing, in milliseconds."""
     return {

@@ -21,6 +21,7 @@ def write_report(path: Path, detector: Detector, dataset: Dataset, evaluated: Ev
     stages = {k: float(np.median(v)) for k, v in evaluated.latency_ms.items() if k != "total"}
     thresholds = {p: t for p, m in evaluated.products.items() if (t := m.get("threshold")) is not None}
     total = float(np.median(evaluated.latency_ms["total"]))
+    aupro = evaluated.mean.get("pixel_AUPRO")
 
     def look(part: Part) -> tuple[Array, Array, Array | None]:
         judged = samples[part.key]
@@ -39,10 +40,11 @@ def write_report(path: Path, detector: Detector, dataset: Dataset, evaluated: Ev
         "data": f"{dataset.spec} {dataset.license}".strip(),
     }
     tiles = [
-        ("image AUROC", _figure(evaluated.mean.get("image_AUROC"))),
-        ("pixel AUPRO", _figure(evaluated.mean.get("pixel_AUPRO"))),
-        ("images", str(len(parts))),
-        ("ms per image", f"{total:.1f}"),
+        (_figure(evaluated.mean.get("image_AUROC")), "image AUROC, mean over products"),
+        *([] if aupro is None else [(_figure(aupro), "pixel AUPRO")]),
+        (str(len(parts)), "images"),
+        (f"{len(parts) / evaluated.seconds:.0f}", "images a second"),
+        (f"{total:.1f} ms", "median per image"),
     ]
     lead = f"{len(parts)} images of {dataset.spec}, judged by the engines of this machine."
     title = f"{manifest.name}: {manifest.method}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from ..detector import Detector
 from ..engine.base import Backend
 from ..engine.select import open_backend
 from ..errors import ConfigError
-from ..evaluation import Evaluated, evaluate, latency_table, percentiles
+from ..evaluation import Evaluated, confusion_table, evaluate, latency_table, percentiles
 from ..quality import mean_metrics, table
+from ..recorded import from_verdicts, read_verdicts
 from . import options
 
 
@@ -33,6 +35,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--products", nargs="+", metavar="NAME", help="only these products")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N images a product, good and defective evenly")
     parser.add_argument("--samplers", action="store_true", help="also every other program of the bundle, with its cost")
+    parser.add_argument(
+        "--verdicts", type=Path, metavar="FILE", help="judge nothing: take the verdicts that `andon watch --out` wrote"
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="put the figures that training measured in torch beside these"
+    )
     parser.add_argument("--report", type=Path, metavar="HTML", help="write a report with heatmaps, histograms and ROC")
 
 
@@ -49,9 +57,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         results: dict[str, Any] = {}
         for name in names:
             with options.open_detector(bundle, backend, args, program=name) as detector:
-                evaluated = _run(detector, samples, auto=args.product == "auto")
+                if args.verdicts:
+                    evaluated = from_verdicts(read_verdicts(args.verdicts), samples)
+                else:
+                    evaluated = _run(detector, samples, auto=args.product == "auto")
                 _print(detector, evaluated, auto=args.product == "auto")
                 results[name] = as_dict(evaluated)
+                if args.checkpoint and name == args.program:
+                    results[name]["torch"] = _beside_torch(args.checkpoint, evaluated)
                 if args.report and name == args.program:
                     results[name]["report"] = str(_report(args.report, detector, dataset, evaluated))
         if args.samplers:
@@ -131,6 +144,7 @@ def _print(detector: Detector, evaluated: Evaluated, *, auto: bool) -> None:
     )
     print(f"product {mode}, {len(evaluated.judged)} images")
     print(table(evaluated.products))
+    print(confusion_table(evaluated))
     rates = {"threshold": "threshold", "F1": "F1", "false_alarm_rate": "false alarms", "miss_rate": "missed"}
     for product, metrics in evaluated.products.items():
         calibrated = detector.threshold(product) is not None
@@ -140,6 +154,31 @@ def _print(detector: Detector, evaluated: Evaluated, *, auto: bool) -> None:
     for product, share in evaluated.right_product.items():
         print(f"{product}: the classifier finds the product of {share:.1%} of the good images")
     print(latency_table(evaluated.latency_ms))
+    print(f"{len(evaluated.judged) / evaluated.seconds:.1f} images a second")
+
+
+def _beside_torch(checkpoint: Path, evaluated: Evaluated) -> dict[str, float | None]:
+    """Image AUROC of the torch model as its training recorded it, printed beside the engines'.
+
+    Raises:
+        ConfigError: the checkpoint has no metrics.
+    """
+    path = checkpoint / "metrics.json"
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))["products"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"no metrics in {checkpoint}",
+            found=error,
+            expected="metrics.json",
+            next_step="andon train without --no-eval",
+        ) from error
+    torch = {product: recorded.get(product, {}).get("image_AUROC") for product in evaluated.products}
+    for product, metrics in evaluated.products.items():
+        values = [("torch", torch[product]), ("engines", metrics["image_AUROC"])]
+        shown = ", ".join(f"{name} {'-' if value is None else f'{value:.4f}'}" for name, value in values)
+        print(f"{product}: image AUROC {shown}")
+    return torch
 
 
 def _samplers(results: dict[str, Any]) -> str:

@@ -16,10 +16,12 @@ from typing import Any
 
 import paho.mqtt.client as paho
 
+from ..broker import announcement
 from ..configfile import load
 from ..errors import ConfigError, DeliveryError
 from ..lineconfig import BrokerConfig, LineConfig
 from ..mqtt.client import explain, explain_connack, make_client, tls_context
+from ..startup import state_folder
 
 _REMEMBERED = 100_000
 _RED, _GREEN, _YELLOW, _DIM, _BOLD, _PLAIN = "\033[31m", "\033[32m", "\033[33m", "\033[2m", "\033[1m", "\033[0m"
@@ -242,12 +244,31 @@ def _where(args: argparse.Namespace) -> tuple[BrokerConfig, str]:
     elif line is None:
         raise ConfigError("which broker?", next_step="andon watch --broker HOST:PORT, or --config line.yaml")
     elif broker.port == 0:
-        raise ConfigError(
-            "the configuration leaves the port of its embedded broker open",
-            next_step="andon watch --config ... --broker 127.0.0.1:PORT with the port that `andon run` prints",
-        )
+        host, port = _announced(announcement(state_folder(line, args.config)), args.wait)
+        broker = broker.model_copy(update={"host": host, "port": port})
     base = args.topic or (line.topic if line is not None else "andon/v1")
     return broker, base.removesuffix("/#")
+
+
+def _announced(path: Path, wait: float) -> tuple[str, int]:
+    """Address of the broker that a running line started on a free port; it is written when the broker runs.
+
+    Raises:
+        ConfigError: no line of this configuration runs after `wait` seconds.
+    """
+    deadline = time.monotonic() + wait
+    while True:
+        try:
+            host, _, port = path.read_text(encoding="ascii").strip().rpartition(":")
+            return host, int(port)
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise ConfigError(
+                    "no line of this configuration is running: its embedded broker's port is open until it does",
+                    found=f"no {path.name} in {path.parent}",
+                    next_step="start it with `andon run --config ...`, or give --wait SECONDS or --broker HOST:PORT",
+                ) from error
+            time.sleep(0.1)
 
 
 @contextmanager
