@@ -147,3 +147,22 @@ def _bindable(port: int) -> int:
             ) from error
         free: int = probe.getsockname()[1]
         return free
+
+
+def announcement(state: Path) -> Path:
+    """Where a running line with an embedded broker on a free port writes its address, for `andon watch --config`."""
+    return state / "broker.address"
+
+
+@contextmanager
+def announced(state: Path, address: str) -> Iterator[None]:
+    """Write `address` (HOST:PORT) for others to find while the broker runs."""
+    path = announcement(state)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".new")
+    draft.write_text(address + "\n", encoding="ascii")
+    draft.replace(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
