@@ -250,6 +250,8 @@ class LineMemory:
             "frames": dict(counts),
             "snapshots": self._store.numbers(),
             "drift": sorted(self._warnings),
+            "drift_score": {name: round(monitor.statistic(), 4) for name, monitor in self._drift.items()},
+            "version": self._number if self._calibrators else None,
         }
 
     def _name(self, index: int) -> str:
