@@ -189,6 +189,12 @@ class LineState:
         with self._lock:
             return None if self._last is None else time.monotonic() - self._last
 
+    @property
+    def first_judged(self) -> float | None:
+        """When the first frame was judged, in seconds of time.monotonic()."""
+        with self._lock:
+            return self._first
+
     def picture(self, camera: str, *, width: int = 480, heat: bool = True, quality: int = 80) -> bytes | None:
         """The camera's last judged picture as JPEG, at most `width` pixels wide, with its heat map if there is one.
 

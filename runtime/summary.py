@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ def closing_summary(app: LineApp) -> dict[str, Any]:
         "ok": not failed,
         "frames": snapshot["frames"],
         "fps": snapshot["fps"],
+        "first_verdict_s": _age_at(app.state.first_judged),
         "verdicts": app.state.counts(),
         "unknown": app.state.reasons(),
         "latency_ms": snapshot["latency_ms"],
@@ -34,6 +37,15 @@ def closing_summary(app: LineApp) -> dict[str, Any]:
         "memory_mb": _peak_memory(),
         "uptime_s": snapshot["uptime_s"],
     }
+
+
+def _age_at(moment: float | None) -> float | None:
+    """How old this process was at that time of time.monotonic(), in seconds: interpreter and imports included."""
+    if moment is None:
+        return None
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # starttime, proc(5)
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return round(age - (time.monotonic() - moment), 2)
 
 
 def _peak_memory() -> dict[str, float]:
