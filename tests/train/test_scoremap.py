@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import gaussian_filter
-
 from andon.train.scoremap import ScoreMap
+from scipy.ndimage import gaussian_filter
 
 
 @pytest.mark.parametrize(
