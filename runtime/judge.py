@@ -252,7 +252,8 @@ class Judge:
         except AndonError as error:
             raise _Refusal("engine_error", str(error), product=product) from error
         except Exception as error:
-            log.exception("camera %s: the engine failed unexpectedly", frame.camera)
+            if self._trouble.get(frame.camera) != "engine_error":
+                log.exception("camera %s: the engine failed unexpectedly", frame.camera)
             raise _Refusal("engine_error", f"{type(error).__name__}: {error}", product=product) from error
 
     def _decide(self, frame: Frame, scored: Scored, box: Box) -> _Decision:

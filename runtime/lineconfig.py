@@ -51,7 +51,10 @@ class FolderSource(PlaybackSource):
     kind: Literal["folder"] = Field(description="Images of a folder")
     path: LocalPath = Field(description="Folder")
     pattern: str = Field(default="**/*", description="Glob under the folder; files that are no images are left out")
-    watch: bool = Field(default=False, description="Hot folder: wait for new files instead of ending")
+    watch: bool = Field(
+        default=False,
+        description="Hot folder: wait for new files instead of ending; a restart judges again what lies there",
+    )
 
     @model_validator(mode="after")
     def _one_way(self) -> FolderSource:

@@ -9,9 +9,13 @@ import time
 
 
 class _Utc(logging.Formatter):
-    converter = time.gmtime
     default_time_format = "%Y-%m-%dT%H:%M:%S"
     default_msec_format = "%s.%03dZ"
+
+    @staticmethod
+    def converter(timestamp: float | None = None) -> time.struct_time:
+        """Time stamps are UTC, like those of the messages."""
+        return time.gmtime(timestamp)
 
 
 def configure_logging(level: str) -> None:

@@ -86,7 +86,7 @@ def camera_source(name: str, camera: CameraConfig, has: Has = has_element) -> Gs
     source = camera.source
     keep_all = camera.drop == "block"
     if isinstance(source, GstreamerSource):
-        return GstreamerCamera(source.pipeline, live=source.live, keep_all=keep_all)
+        return GstreamerCamera(source.pipeline, live=source.live, keep_all=keep_all or not source.live)
     if isinstance(source, PatternSource):
         return GstreamerCamera(pattern(source), keep_all=keep_all)
     if isinstance(source, CsiSource):
@@ -103,7 +103,7 @@ def camera_source(name: str, camera: CameraConfig, has: Has = has_element) -> Gs
             video_file(source, has),
             live=False,
             sync=source.realtime,
-            keep_all=keep_all or not source.realtime,
+            keep_all=True,
             loop=source.loop,
             properties=properties,
         )

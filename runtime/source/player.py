@@ -45,7 +45,7 @@ class PipelinePlayer:
         self._config = config
         text = f"appsrc name={PLAYER} format=time is-live=false block=false ! {config.through}"
         self._pipeline = Pipeline(text, live=False, sync=config.fps is not None, keep_all=True)
-        self._playing: Iterator[Part | None] = iter(())
+        self._playing: Iterator[Part] = iter(())
         self._flying: deque[_Flying] = deque()
         self._sent, self._ahead = 0, AHEAD
         self._ended = self._drained = False

@@ -48,24 +48,26 @@ def parts(config: FolderSource | DatasetSource) -> list[Part]:
     return found
 
 
-def playing(config: FolderSource | DatasetSource) -> Iterator[Part | None]:
-    """The parts as they are due, again and again with `loop`; None means: nothing yet (a watched folder)."""
-    if isinstance(config, FolderSource) and config.watch:
-        yield from _watched(config)
+def playing(config: FolderSource | DatasetSource) -> Iterator[Part]:
+    """The parts in order, again and again with `loop`."""
     while True:
         yield from parts(config)
         if not config.loop:
             return
 
 
-def _watched(config: FolderSource) -> Iterator[Part | None]:
-    """New files once they have stopped growing between two looks."""
-    seen: set[Path] = set()
+def watching(config: FolderSource, seen: set[Path]) -> Iterator[Part | None]:
+    """New files once they have stopped growing between two looks; None: no more for now. `seen` is kept up to date."""
     sizes: dict[Path, int] = {}
     while True:
-        fresh = [part for part in parts(config) if part.path not in seen]
+        present = parts(config)
+        fresh = [part for part in present if part.path not in seen]
+        seen.intersection_update(part.path for part in present)
         for part in fresh:
-            size = part.path.stat().st_size
+            try:
+                size = part.path.stat().st_size
+            except FileNotFoundError:
+                continue  # taken away between the two looks
             if sizes.get(part.path) == size:
                 seen.add(part.path)
                 del sizes[part.path]
@@ -81,6 +83,7 @@ class FolderPlayer:
     def __init__(self, config: FolderSource | DatasetSource):
         self._config = config
         self._playing: Iterator[Part | None] = iter(())
+        self._seen: set[Path] = set()  # outlives a share that goes away and comes back
         self._due = 0.0
 
     def check(self) -> str:
@@ -90,7 +93,10 @@ class FolderPlayer:
     def open(self) -> None:
         """See :class:`Source`."""
         parts(self._config)
-        self._playing = playing(self._config)
+        if isinstance(self._config, FolderSource) and self._config.watch:
+            self._playing = watching(self._config, self._seen)
+        else:
+            self._playing = playing(self._config)
         self._due = time.monotonic()
 
     def read(self, timeout: float) -> Shot | None:

@@ -219,6 +219,13 @@ def test_a_watched_folder_takes_files_once_they_are_whole(tmp_path: Path, make_i
     taken = [source.read(0.01), source.read(0.01)]
     assert [shot.part_id for shot in taken if shot] == ["part000", "part001"]
     assert source.read(0.01) is None
+    hidden = tmp_path.rename(tmp_path.with_name("away"))
+    with pytest.raises(SourceError, match="no folder"):
+        source.read(0.01)
+    source.close()
+    hidden.rename(tmp_path)
+    source.open()
+    assert [source.read(0.01) for _ in range(3)] == [None] * 3, "what was judged is not judged again"
     source.close()
 
 
