@@ -27,6 +27,7 @@ from .linestate import LineState
 from .memory import open_memory
 from .mqtt.commands import Commands
 from .mqtt.delivery import Delivery
+from .operation import Operation
 from .outbox import Outbox
 from .overrides import Overrides
 from .reload import reload
@@ -41,6 +42,8 @@ from .worker import LineWorker
 log = logging.getLogger("andon.line")
 #: Seconds that a source may take to let go of its camera.
 JOIN = 5.0
+#: Seconds without the broker until that is an alarm.
+DELIVERY_GRACE = 5.0
 
 
 class LineApp:
@@ -62,7 +65,7 @@ class LineApp:
         self.config = effective(options)
         self.folder = state_folder(self.config, options.config)
         self._on_ready = on_ready
-        self._delivery_trouble = False
+        self._delivery_trouble = self._abandoned = False
         self._events: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._detector_stack = ExitStack()
         cameras = self.config.cameras
@@ -131,6 +134,7 @@ class LineApp:
                 self.options.max_frames,
                 lambda: self._events.put("finished"),
             )
+            stack.enter_context(Operation(self))
             return self._run()
 
     # -- start -------------------------------------------------------------------------------------------------------
@@ -232,10 +236,11 @@ class LineApp:
         try:
             self.delivery.start()
             try:
-                self.worker.wait_ready()
-                log.info("line %s runs: %d cameras", self.config.topic, len(self.cameras))
-                self._on_ready(self)
-                self._attend()
+                if self._wait_ready():
+                    log.info("line %s runs: %d cameras", self.config.topic, len(self.cameras))
+                    self.delivery.announce()
+                    self._on_ready(self)
+                    self._attend()
             finally:
                 self._stop_line()
                 self.delivery.stop()
@@ -244,6 +249,23 @@ class LineApp:
         if self.worker.failure is not None:
             raise self.worker.failure
         return closing_summary(self)
+
+    def _wait_ready(self) -> bool:
+        """Wait for the engines, which may take minutes to build; False when the run is to stop before they are there.
+
+        Raises:
+            AndonError: they cannot be opened.
+        """
+        while not self.worker.wait_ready(0.1):
+            try:
+                event = self._events.get_nowait()
+            except queue.Empty:
+                continue
+            if event.startswith("stop"):
+                log.info("stopping before the engines are open: %s", event.removeprefix("stop "))
+                self._abandoned = True
+                return False
+        return True
 
     def _attend(self) -> None:
         """Wait for signals and the line's own end; meanwhile publish metrics and watch the broker."""
@@ -277,7 +299,8 @@ class LineApp:
         for name, camera in self.cameras.items():
             if not camera.join(JOIN):
                 log.error("camera %s: its source does not let go after %g s", name, JOIN)
-        self.worker.join()
+        # An engine build cannot be interrupted; its thread then dies with the process.
+        self.worker.join(JOIN if self._abandoned else None)
 
     def _camera_state(self, state: CameraState) -> None:
         """Called by camera threads: publish, and let the alarm board know, on the thread that owns it."""
@@ -295,13 +318,17 @@ class LineApp:
         self.worker.post(lambda: self.worker.alarm(camera, self.boards[camera].condition(kind, present, detail)))
 
     def _watch_delivery(self) -> None:
+        """Raise or clear the delivery alarm; a connection is given some seconds to come up or back."""
         health = self.delivery.health()
-        present = not health.connected or health.outbox.degraded is not None
-        if present != self._delivery_trouble:
-            self._delivery_trouble = present
-            reason = health.outbox.degraded or health.reason
-            for name in self.boards:
-                self._condition(name, "delivery", present, reason)
+        since = time.monotonic() - DELIVERY_GRACE
+        away = any(not link.connected and link.since < since for link in health.links.values())
+        present = away or health.outbox.degraded is not None
+        if present == self._delivery_trouble or (not present and not health.connected):
+            return
+        self._delivery_trouble = present
+        reason = health.outbox.degraded or health.reason
+        for name in self.boards:
+            self._condition(name, "delivery", present, reason)
 
     def _delivery_section(self) -> dict[str, Any]:
         health = self.delivery.health()

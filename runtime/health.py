@@ -1,0 +1,76 @@
+"""Whether the line works, as systemd, a load balancer or a person may ask: alive, and ready.
+
+Alive: the judging thread gets on. It is stuck when items wait for judgement and none has been taken for a while; a line
+without parts is alive. Ready: what the line is there for works from end to end: engines open, every camera delivers,
+verdicts are stored and reach the broker.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+#: Seconds without progress, while something waits, after which the judging thread counts as stuck.
+STUCK = 10.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at. detail says why not, or how it stands."""
+
+    name: str
+    ok: bool
+    detail: str = ""
+
+
+class Progress:
+    """Watches a counter of judged items and the number of waiting ones. Thread-safe.
+
+    Args:
+        ask: (judged so far, waiting now).
+        limit: seconds after which waiting without judging means stuck.
+    """
+
+    def __init__(
+        self,
+        ask: Callable[[], tuple[int, int]],
+        limit: float = STUCK,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._ask, self._limit, self._clock = ask, limit, clock
+        self._judged = -1
+        self._good_at = clock()
+        self._lock = threading.Lock()
+
+    def check(self) -> Check:
+        """Look now. It must be asked more often than ``limit`` to be exact."""
+        judged, waiting = self._ask()
+        now = self._clock()
+        with self._lock:
+            if judged != self._judged or waiting == 0:
+                self._judged, self._good_at = judged, now
+            idle = now - self._good_at
+        if idle >= self._limit:
+            return Check("judging", False, f"{waiting} frames wait and none was judged for {idle:.0f} s")
+        return Check("judging", True, f"{judged} judged, {waiting} waiting")
+
+
+def readiness(snapshot: Mapping[str, Any]) -> list[Check]:
+    """Checks of a snapshot of :class:`LineState`."""
+    checks = [Check("engines", bool(snapshot.get("ready")), "" if snapshot.get("ready") else "not open yet")]
+    for name, camera in snapshot.get("cameras", {}).items():
+        source = camera["source"]
+        detail = ": ".join(filter(None, (source["state"], source["detail"].partition("\n")[0])))
+        checks.append(Check(f"camera {name}", source["state"] in ("live", "ended"), detail))
+    delivery = snapshot.get("delivery")
+    if delivery is not None:
+        outbox = delivery["outbox"]
+        checks.append(
+            Check("outbox", outbox["degraded"] is None, outbox["degraded"] or f"{outbox['messages']} waiting")
+        )
+        if delivery["broker"] is not None:
+            checks.append(Check("broker", not delivery["reason"], delivery["reason"] or delivery["broker"]))
+    return checks

@@ -1,0 +1,147 @@
+"""Operation of a running line: live page, metrics, health and systemd's watchdog, kept by one thread."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from .configfile import secret
+from .errors import AndonError
+from .health import Check, Progress, readiness
+from .metrics import Metrics
+from .notify import Notifier
+from .web.server import Backend, WebServer
+
+if TYPE_CHECKING:
+    from .app import LineApp
+
+log = logging.getLogger("andon.operation")
+
+#: Seconds between looks at the line.
+_PERIOD = 1.0
+#: Seconds that systemd is asked to wait for engines, again and again while they open.
+_PATIENCE = 30.0
+
+
+class Operation:
+    """Entered once the line is put together, left when it has stopped.
+
+    The web server is up from the start, so that a line that is still building engines says so.
+
+    Raises:
+        ConfigError: the token is named but not there. SourceError-free: the line itself is not touched.
+        DeliveryError: the port is taken.
+    """
+
+    def __init__(self, app: LineApp, notifier: Notifier | None = None):
+        self._app = app
+        self._notifier = notifier or Notifier()
+        self._progress = Progress(self._judged_and_waiting)
+        self._memory: dict[str, Any] | None = None
+        self._asked: Future[dict[str, Any]] | None = None
+        self._stop = threading.Event()
+        self._stack = ExitStack()
+        self._thread = threading.Thread(target=self._attend, name="operation", daemon=True)
+        self.web: WebServer | None = None
+        self.metrics = Metrics(app.state.snapshot)
+
+    def __enter__(self) -> Operation:
+        app = self._app
+        app.state.section("memory", lambda: self._memory)
+        config = app.config.web
+        if config is not None:
+            app.state.on_verdict.append(self.metrics.observe)
+            token = secret("web.token", config.token_env, config.token_file)
+            self.web = WebServer(config.host, config.port, self._backend(), token)
+            self._stack.enter_context(self.web)
+            log.info("live page on %s", self.web.url)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._notifier.stopping()
+        self._stop.set()
+        self._thread.join()
+        self._stack.close()
+
+    def alive(self) -> list[Check]:
+        """For /healthz and the watchdog."""
+        return [self._progress.check()]
+
+    def ready(self) -> list[Check]:
+        """For /readyz."""
+        return [*self.alive(), *readiness(self._app.state.snapshot())]
+
+    def _backend(self) -> Backend:
+        config = self._app.config
+        return Backend(
+            state=self._document,
+            picture=lambda camera, width, heat: self._app.state.picture(camera, width=width, heat=heat),
+            cameras=tuple(config.cameras),
+            acknowledge=lambda camera, kind, by: self._app.handlers.acknowledge(camera, {"kind": kind, "by": by}),
+            metrics=self.metrics.page,
+            alive=self.alive,
+            ready=self.ready,
+        )
+
+    def _document(self) -> dict[str, Any]:
+        config = self._app.config
+        return {
+            **self._app.state.snapshot(),
+            "line": {"site": config.site, "line": config.line, "station": config.station},
+            "health": [asdict(check) for check in self.ready()],
+        }
+
+    def _judged_and_waiting(self) -> tuple[int, int]:
+        slots = self._app.slots
+        counts = slots.counts()
+        judged = sum(count.taken + count.missed for count in counts.values())
+        return judged, sum(slots.waiting(camera) for camera in counts)
+
+    # -- the thread ------------------------------------------------------------------------------------------------
+
+    def _attend(self) -> None:
+        said_ready = False
+        period = min(_PERIOD, self._notifier.watchdog_interval or _PERIOD)
+        while not self._stop.wait(period):
+            snapshot_ready = self._app.state.judged_age() is not None or self._engines_open()
+            if not snapshot_ready:
+                self._notifier.starting("opening engines", _PATIENCE)
+                self._notifier.feed("opening engines")
+                continue
+            status = self._status()
+            if not said_ready:
+                self._notifier.ready(status)
+                said_ready = True
+            check = self._progress.check()
+            if check.ok:
+                self._notifier.feed(status)
+            else:
+                log.error("the watchdog is not fed: %s", check.detail)
+                self._notifier.status(check.detail)
+            self._ask_memory()
+
+    def _engines_open(self) -> bool:
+        return self._app.worker.judge is not None
+
+    def _status(self) -> str:
+        problems = [f"{check.name}: {check.detail}" for check in readiness(self._app.state.snapshot()) if not check.ok]
+        return "; ".join(problems) or "judging"
+
+    def _ask_memory(self) -> None:
+        """Ask the judging thread, which owns the memory, without waiting for it."""
+        worker = self._app.worker
+        if worker.memory is None:
+            return
+        if self._asked is not None and self._asked.done():
+            try:
+                self._memory = self._asked.result()
+            except AndonError as error:
+                log.debug("memory: %s", error)
+            self._asked = None
+        if self._asked is None:
+            self._asked = worker.post(worker.memory.describe)
