@@ -182,7 +182,9 @@ class _Trainer:
     def _report(self, losses: Mapping[str, Tensor | float], bar: tqdm[Any]) -> None:
         self.last = {"step": self.step, "seconds": round(self.seconds, 2)}
         self.last |= {k: float(v) for k, v in losses.items()}
-        bar.set_postfix({k: f"{float(v):.3g}" for k, v in losses.items() if k != "lr"}, refresh=False)
+        # the bar shows the losses; what after_step counts (perplexities, revivals) goes to log.jsonl only
+        shown = {k: f"{float(v):.3g}" for k, v in losses.items() if isinstance(v, Tensor)}
+        bar.set_postfix(shown, refresh=False)
         limit = self.schedule.max_seconds
         if limit is not None:
             bar.total = min(self.schedule.steps, max(self.step, int(self.step * limit / max(self.seconds, 1e-9))))
