@@ -72,15 +72,16 @@ class LineWorker:
         """Start the thread; it opens the engines first."""
         self._thread.start()
 
-    def wait_ready(self) -> None:
-        """Wait until the engines are open.
+    def wait_ready(self, timeout: float | None = None) -> bool:
+        """Wait until the engines are open; False if they are not within `timeout` seconds.
 
         Raises:
             AndonError: they cannot be opened.
         """
-        self._ready.wait()
+        ready = self._ready.wait(timeout)
         if self.failure is not None:
             raise self.failure
+        return ready
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait for the end, which comes when the slots are closed and empty. False if it did not come in time."""
