@@ -60,8 +60,8 @@ class MethodConfig(Config):
     method: str = Field(description="Method id")
     preset: str = Field(default="", description="Free name of the preset, for the record")
     size: int = Field(default=224, description="Network input, pixels, square")
-    backbone: BackboneConfig
-    schedule: Schedule
+    backbone: BackboneConfig = Field(description="Feature extractor")
+    schedule: Schedule = Field(description="Length and optimisation settings")
     seed: int = Field(default=0, description="Seed of every random generator")
     holdout: float = Field(default=0.1, ge=0, lt=1, description="Share of good training images kept for constants")
 
