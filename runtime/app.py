@@ -134,7 +134,7 @@ class LineApp:
                 self.options.max_frames,
                 lambda: self._events.put("finished"),
             )
-            stack.enter_context(Operation(self))
+            self.operation = stack.enter_context(Operation(self))
             return self._run()
 
     # -- start -------------------------------------------------------------------------------------------------------

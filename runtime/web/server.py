@@ -1,8 +1,8 @@
 """The live page's HTTP server: a handful of GET routes and one POST, on the standard library's threading server.
 
 Bound to loopback it asks for no token, but answers only requests that name a loopback host (DNS rebinding). Bound
-elsewhere every request but /healthz and the style sheet needs the token: ``Authorization: Bearer``, or the cookie that the login form sets.
-A POST needs the header X-Andon, which a foreign page cannot send without our consent.
+elsewhere every request but /healthz and the style sheet needs the token: ``Authorization: Bearer``, or the cookie that
+the login form sets. A POST needs the header X-Andon, which a foreign page cannot send without our consent.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ _STATIC = {
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
     "/chart.js": ("chart.js", "text/javascript; charset=utf-8"),
 }
-_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; form-action 'self'"
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
 _COOKIE = "andon_token"
 _MAX_BODY = 4096
 
@@ -177,7 +180,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.UNAUTHORIZED, "text/html; charset=utf-8", _LOGIN.encode())
             return
         cookie = SimpleCookie({_COOKIE: given})[_COOKIE]
-        cookie.update({"httponly": True, "samesite": "Strict", "path": "/", "max-age": 30 * 86400})
+        for name, value in (("httponly", True), ("samesite", "Strict"), ("path", "/"), ("max-age", 30 * 86400)):
+            cookie[name] = value
         self._send(HTTPStatus.SEE_OTHER, "text/plain", b"", {"Location": "/", "Set-Cookie": cookie.OutputString()})
 
     # -- answers -----------------------------------------------------------------------------------------------------

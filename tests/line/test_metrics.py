@@ -1,0 +1,230 @@
+"""Prometheus names and numbers, health, and systemd's protocol."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+from andon.runtime.health import Progress, readiness
+from andon.runtime.metrics import Metrics
+from andon.runtime.notify import Notifier
+from andon.runtime.types import Verdict
+from andon.runtime.verdict import Ids
+from prometheus_client.parser import text_string_to_metric_families
+
+SNAPSHOT: dict[str, Any] = {
+    "ready": True,
+    "method": "hvq",
+    "bundle": "9f2c",
+    "backend": "onnxruntime",
+    "variant": "fp32",
+    "cameras": {
+        "cam0": {
+            "source": {"state": "live", "restarts": 2, "detail": ""},
+            "alarms": [{"kind": "defect", "state": "raised"}],
+            "verdict": {"score": 1.5, "threshold": 2.0},
+        },
+        "cam1": {"source": {"state": "down", "restarts": 0, "detail": "no frame\nmore"}, "alarms": [], "verdict": None},
+    },
+    "slots": {"cam0": {"dropped": 3, "untriggered": 4}},
+    "delivery": {
+        "broker": "127.0.0.1:1883",
+        "connected": False,
+        "reason": "nothing listens there",
+        "acknowledged": 9,
+        "outbox": {"messages": 7, "bytes": 700, "oldest_age_s": 1.5, "degraded": None, "dropped": 1},
+    },
+    "memory": {"rows": {"mono": 12}, "drift": ["cam0/mono"], "drift_score": {"cam0/mono": 0.4}, "version": 3},
+}
+
+
+def verdict(label: str, reason: str, camera: str = "cam0", **latency: float) -> Verdict:
+    now = datetime.now(timezone.utc)
+    return Verdict(Ids().next(), camera, 1, now, now, label, reason, latency_ms=latency)  # type: ignore[arg-type]
+
+
+def samples(page: bytes) -> dict[str, float]:
+    found = {}
+    for family in text_string_to_metric_families(page.decode()):
+        for sample in family.samples:
+            labels = ",".join(f"{name}={value}" for name, value in sorted(sample.labels.items()))
+            found[sample.name + (f"{{{labels}}}" if labels else "")] = sample.value
+    return found
+
+
+def test_names_and_numbers() -> None:
+    metrics = Metrics(lambda: SNAPSHOT)
+    metrics.observe(verdict("OK", "score_below_threshold", encode=6.0, total=12.0))
+    metrics.observe(verdict("NG", "score_above_threshold", encode=6.0, total=120.0))
+    metrics.observe(verdict("UNKNOWN", "not_a_number"))
+    metrics.observe(verdict("UNKNOWN", "camera_stale", "cam1"))
+    found = samples(metrics.page())
+    expected = {
+        "andon_frames_total{camera=cam0,result=judged}": 2,
+        "andon_frames_total{camera=cam0,result=not_judged}": 1,
+        "andon_verdicts_total{camera=cam0,label=NG}": 1,
+        "andon_verdicts_total{camera=cam1,label=UNKNOWN}": 1,
+        "andon_unknown_verdicts_total{camera=cam1,reason=camera_stale}": 1,
+        "andon_stage_duration_seconds_count{stage=total}": 2,
+        "andon_stage_duration_seconds_bucket{le=0.025,stage=total}": 1,
+        "andon_frames_dropped_total{camera=cam0,reason=newer_frame}": 3,
+        "andon_frames_dropped_total{camera=cam0,reason=no_trigger}": 4,
+        "andon_mqtt_spool_messages": 7,
+        "andon_mqtt_spool_dropped_total": 1,
+        "andon_mqtt_connected": 0,
+        "andon_memory_rows{product=mono}": 12,
+        "andon_drift_warning{camera=cam0}": 1,
+        "andon_drift_warning{camera=cam1}": 0,
+        "andon_drift_score{monitor=cam0/mono}": 0.4,
+        "andon_camera_up{camera=cam0}": 1,
+        "andon_camera_up{camera=cam1}": 0,
+        "andon_alarm_active{camera=cam0,kind=defect,state=raised}": 1,
+        "andon_score{camera=cam0}": 1.5,
+    }
+    assert {name: found.get(name) for name in expected} == expected
+    assert "andon_frames_total{camera=cam1,result=not_judged}" not in found, "a stale camera gave no frame"
+    assert abs(found["andon_stage_duration_seconds_sum{stage=total}"] - 0.132) < 1e-9
+    (build,) = [name for name in found if name.startswith("andon_build_info")]
+    assert "method=hvq" in build and "bundle=9f2c" in build
+
+
+def test_metrics_of_a_line_that_is_still_starting() -> None:
+    assert samples(Metrics(lambda: {"ready": False}).page())["andon_ready"] == 0
+
+
+def test_two_lines_in_one_process_count_apart() -> None:
+    first, second = Metrics(dict), Metrics(dict)
+    first.observe(verdict("OK", "score_below_threshold"))
+    assert b'label="OK"' in first.page() and b'label="OK"' not in second.page()
+
+
+def test_readiness() -> None:
+    failed = {check.name: check.detail for check in readiness(SNAPSHOT) if not check.ok}
+    assert failed == {"camera cam1": "down: no frame", "broker": "nothing listens there"}
+    full = {**SNAPSHOT["delivery"]["outbox"], "degraded": "database or disk is full"}
+    delivery = {**SNAPSHOT["delivery"], "reason": "", "outbox": full}
+    failed = {
+        check.name: check.detail
+        for check in readiness({"ready": False, "cameras": {}, "delivery": delivery})
+        if not check.ok
+    }
+    assert failed == {"engines": "not open yet", "outbox": "database or disk is full"}
+
+
+def test_stuck_is_waiting_without_judging() -> None:
+    now, counts = [0.0], [0, 0]
+    progress = Progress(lambda: (counts[0], counts[1]), limit=10, clock=lambda: now[0])
+    now[0] = 100
+    assert progress.check().ok, "nothing waits: a line without parts is alive"
+    counts[1] = 3
+    now[0] = 105
+    assert progress.check().ok
+    counts[0] = 1
+    now[0] = 109
+    assert progress.check().ok, "one was judged"
+    now[0] = 120
+    stuck = progress.check()
+    assert not stuck.ok and "3 frames wait" in stuck.detail
+    counts[0] = 2
+    assert progress.check().ok
+
+
+# -- systemd -----------------------------------------------------------------------------------------------------------
+
+
+class Systemd:
+    """The other end of NOTIFY_SOCKET."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(str(path))
+        self.socket.settimeout(0.2)
+        self.heard: list[tuple[float, dict[str, str]]] = []
+
+    def listen(self, seconds: float, until: str = "") -> list[dict[str, str]]:
+        end = time.monotonic() + seconds
+        start = len(self.heard)
+        while time.monotonic() < end and not any(until in message for _, message in self.heard[start:] if until):
+            try:
+                text = self.socket.recv(4096).decode()
+            except TimeoutError:
+                continue
+            self.heard.append((time.monotonic(), dict(line.partition("=")[::2] for line in text.splitlines())))
+        return [message for _, message in self.heard[start:]]
+
+
+@pytest.fixture
+def systemd(tmp_path: Path) -> Iterator[Systemd]:
+    service = Systemd(tmp_path / "notify")
+    yield service
+    service.socket.close()
+
+
+def test_without_systemd_nothing_is_sent() -> None:
+    notifier = Notifier({})
+    assert notifier.watchdog_interval is None
+    notifier.ready("up")
+
+
+def test_watchdog_is_for_this_process_only(systemd: Systemd) -> None:
+    environment = {"NOTIFY_SOCKET": str(systemd.path), "WATCHDOG_USEC": "4000000"}
+    assert Notifier({**environment, "WATCHDOG_PID": str(os.getpid())}).watchdog_interval == 2.0
+    assert Notifier({**environment, "WATCHDOG_PID": "1"}).watchdog_interval is None
+
+
+def test_service_is_ready_feeds_the_watchdog_and_stops(systemd: Systemd, bundle: Path, make_line: Any) -> None:
+    camera = {"source": {"kind": "test", "width": 64, "height": 48, "fps": 10}, "product": "mono"}
+    config = make_line({"cam0": camera}, bundle=str(bundle), broker=None)
+    environment = {**os.environ, "NOTIFY_SOCKET": str(systemd.path), "WATCHDOG_USEC": "1000000", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "andon.cli", "run", "--config", str(config), "--backend", "onnxruntime", "--json"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        assert any("READY" in message for message in systemd.listen(30, "READY"))
+        assert len([m for m in systemd.listen(3) if "WATCHDOG" in m]) >= 3
+        process.send_signal(signal.SIGTERM)
+        assert any("STOPPING" in message for message in systemd.listen(30, "STOPPING"))
+        out, _ = process.communicate(timeout=30)
+        assert process.returncode == 0 and json.loads(out.splitlines()[-1])["frames"] > 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_watchdog_is_not_fed_while_frames_wait_unjudged(
+    systemd: Systemd, bundle: Path, make_line: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import threading
+
+    from andon.runtime import health
+    from andon.runtime.app import LineApp
+    from andon.runtime.startup import Options
+
+    monkeypatch.setenv("NOTIFY_SOCKET", str(systemd.path))
+    monkeypatch.setenv("WATCHDOG_USEC", "400000")
+    monkeypatch.setattr(health.Progress.__init__, "__defaults__", (1.0, time.monotonic))
+    camera = {"source": {"kind": "test", "width": 64, "height": 48, "fps": 10}, "product": "mono"}
+    app = LineApp(Options(config=make_line({"cam0": camera}, bundle=str(bundle), broker=None), backend="onnxruntime"))
+    thread = threading.Thread(target=app.run)
+    thread.start()
+    try:
+        assert any("READY" in message for message in systemd.listen(30, "READY"))
+        hang = threading.Event()
+        stuck = app.worker.post(lambda: hang.wait(20))
+        systemd.listen(2.5)
+        assert not [m for m in systemd.listen(1.5) if "WATCHDOG" in m], "fed although nothing is judged"
+        hang.set()
+        assert stuck.result(5) and any("WATCHDOG" in message for message in systemd.listen(5, "WATCHDOG"))
+    finally:
+        app.stop()
+        thread.join(30)
