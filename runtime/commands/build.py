@@ -1,0 +1,67 @@
+"""`andon build`: the TensorRT plans of a bundle, built on this device."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..bundle import Bundle
+from ..engine.build import BuildOptions, Built, default_cache, with_dla
+from ..engine.probe import require_tensorrt
+from . import options
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options of `andon build`."""
+    options.add_bundle(parser)
+    parser.add_argument(
+        "--variant", choices=("auto", "all", *options.VARIANTS), default="auto", help="auto: fp16 if the bundle has it"
+    )
+    parser.add_argument("--workspace", type=int, default=1024, metavar="MB", help="scratch memory limit (1024)")
+    parser.add_argument("--optimization-level", type=int, choices=range(6), metavar="0..5", help="TensorRT's effort")
+    parser.add_argument("--dla", nargs="+", default=[], metavar="STAGE", help="put these stages on the DLA")
+    parser.add_argument("--dla-core", type=int, default=0, metavar="N", help="which DLA (0)")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help=f"folder of plans (default {default_cache()})")
+    parser.add_argument("--force", action="store_true", help="build again what is there")
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Run it. Stages whose plan is there are skipped, so it goes on where it was interrupted.
+
+    Raises:
+        EngineError: TensorRT cannot be used here (the message says what is missing), or refuses a stage.
+        BundleError: the bundle cannot be used.
+    """
+    with Bundle.load(args.bundle) as bundle:
+        require_tensorrt()
+        from ..engine.tensorrt import TensorRTBackend
+
+        manifest = bundle.manifest
+        level = args.optimization_level
+        wanted = BuildOptions(args.workspace, level, dla_core=args.dla_core)
+        wanted = with_dla(wanted, frozenset(args.dla), manifest.stages.__contains__)
+        variants = (
+            manifest.variants if args.variant == "all" else (options.choose_variant(args.variant, bundle, "tensorrt"),)
+        )
+        with TensorRTBackend(args.cache, wanted) as backend:
+            backend.plans.force = args.force
+            for variant in variants:
+                for name, stage in manifest.stages.items():
+                    backend.open(name, stage, bundle.stage_path(name, variant), variant)
+                    _print(backend.plans.built[-1])
+            built = backend.plans.built
+        print(f"next: andon verify --bundle {args.bundle} --backend tensorrt")
+        return {"ok": True, "bundle": bundle.id, "plans": [_plain(b) for b in built]}
+
+
+def _print(built: Built) -> None:
+    size = f"{built.bytes / 1e6:.1f} MB"
+    what = f"built in {built.seconds:.0f} s ({built.reason})" if built.seconds else "is there"
+    print(f"{built.stage} {built.variant}: {what}, {size}\n  {built.plan}\n  same by hand: {built.trtexec}")
+    if built.dla_fallback:
+        print(f"  on the GPU instead of the DLA: {', '.join(built.dla_fallback)}")
+
+
+def _plain(built: Built) -> dict[str, Any]:
+    return {**built.__dict__, "plan": str(built.plan), "dla_fallback": list(built.dla_fallback)}

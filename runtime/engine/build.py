@@ -1,0 +1,279 @@
+"""TensorRT plans: built on the device they run on, kept with a sidecar that says what they are for.
+
+A plan fits one ONNX file, one set of build options, one TensorRT version and one kind of GPU; its name is the hash of
+those. A stage without a fitting plan is built and the reason logged. Files are written atomically, each as soon as it
+is built, so an interrupted build goes on at the next stage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import EngineError
+from ..manifest import Variant
+from .cuda import Device
+from .network import make_config, parse_network
+from .progress import BuildProgress
+from .trt import Trt
+
+log = logging.getLogger(__name__)
+CACHE = "ANDON_CACHE"
+_L4T_RELEASE = Path("/etc/nv_tegra_release")
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How plans are built. Those that change the plan are part of its key.
+
+    workspace_mb: limit of scratch memory that TensorRT may plan with.
+    optimization_level: builder_optimization_level, None is TensorRT's default.
+    dla: stages to put on the deep learning accelerator; dla_core: which one.
+    """
+
+    workspace_mb: int = 1024
+    optimization_level: int | None = None
+    dla: frozenset[str] = frozenset()
+    dla_core: int = 0
+
+    def of(self, stage: str) -> dict[str, Any]:
+        """What of them concerns a stage, as it goes into the plan's key."""
+        core = self.dla_core if stage in self.dla else None
+        return {"workspace_mb": self.workspace_mb, "optimization_level": self.optimization_level, "dla_core": core}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a plan runs on. l4t: release of Jetson Linux, empty elsewhere."""
+
+    tensorrt: str
+    gpu: str
+    sm: str
+    l4t: str
+
+    @classmethod
+    def of(cls, trt: Trt, device: Device) -> Target:
+        """This machine."""
+        return cls(str(trt.__version__), device.name, device.sm, l4t_release())
+
+
+@dataclass(frozen=True)
+class Built:
+    """What became of a stage's plan. seconds: of the build; 0 if it was there. reason: why it was built."""
+
+    stage: str
+    variant: str
+    plan: Path
+    bytes: int
+    seconds: float = 0.0
+    reason: str = ""
+    trtexec: str = ""
+    dla_fallback: tuple[str, ...] = ()
+
+
+class PlanStore:
+    """Plans in a folder. Context: one TensorRT module, logger and target.
+
+    Attributes:
+        built: what `load` did, in order.
+    """
+
+    def __init__(self, trt: Trt, logger: Any, folder: Path, target: Target, options: BuildOptions):
+        self._trt = trt
+        self._logger = logger
+        self._folder = folder
+        self._target = target
+        self._options = options
+        self._runtime = trt.Runtime(logger)
+        self.force = False
+        self.built: list[Built] = []
+
+    def load(self, stage: str, onnx: Path, variant: Variant) -> Any:
+        """The deserialised plan of a stage, built if there is none that fits.
+
+        Raises:
+            EngineError: TensorRT refuses the stage, with its own message; or a fresh plan does not deserialise.
+        """
+        model = onnx.read_bytes()
+        wanted = self._wanted(stage, variant, model)
+        path = self._folder / f"{stage}.{variant}.{_digest(wanted)[:16]}.plan"
+        plan, reason = self._existing(path, wanted)
+        if plan is not None:
+            self.built.append(Built(stage, variant, path, path.stat().st_size, trtexec=self.trtexec(stage, onnx, path)))
+            return plan
+        log.info("stage %s %s: building its plan: %s", stage, variant, reason)
+        started = time.monotonic()
+        serialized, fallback = self._build(stage, variant, model, onnx.name)
+        seconds = time.monotonic() - started
+        self._write(path, serialized, {**wanted, "sha256": hashlib.sha256(serialized).hexdigest(), "seconds": seconds})
+        plan = self._runtime.deserialize_cuda_engine(serialized)
+        if plan is None:
+            raise EngineError(
+                f"stage {stage}: the plan that was just built does not deserialise",
+                found=self._logger.take(),
+                expected=f"a plan for {self._target.gpu}",
+                next_step="andon doctor",
+            )
+        line = self.trtexec(stage, onnx, path)
+        self.built.append(Built(stage, variant, path, len(serialized), seconds, reason, line, fallback))
+        return plan
+
+    def trtexec(self, stage: str, onnx: Path, plan: Path) -> str:
+        """The trtexec line that builds the same plan."""
+        options = self._options
+        words = ["trtexec", f"--onnx={onnx}", f"--saveEngine={plan}", "--noTF32"]
+        words += [f"--memPoolSize=workspace:{options.workspace_mb}", f"--timingCacheFile={self._timing_cache()}"]
+        if (10, 0) <= _version(self._target.tensorrt) < (11, 0):
+            words.append("--stronglyTyped")
+        elif _version(self._target.tensorrt) < (10, 0):
+            words += ["--fp16", "--int8", "--precisionConstraints=obey"]
+        if options.optimization_level is not None:
+            words.append(f"--builderOptimizationLevel={options.optimization_level}")
+        if stage in options.dla:
+            words += [f"--useDLACore={options.dla_core}", "--allowGPUFallback"]
+        return " ".join(words)
+
+    def close(self) -> None:
+        """Let go of the TensorRT runtime."""
+        self._runtime = None
+
+    def _wanted(self, stage: str, variant: str, model: bytes) -> dict[str, Any]:
+        return {
+            "stage": stage,
+            "variant": variant,
+            "onnx": hashlib.sha256(model).hexdigest(),
+            "options": self._options.of(stage),
+            **asdict(self._target),
+        }
+
+    def _existing(self, path: Path, wanted: dict[str, Any]) -> tuple[Any, str]:
+        """The plan at `path`, or None and why it cannot be used."""
+        if self.force:
+            return None, "asked for"
+        if not path.is_file():
+            return None, self._why_none(path, wanted)
+        sidecar = _read_sidecar(path)
+        serialized = path.read_bytes()
+        if sidecar is None or {k: sidecar.get(k) for k in wanted} != wanted:
+            return None, "its sidecar is missing or says something else"
+        if hashlib.sha256(serialized).hexdigest() != sidecar.get("sha256"):
+            return None, "the plan was changed or cut short"
+        plan = self._runtime.deserialize_cuda_engine(serialized)
+        if plan is None:
+            return None, f"it does not deserialise: {self._logger.take()}"
+        return plan, ""
+
+    def _why_none(self, path: Path, wanted: dict[str, Any]) -> str:
+        """What differs from the newest plan of the same stage and variant."""
+        pattern = f"{wanted['stage']}.{wanted['variant']}.*.plan"
+        others = sorted(self._folder.glob(pattern), key=lambda p: p.stat().st_mtime, reverse=True)
+        for other in others:
+            sidecar = _read_sidecar(other)
+            if sidecar is not None:
+                differs = [f"{k} was {sidecar.get(k)}" for k in wanted if sidecar.get(k) != wanted[k]]
+                return "there is one for something else: " + "; ".join(differs)
+        return "there is none yet"
+
+    def _build(self, stage: str, variant: str, model: bytes, name: str) -> tuple[bytes, tuple[str, ...]]:
+        trt, logger = self._trt, self._logger
+        builder = trt.Builder(logger)
+        network, parser = parse_network(trt, builder, logger, model, name)
+        config, fallback = make_config(trt, builder, network, self._options, stage)
+        cache = self._attach_timing_cache(config)
+        with BuildProgress(trt, f"{stage} {variant}") as progress:
+            progress.attach(config)
+            serialized = builder.build_serialized_network(network, config)
+        if serialized is None:
+            raise EngineError(
+                f"TensorRT cannot build stage {stage} ({name})",
+                found=logger.take(),
+                expected=f"a stage that TensorRT {self._target.tensorrt} builds on {self._target.gpu}",
+                next_step=f"raise --workspace (now {self._options.workspace_mb} MB), or use --backend onnxruntime",
+            )
+        self._save_timing_cache(cache)
+        del parser
+        return bytes(serialized), fallback
+
+    def _timing_cache(self) -> Path:
+        gpu = re.sub(r"[^A-Za-z0-9]+", "-", self._target.gpu).strip("-").lower()
+        return self._folder / f"timing.{self._target.tensorrt}.{gpu}.cache"
+
+    def _attach_timing_cache(self, config: Any) -> Any:
+        path = self._timing_cache()
+        cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+        if not config.set_timing_cache(cache, False):
+            log.info("the timing cache %s is of another device and is started afresh", path.name)
+            cache = config.create_timing_cache(b"")
+            config.set_timing_cache(cache, False)
+        return cache
+
+    def _save_timing_cache(self, cache: Any) -> None:
+        _replace(self._timing_cache(), bytes(cache.serialize()))
+
+    def _write(self, path: Path, serialized: bytes, sidecar: dict[str, Any]) -> None:
+        """Plan first, sidecar last: a plan without a sidecar is never used."""
+        _replace(path, serialized)
+        _replace(path.with_suffix(".json"), (json.dumps(sidecar, indent=1) + "\n").encode())
+
+
+def default_cache() -> Path:
+    """$ANDON_CACHE/plans, else plans/ in the user's cache folder."""
+    root = os.environ.get(CACHE)
+    if root:
+        return Path(root) / "plans"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "andon" / "plans"
+
+
+def l4t_release(path: Path = _L4T_RELEASE) -> str:
+    """Release of Jetson Linux, "36.4.3"; empty where this is not a Jetson."""
+    if not path.is_file():
+        return ""
+    found = re.search(r"R(\d+).*?REVISION:\s*([\d.]+)", path.read_text(errors="replace"))
+    return f"{found[1]}.{found[2]}" if found else "unknown"
+
+
+def with_dla(options: BuildOptions, stages: frozenset[str], known: Callable[[str], bool]) -> BuildOptions:
+    """The options with these stages on the DLA.
+
+    Raises:
+        EngineError: a stage does not exist.
+    """
+    unknown = sorted(stage for stage in stages if not known(stage))
+    if unknown:
+        raise EngineError("there is no such stage for the DLA", found=", ".join(unknown), next_step="name a stage")
+    return replace(options, dla=stages)
+
+
+def _version(text: str) -> tuple[int, int]:
+    major, minor = (int(part) for part in text.split(".")[:2])
+    return major, minor
+
+
+def _digest(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _read_sidecar(plan: Path) -> dict[str, Any] | None:
+    try:
+        sidecar = json.loads(plan.with_suffix(".json").read_text())
+    except (OSError, ValueError):
+        return None
+    return sidecar if isinstance(sidecar, dict) else None
+
+
+def _replace(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
