@@ -66,7 +66,12 @@ def to_int8(model: onnx.ModelProto, keep: Mapping[str, str], samples: Sequence[M
                 activation_type=QuantType.QInt8,
                 weight_type=QuantType.QInt8,
                 calibrate_method=CalibrationMethod.MinMax,
-                extra_options={"QuantizeBias": False, "ActivationSymmetric": True, "WeightSymmetric": True},
+                extra_options={
+                    "QuantizeBias": False,
+                    "QDQDisableWeightAdjustForInt32Bias": True,  # there is no int32 bias to adjust them for
+                    "ActivationSymmetric": True,
+                    "WeightSymmetric": True,
+                },
             )
         finally:
             logging.getLogger().removeFilter(_no_preprocessing_advice)
