@@ -13,6 +13,7 @@ import yaml
 from andon.runtime.errors import CalibrationError
 from andon.train.method import Batch
 from andon.train.methods.hgad.config import HgadConfig, LossConfig
+from andon.train.methods.hgad.features import LevelFeatures
 from andon.train.methods.hgad.flow import CouplingBlock, Flow, position_code, random_rotation
 from andon.train.methods.hgad.mixture import Mixture, intra_density, negative_entropy
 from andon.train.methods.hgad.model import Hgad
@@ -246,6 +247,14 @@ def test_product_without_held_out_images_is_refused() -> None:
     model = Hgad(small_config(), ("a", "b"))
     with pytest.raises(CalibrationError, match="'b'"):
         model.finalize(feature_data(model, 4, 1))
+
+
+def test_512_variant_of_the_pyramid() -> None:
+    values = yaml.safe_load((CONFIGS / "methods/hgad.yaml").read_text())
+    values["backbone"]["weights"] = "random:0"
+    values |= {"size": 512, "levels": [{"size": s, "tap": 3} for s in (512, 256, 128)]}
+    features = LevelFeatures(HgadConfig.model_validate(values))
+    assert features.grids == (32, 16, 8) and features.channels == (200, 200, 200)
 
 
 @pytest.mark.slow

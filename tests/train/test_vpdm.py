@@ -16,7 +16,7 @@ from andon.runtime.errors import ConfigError
 from andon.train.method import Batch
 from andon.train.methods.vpdm.config import DenoiserConfig, VpdmConfig
 from andon.train.methods.vpdm.denoiser import FlatDenoiser, UNet
-from andon.train.methods.vpdm.model import Update, Vpdm, roll
+from andon.train.methods.vpdm.model import Update, Vpdm, prediction_target, roll
 from andon.train.methods.vpdm.prototypes import initial_prototypes, rms_distance, sinkhorn, temperature_for
 from andon.train.methods.vpdm.samplers import NoiseSchedule, Sampler, coefficients, find_sampler, samplers
 from torch import Tensor
@@ -165,6 +165,22 @@ def test_step_engine_is_card_in_x(prediction: str) -> None:
         printed = (x - (1 - root) * yhat - rest * eps) / root**2  # 1/alpha without the root
         if t > 500:
             assert (u0 + yhat - printed).abs().max() > 1
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_perfect_prediction_gives_back_u0_and_eps(prediction: str) -> None:
+    """What training aims at is what the step engine reads, for every call of a sampler."""
+    config = small_config(diffusion={"prediction": prediction, "clip": 1e9})
+    sampler = find_sampler(config, "ddim10")
+    u0, eps = torch.randn(2, 1, 3, 2, 2, dtype=torch.float64)
+    after = (*sampler.times[1:], 0)
+    for t, s, row in zip(sampler.times, after, coefficients(sampler, config), strict=True):
+        signal, spread = (torch.tensor(f(SCHEDULE.cumulative[t])) for f in (np.sqrt, lambda a: np.sqrt(1 - a)))
+        u = signal * u0 + spread * eps
+        u_next, found = step(u, prediction_target(prediction, signal, spread, u0, eps), row, torch.zeros_like(u))
+        torch.testing.assert_close(found, u0, rtol=1e-8, atol=1e-8)
+        expected = np.sqrt(SCHEDULE.cumulative[s]) * u0 + np.sqrt(1 - SCHEDULE.cumulative[s]) * eps
+        torch.testing.assert_close(u_next, expected, rtol=1e-7, atol=1e-7)
 
 
 def test_last_step_adds_no_noise_and_every_sampler_ends_at_u0() -> None:

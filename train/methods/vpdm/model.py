@@ -70,6 +70,11 @@ class StepEngine(nn.Module):
         return u_next, u0, roll(noise)
 
 
+def prediction_target(kind: str, signal: Tensor, spread: Tensor, u0: Tensor, eps: Tensor) -> Tensor:
+    """What the denoiser should give for u = signal u0 + spread eps; kind: eps, or v = signal eps - spread u0."""
+    return eps if kind == "eps" else signal * eps - spread * u0
+
+
 def roll(noise: Tensor) -> Tensor:
     """The noise of the next step."""
     flat = noise.flatten()
@@ -208,7 +213,7 @@ class Vpdm(AnomalyModel):
             spread = (1 - signal * signal).sqrt()
             eps = torch.randn_like(u0)
             u = signal * u0 + spread * eps
-            target = eps if d.prediction == "eps" else signal * eps - spread * u0
+            target = prediction_target(d.prediction, signal, spread, u0, eps)
         code = self._codes(t)
         diffusion = F.mse_loss(self.denoiser(u, yhat, code).float(), target)
         total = diffusion + self.config.prototypes.weight * transport
