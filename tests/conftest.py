@@ -18,6 +18,7 @@ import pytest
 from numpy.typing import NDArray
 
 SIDE = 96
+PRODUCTS = ("grain", "grid", "stripes")
 TRAIN, TEST_GOOD, TEST_DEFECTIVE = 14, 8, 8
 Image = NDArray[np.uint8]
 
@@ -37,14 +38,14 @@ def synthetic_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three products in MVTec's layout: textures, 96x96, a patch of another texture as the defect, with masks."""
     root = tmp_path_factory.mktemp("synthetic")
     rng = np.random.default_rng(7)
-    for product in ("grain", "grid", "stripes"):
+    for product in PRODUCTS:
         for kind, count in (("train/good", TRAIN), ("test/good", TEST_GOOD), ("test/patch", TEST_DEFECTIVE)):
             folder = root / product / kind
             folder.mkdir(parents=True)
             for i in range(count):
                 image = _texture(product, rng)
                 if kind == "test/patch":
-                    image, mask = _damage(image, rng)
+                    image, mask = _damage(image, product, rng)
                     masks = root / product / "ground_truth" / "patch"
                     masks.mkdir(parents=True, exist_ok=True)
                     cv2.imwrite(str(masks / f"{i:03d}_mask.png"), mask)
@@ -81,18 +82,22 @@ def _texture(product: str, rng: np.random.Generator) -> Image:
         plane = 1.5 * np.sin((x + 0.5 * y) / 4 + phase[0])
         color = (0.5, 0.8, 1.0)
     else:
-        plane = 8 * cv2.GaussianBlur(rng.normal(size=(SIDE, SIDE)).astype(np.float32), (0, 0), 2.5)
+        plane = 5 * cv2.GaussianBlur(rng.normal(size=(SIDE, SIDE)).astype(np.float32), (0, 0), 2.5)
         color = (0.8, 0.8, 0.8)
     plane = 120 + 35 * plane + rng.normal(0, 4, plane.shape) + rng.normal(0, 3)
     return np.clip(plane[..., None] * np.array(color), 0, 255).astype(np.uint8)
 
 
-def _damage(image: Image, rng: np.random.Generator) -> tuple[Image, Image]:
-    """A blob of coarse noise, bright or dark, and its mask (0 or 255)."""
+def _damage(image: Image, product: str, rng: np.random.Generator) -> tuple[Image, Image]:
+    """A blob of another product's texture, darker or brighter, and its mask (0 or 255).
+
+    Locally the defect looks like a good part of some other product, so a score that has learned nothing about its own
+    product does not find it by contrast alone.
+    """
     mask = np.zeros((SIDE, SIDE), np.uint8)
     center = tuple(int(v) for v in rng.integers(20, SIDE - 20, 2))
     axes = tuple(int(v) for v in rng.integers(8, 15, 2))
     cv2.ellipse(mask, center, axes, float(rng.uniform(0, 180)), 0, 360, 255, -1)
-    level = rng.choice([25, 235])
-    blob = np.clip(level + rng.normal(0, 20, image.shape), 0, 255).astype(np.uint8)
+    other = _texture(str(rng.choice([p for p in PRODUCTS if p != product])), rng)
+    blob = np.clip(other.astype(np.float32) + rng.choice([-70, 70]), 0, 255).astype(np.uint8)
     return np.where(mask[..., None] > 0, blob, image), mask
