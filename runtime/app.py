@@ -190,20 +190,14 @@ class LineApp:
         # A tuple of frozen alarms: safe to read beside the judging thread, which replaces it.
         return alarm_payload(self.ids.next(), camera, self.boards[camera].alarms)
 
-    def _open_judge(self, path: Path) -> tuple[Judge, OnlineMemory | None]:
-        """Runs on the judging thread."""
+    def _open_judge(self, path: Path, rebuild: bool = False) -> tuple[Judge, OnlineMemory | None]:
+        """Open bundle, engines, memory and judge; on the judging thread. rebuild: build engines that are there, too."""
         started = time.monotonic()
         stack = self._detector_stack
-        variant = pick_variant(self.config, path)
-        detector = stack.enter_context(
-            Detector.open(
-                path,
-                backend=self.config.backend,
-                variant=variant,
-                program=self.config.program,
-                threads=self.options.threads,
-            )
-        )
+        bundle = stack.enter_context(Bundle.load(path))
+        backend = stack.enter_context(open_backend(self.config.backend, threads=self.options.threads, rebuild=rebuild))
+        variant = pick_variant(self.config, bundle, backend.name)
+        detector = stack.enter_context(Detector(bundle, backend, variant, self.config.program))
         memory = open_memory(self.config, detector, self.folder)
         if memory is not None:
             stack.callback(memory.close)
@@ -320,15 +314,13 @@ class LineApp:
     def _watch_delivery(self) -> None:
         """Raise or clear the delivery alarm; a connection is given some seconds to come up or back."""
         health = self.delivery.health()
-        since = time.monotonic() - DELIVERY_GRACE
-        away = any(not link.connected and link.since < since for link in health.links.values())
-        present = away or health.outbox.degraded is not None
-        if present == self._delivery_trouble or (not present and not health.connected):
+        trouble = health.trouble(DELIVERY_GRACE)
+        if bool(trouble) == self._delivery_trouble or (not trouble and not health.connected):
             return
-        self._delivery_trouble = present
-        reason = health.outbox.degraded or health.reason
+        self._delivery_trouble = bool(trouble)
         for name in self.boards:
-            self._condition(name, "delivery", present, reason)
+            self._condition(name, "delivery", bool(trouble), trouble)
+        self.delivery.announce()
 
     def _delivery_section(self) -> dict[str, Any]:
         health = self.delivery.health()

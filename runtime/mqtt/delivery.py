@@ -33,13 +33,22 @@ STATUS_SCHEMA = "andon.status/1"
 METRICS_SCHEMA = "andon.metrics/1"
 
 
+#: Seconds that a loss stays a trouble; the alarm it raises is latched or not as the line is configured.
+_LOSS_SHOWN = 60.0
+
+
 @dataclass(frozen=True)
 class DeliveryHealth:
-    """Links by camera, the outbox, and how many messages the broker has acknowledged in this run."""
+    """How delivery stands.
+
+    links: connection by camera. acknowledged: messages the broker took in this run. loss: what was lost, or set aside
+    as damaged, within the last minute.
+    """
 
     links: Mapping[str, LinkState]
     outbox: OutboxStats
     acknowledged: int
+    loss: str = ""
 
     @property
     def connected(self) -> bool:
@@ -55,6 +64,16 @@ class DeliveryHealth:
             for topic, why in link.refused:
                 return f"{topic}: {why}"
         return ""
+
+    def trouble(self, grace: float = 0.0) -> str:
+        """What an operator should know and do something about; empty when all is well.
+
+        A connection that is down counts after ``grace`` seconds.
+        """
+        since = time.monotonic() - grace
+        away = any(not link.connected and link.since <= since for link in self.links.values())
+        refused = any(link.refused for link in self.links.values())
+        return self.loss or self.outbox.degraded or (self.reason if away or refused else "")
 
 
 class Delivery:
@@ -93,11 +112,15 @@ class Delivery:
         self._count = 0
         self._count_lock = threading.Lock()
         self._publishers: dict[str, Publisher] = {}
+        self._dropped = 0
+        self._set_aside: str | None = None
+        self._loss = (-_LOSS_SHOWN, "")
 
     # -- life ------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Start one connection per camera; the first also delivers what is stored of cameras that are gone."""
+        self._dropped = self._outbox.stats().dropped
         if self._broker is None:
             return
         if self._commands is not None:
@@ -166,7 +189,16 @@ class Delivery:
     def health(self) -> DeliveryHealth:
         """How delivery stands."""
         links = {camera: publisher.state for camera, publisher in self._publishers.items()}
-        return DeliveryHealth(links, self._outbox.stats(), self._count)
+        stats = self._outbox.stats()
+        now = time.monotonic()
+        if stats.dropped > self._dropped:
+            self._loss = (now, f"{stats.dropped - self._dropped} oldest messages were dropped by the outbox's caps")
+            self._dropped = stats.dropped
+        if stats.set_aside != self._set_aside:
+            self._set_aside = stats.set_aside
+            self._loss = (now, f"the outbox file was damaged: {stats.set_aside}")
+        loss = self._loss[1] if now - self._loss[0] < _LOSS_SHOWN else ""
+        return DeliveryHealth(links, stats, self._count, loss)
 
     def wait_connected(self, timeout: float) -> bool:
         """Whether all connections are up, waiting up to ``timeout`` seconds."""
@@ -198,7 +230,12 @@ class Delivery:
                 "since": self._since,
                 "camera": camera,
                 "version": __version__,
-                "outbox": {"messages": stats.messages, "dropped": stats.dropped, "degraded": stats.degraded},
+                "outbox": {
+                    "messages": stats.messages,
+                    "dropped": stats.dropped,
+                    "degraded": stats.degraded,
+                    "set_aside": stats.set_aside,
+                },
                 **self._status(camera),
             }
         )

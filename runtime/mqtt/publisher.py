@@ -34,7 +34,7 @@ _DIRECT = 256
 class LinkState:
     """How the connection stands. reason: why it is down, empty while it is up. since: monotonic seconds.
 
-    refused: topic -> reason, for topics whose messages the broker does not take at the moment.
+    refused: topic and reason, for topics whose messages the broker does not take at the moment.
     """
 
     connected: bool = False
@@ -190,7 +190,9 @@ class Publisher:
         log.info("%s: connected to %s:%d", self._client_id, self._broker.host, self._broker.port)
         self._refused.clear()
         self._up_at = time.monotonic()
-        self._state = LinkState(True, "", self._up_at, self._state.connects + 1, self._state.attempts)
+        self._state = replace(
+            self._state, connected=True, reason="", since=self._up_at, connects=self._state.connects + 1, refused=()
+        )
 
     def _down(self, reason: str) -> None:
         if self._stop.is_set():

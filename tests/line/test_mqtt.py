@@ -338,3 +338,24 @@ def test_unknown_handler_is_refused() -> None:
     with pytest.raises(ValueError, match="not a command"):
         Commands({"dance": lambda camera, arguments: None})
     assert issubclass(ConfigError, Exception)
+
+
+def test_losses_and_damage_are_told(line: Any, broker: EmbeddedBroker, tmp_path: Path, eventually: Any) -> None:
+    with line(broker.port) as running:
+        eventually(lambda: running.delivery.health().connected)
+        assert running.delivery.health().trouble() == ""
+        running.outbox._caps = (1000, 3600.0)
+        broker.kill()
+        running.send(20)
+        eventually(lambda: "dropped" in running.delivery.health().trouble())
+        assert running.outbox.stats().dropped > 10
+    (tmp_path / "outbox.db").write_bytes(b"x" * 8192)
+    with line(broker.port) as running:
+        assert "damaged" in running.delivery.health().trouble()
+
+
+def test_an_outage_is_trouble_only_after_the_grace(line: Any, broker: EmbeddedBroker, eventually: Any) -> None:
+    broker.stop()
+    with line(broker.port) as running:
+        eventually(lambda: "nothing listens" in running.delivery.health().trouble())
+        assert running.delivery.health().trouble(60.0) == ""
