@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle
-from ..engine.base import Array
+from ..engine.base import Array, Backend
 from ..engine.select import open_backend
 from ..errors import AndonError
 from ..evaluation import latency_table, percentiles
+from ..manifest import Variant
 from ..program import Program
 from ..replay import golden_frames
 from . import options
@@ -59,6 +60,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             with ExitStack() as stack:
                 judge, why = _reference(stack, bundle, args, threads)
                 latency, torch_ms = _measure(program, judge, frames, class_ids, args.frames)
+        split = _split(bundle, backend, variant, args, frames, class_ids) if backend.asynchronous else {}
         result: dict[str, Any] = {
             "ok": True,
             "bundle": bundle.id,
@@ -71,13 +73,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             "open_s": opened,
             "peak_rss_mb": resident,
             "latency_ms": percentiles(latency),
+            "stages_apart_ms": percentiles(split),
             **_overhead(latency),
-            "torch_ms": None if torch_ms is None else percentiles({"frame": torch_ms})["frame"],
-            "speedup_over_torch": None
-            if torch_ms is None
-            else float(np.median(torch_ms) / np.median(latency["frame"])),
+            **_against_torch(latency, torch_ms),
         }
-    _print(result, latency, why)
+    _print(result, latency, split, why)
     return result
 
 
@@ -103,23 +103,40 @@ def _measure(
     return latency, None if judge is None else reference
 
 
+def _split(
+    bundle: Bundle, backend: Backend, variant: Variant, args: argparse.Namespace, frames: Array, class_ids: Array
+) -> dict[str, Array]:
+    """Stage by stage on an asynchronous backend, waiting after each: where a frame's time goes, not what it takes."""
+    with Program(bundle, backend, variant, args.program, per_stage=True) as program:
+        for i in range(args.warmup):
+            _frame(program, frames, class_ids, i)
+        return _measure(program, None, frames, class_ids, args.frames)[0]
+
+
 def _frame(program: Program, frames: Array, class_ids: Array, i: int) -> dict[str, float]:
     np.copyto(program.frame, frames[i % len(frames)])
     start = perf_counter()
     program.run(int(class_ids[i % len(frames)]))
     total = (perf_counter() - start) * 1e3
-    return {**program.stage_ms, "frame": total}
+    return {**program.stage_ms, "total": total}
 
 
 def _overhead(latency: dict[str, Array]) -> dict[str, float]:
     """What a frame takes beyond its stages: the executor itself, and reading score, map and logits."""
-    stages = sum(values for name, values in latency.items() if name != "frame")
-    extra = latency["frame"] - stages
+    stages = sum(values for name, values in latency.items() if name != "total")
+    extra = latency["total"] - stages
     return {
         "stages_ms": float(np.median(stages)),
         "executor_overhead_ms": float(np.median(extra)),
         "executor_overhead": float(np.median(extra / stages)),
     }
+
+
+def _against_torch(latency: dict[str, Array], torch_ms: Array | None) -> dict[str, Any]:
+    if torch_ms is None:
+        return {"torch_ms": None, "speedup_over_torch": None}
+    speedup = float(np.median(torch_ms) / np.median(latency["total"]))
+    return {"torch_ms": percentiles({"torch": torch_ms})["torch"], "speedup_over_torch": speedup}
 
 
 def _reference(stack: ExitStack, bundle: Bundle, args: argparse.Namespace, threads: int) -> tuple[Judge | None, str]:
@@ -140,10 +157,13 @@ def _reference(stack: ExitStack, bundle: Bundle, args: argparse.Namespace, threa
         return None, f"{error.what} (name its folder with --checkpoint)"
 
 
-def _print(result: dict[str, Any], latency: dict[str, Array], why: str) -> None:
+def _print(result: dict[str, Any], latency: dict[str, Array], split: dict[str, Array], why: str) -> None:
     print(f"{result['method']} {result['bundle']} on {result['backend']} {result['variant']}, ", end="")
     print(f"program {result['program']}, {result['threads']} threads, {result['frames']} frames")
     print(latency_table(latency))
+    if split:
+        print("stage by stage, waiting after each:")
+        print(latency_table(split))
     share, extra = result["executor_overhead"], result["executor_overhead_ms"]
     print(f"executor: {extra * 1e3:.0f} us a frame, {share:.2%} of its stages")
     print(f"opened in {result['open_s']:.2f} s, {result['peak_rss_mb']:.0f} MB resident at most")

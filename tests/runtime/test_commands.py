@@ -196,6 +196,6 @@ def test_bench_reports_stages_overhead_and_why_there_is_no_torch(
 ) -> None:
     root = make_bundle(npz={"golden/golden.npz": golden([10, 40])})
     code, result, text = run(capsys, "bench", "--bundle", root, "--frames", 5, "--warmup", 2, *ENGINE)
-    assert code == 0 and set(result["latency_ms"]) == {"encode", "score", "frame"}
+    assert code == 0 and set(result["latency_ms"]) == {"encode", "score", "total"}
     assert result["threads"] == 1 and result["executor_overhead"] > 0 and result["peak_rss_mb"] > 10
     assert result["torch_ms"] is None and "enrolled without a checkpoint" in text

@@ -305,7 +305,8 @@ def test_build_then_verify_then_bench(
     code, result, _ = run(capsys, "verify", "--bundle", root, "--backend", "tensorrt")
     assert code == 0 and result["backend"] == "tensorrt" and world.builds == 2
     code, result, _ = run(capsys, "bench", "--bundle", root, "--frames", 3, "--no-torch")
-    assert code == 0 and result["backend"] == "tensorrt" and set(result["latency_ms"]) == {"frame"}
+    assert code == 0 and result["backend"] == "tensorrt" and set(result["latency_ms"]) == {"frame", "total"}
+    assert set(result["stages_apart_ms"]) == {"encode", "score", "total"}
     code, _, text = run(capsys, "build", "--bundle", root, "--dla", "nose")
     assert code == 1 and "no such stage" in text
 
