@@ -271,6 +271,9 @@ class BrokerConfig(Settings):
     keepalive: int = Field(default=30, ge=5, le=3600, description="Seconds")
     retry_max: Seconds = Field(default=30, description="Longest pause between connection attempts, in seconds")
     metrics_every: Seconds = Field(default=10, description="Seconds between metrics messages")
+    home_assistant: TopicLevel | None = Field(
+        default=None, description="Discovery prefix of Home Assistant, usually homeassistant; null: no discovery"
+    )
 
 
 class OutboxConfig(Settings):

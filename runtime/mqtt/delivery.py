@@ -26,6 +26,7 @@ from ..types import Verdict
 from ..verdict import Ids, dumps, timestamp
 from ..verdict import payload as verdict_payload
 from .commands import Commands
+from .homeassistant import discovery
 from .publisher import LinkState, Publisher
 from .session import Direct, Hooks
 
@@ -218,7 +219,12 @@ class Delivery:
             command=lambda name, payload, retained: self._on_command(camera, name, payload, retained),
             acknowledged=self._acknowledged,
             refused=lambda topic, reason: None,
+            discovery=lambda: self._discovery(camera),
         )
+
+    def _discovery(self, camera: str) -> tuple[str, bytes] | None:
+        prefix = self._broker.home_assistant if self._broker is not None else None
+        return None if prefix is None else discovery(prefix, self._base, camera)
 
     def _status_payload(self, camera: str, state: str) -> bytes:
         stats = self._outbox.stats()

@@ -48,6 +48,7 @@ class Hooks:
 
     status: state -> payload of the status topic. alarm: payload of the retained alarm topic.
     command: (name, payload, retained). acknowledged: messages that the broker took. refused: topic, reason.
+    discovery: topic and payload that tell Home Assistant of us, or None.
     """
 
     status: Callable[[str], bytes]
@@ -55,6 +56,7 @@ class Hooks:
     command: Callable[[str, bytes, bool], None]
     acknowledged: Callable[[list[Stored]], None]
     refused: Callable[[str, str | None], None]
+    discovery: Callable[[], tuple[str, bytes] | None] = lambda: None
 
 
 class Session:
@@ -126,6 +128,8 @@ class Session:
         boundary = self._outbox.next_key
         self._streams = {kind: Stream(kind, self._reader(kind), boundary) for kind in KINDS}
         self.announce()
+        if (described := self._hooks.discovery()) is not None:
+            self._publish(*described, 1, True, None)
         self._client.subscribe(f"{self._topic}/cmd/+", qos=1)
 
     def announce(self) -> None:

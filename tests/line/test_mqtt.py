@@ -183,6 +183,25 @@ def test_messages_of_a_removed_camera_are_delivered(line: Any, consumer: Any, br
     assert all(d["replayed"] for d in consumer.of("verdict"))
 
 
+def test_home_assistant_is_told_of_every_camera(line: Any, broker: EmbeddedBroker, make_consumer: Any) -> None:
+    with (
+        line(broker.port, ("cam0", "a.b"), home_assistant="homeassistant") as running,
+        make_consumer(broker.port, topic="homeassistant/#") as told,
+    ):
+        told.until(lambda: len(told.messages) == 2)
+        running.delivery.stop()
+    by_topic = {m.topic: m.document for m in told.messages}
+    assert set(by_topic) == {f"homeassistant/device/andon_site_line_station_{c}/config" for c in ("cam0", "a_b")}
+    document = by_topic["homeassistant/device/andon_site_line_station_a_b/config"]
+    parts = document["components"]
+    assert parts["verdict"]["state_topic"] == "andon/v1/site/line/station/a.b/verdict"
+    assert document["availability_topic"] == "andon/v1/site/line/station/a.b/status"
+    assert len({part["unique_id"] for part in parts.values()}) == len(parts) == 4
+    schema = json.loads((SCHEMAS / "command.json").read_text())
+    press = json.loads(parts["acknowledge"]["payload_press"])
+    Draft202012Validator({"$ref": "#/$defs/acknowledge", "$defs": schema["$defs"]}).validate(press)
+
+
 # -- commands --------------------------------------------------------------------------------------------------------
 
 
