@@ -140,15 +140,16 @@ class Decode(nn.Module):
 
 
 class Score(nn.Module):
-    """map14 (and sot, lam [1]) -> map [1, 1, S, S], score [1]; FP32."""
+    """map14 (and sot, lam [1]) with mean, std [N] of good images -> map [1, 1, S, S], score [1]; FP32."""
 
     def __init__(self, model: HvqModel) -> None:
         super().__init__()
         self.score_map = model.score_map
 
-    def forward(self, map14: Tensor, *term: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, map14: Tensor, mean: Tensor, std: Tensor, *term: Tensor) -> tuple[Tensor, Tensor]:
         """term: sot and lam, unless the OT term is off."""
-        return self.score_map(map14 + term[1] * term[0] if term else map14)
+        combined = map14 + term[1] * term[0] if term else map14
+        return self.score_map((combined - mean.reshape(map14.shape)) / std.reshape(map14.shape))
 
 
 @torch.no_grad()
@@ -184,7 +185,10 @@ def cut(model: AnomalyModel, options: Mapping[str, Any]) -> StagedModel:
     state = _state(model)
     encode, decode, score = Encode(model).eval(), Decode(model).eval(), Score(model).eval()
     maps = ("map14", "sot") if with_term else ("map14",)
-    score_inputs = {name: f"decode.{name}" for name in maps} | ({"lam": "state:lam"} if with_term else {})
+    score_inputs = {"map14": "decode.map14", "map_mean": "class:map_mean", "map_std": "class:map_std"}
+    if with_term:
+        score_inputs |= {"sot": "decode.sot", "lam": "state:lam"}
+    statistics = {"map_mean": model.map_mean, "map_std": model.map_std}
     return StagedModel(
         method="hvq",
         classes=model.classes,
@@ -204,8 +208,8 @@ def cut(model: AnomalyModel, options: Mapping[str, Any]) -> StagedModel:
         outputs=Outputs(
             score="score.score", map="score.map", logits="encode.logits", telemetry={"codes": "decode.idx"}
         ),
-        state={n: t.detach().contiguous().numpy() for n, t in state.items()}
+        state={n: t.detach().contiguous().numpy() for n, t in (state | statistics).items()}
         | ({"lam": model.lam.numpy()} if with_term else {}),
-        class_bound=frozenset(state),
+        class_bound=frozenset(state | statistics),
         constants={"lambda": float(model.lam)} if with_term else {},
     )

@@ -42,6 +42,8 @@ def small_model(mode: str) -> HvqModel:
     for book in model.books:
         book.codes.mul_(0.5).add_(torch.tensor([0.0, 1.0])[:, None, None])
     model.epsilon.uniform_(0.3, 0.8)
+    model.map_mean.normal_()
+    model.map_std.uniform_(0.5, 2)
     standardize = model.encoder.get_submodule("standardize")
     standardize.get_buffer("std").uniform_(0.5, 2)
     return model
@@ -82,11 +84,12 @@ def test_stages_export_and_match(mode: str) -> None:
 def test_class_state_is_bound_not_gathered() -> None:
     model = staged("off")
     assert all(len(model.state[name]) == 2 for name in model.class_bound)
-    decode = model.stages[1]
-    assert {s for s in decode.inputs.values() if s.startswith("class:")} == {f"class:{n}" for n in model.class_bound}
-    assert not any(
-        s.startswith("class:") for stage in (model.stages[0], model.stages[2]) for s in stage.inputs.values()
+    encode, decode, score = (
+        {s.removeprefix("class:") for s in stage.inputs.values() if s.startswith("class:")} for stage in model.stages
     )
+    assert not encode
+    assert score == {"map_mean", "map_std"}
+    assert decode | score == model.class_bound
 
 
 def test_codes_are_stored_centred() -> None:

@@ -13,6 +13,7 @@ import torch
 import yaml
 from andon.train.method import Batch
 from andon.train.methods.hvq import METHOD, pot
+from andon.train.methods.hvq.calibration import position_statistics
 from andon.train.methods.hvq.config import CodebookConfig, HvqConfig
 from andon.train.methods.hvq.model import HvqModel
 from andon.train.methods.hvq.quantizer import ClassCodebooks, centre, kmeans_plus_plus, nearest_code
@@ -195,6 +196,33 @@ def test_lambda_equalises_standard_deviations() -> None:
         error, term, _ = model.grid_maps(data.features["aligned"], data.class_ids)
     assert term is not None
     assert float(model.lam * term.std() / error.std()) == pytest.approx(1.0, rel=0.02)
+
+
+def test_position_statistics_shrink_to_the_product_s_own() -> None:
+    maps = torch.tensor([[1.0, 5.0], [3.0, 5.0], [2.0, 5.0], [10.0, 10.0]])
+    ids = torch.tensor([0, 0, 0, 1])
+    mean, std = position_statistics(maps, ids, classes=3, prior=1e-9)
+    torch.testing.assert_close(mean[0], torch.tensor([2.0, 5.0]))
+    torch.testing.assert_close(std[0], torch.tensor([(2 / 3) ** 0.5, 1e-6]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(mean[2], torch.full((2,), float(maps.mean())))
+    mean, std = position_statistics(maps, ids, classes=2, prior=1e9)
+    torch.testing.assert_close(mean[0], torch.full((2,), 3.5))
+    torch.testing.assert_close(std[0], torch.full((2,), float(maps[:3].std(correction=0))))
+
+
+def test_calibrated_map_of_good_images_is_standard_at_every_place() -> None:
+    model, data = build(score__prior=1e-6), Textures(images=40)
+    model.prepare(data)
+    model.finalize(data)
+    with torch.no_grad():
+        error, _, _ = model.grid_maps(data.features["aligned"], data.class_ids)
+        scores = model.score_features(data.features["aligned"], data.class_ids)
+    own = (error - model.map_mean[data.class_ids]) / model.map_std[data.class_ids]
+    for class_id in (0, 1):
+        part = own[data.class_ids == class_id]
+        torch.testing.assert_close(part.mean(dim=0), torch.zeros(196), atol=1e-3, rtol=0)
+        torch.testing.assert_close(part.std(dim=0, correction=0), torch.ones(196), atol=1e-3, rtol=0)
+    torch.testing.assert_close(scores.score, own.topk(10, dim=1).values.mean(dim=1), rtol=1e-4, atol=1e-4)
 
 
 def test_prepare_standardises_and_seeds_every_class() -> None:

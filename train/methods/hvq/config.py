@@ -79,7 +79,13 @@ class ScoreConfig(Config):
 
     mode: ScoreMode = Field(default="pool", description="max | pool | top | mean, see train/scoremap.py")
     window: int = Field(default=16, gt=0, description="Side of the average pool in `pool` mode, pixels")
+    top_share: float = Field(default=0.02, gt=0, le=1, description="Share of the grid map in `top` mode")
     sigma: float = Field(default=0.0, ge=0, description="Gaussian over the pixel map, pixels")
+    calibrate: Literal["none", "position"] = Field(
+        default="none",
+        description="position: the map in standard deviations of held-out good images there; not in the paper",
+    )
+    prior: float = Field(default=10.0, gt=0, description="Images that the mean over all positions counts for")
 
 
 class ClassifierConfig(Config):

@@ -13,7 +13,7 @@ from ....runtime.manifest import Preprocess
 from ...align import Standardize
 from ...method import AnomalyModel, Batch, Optimizer, Scores, TrainingData
 from ...scoremap import ScoreMap
-from . import pot
+from . import calibration, pot
 from .config import HvqConfig
 from .frontend import Frontend
 from .quantizer import ClassCodebooks, Quantized
@@ -93,6 +93,8 @@ class HvqModel(AnomalyModel):
 
     lam: Tensor
     epsilon: Tensor
+    map_mean: Tensor
+    map_std: Tensor
 
     def __init__(self, config: HvqConfig, classes: tuple[str, ...]) -> None:
         super().__init__()
@@ -114,11 +116,19 @@ class HvqModel(AnomalyModel):
         bound = wide**-0.5
         self.expert_weight = nn.Parameter(torch.empty(len(classes), channels, wide).uniform_(-bound, bound))
         self.expert_bias = nn.Parameter(torch.zeros(len(classes), channels))
+        score = config.score
         self.score_map = ScoreMap(
-            grid, config.size, sigma=config.score.sigma, mode=config.score.mode, window=config.score.window
+            grid,
+            config.size,
+            sigma=score.sigma,
+            mode=score.mode,
+            window=score.window,
+            top_share=score.top_share,
         )
         self.register_buffer("lam", torch.tensor([80.0 if config.pot.lam == "std" else config.pot.lam]))
         self.register_buffer("epsilon", torch.ones(t.layers + 1, len(classes)))
+        self.register_buffer("map_mean", torch.zeros(len(classes), grid**2))
+        self.register_buffer("map_std", torch.ones(len(classes), grid**2))
 
     @property
     def preprocess(self) -> Preprocess:
@@ -183,6 +193,7 @@ class HvqModel(AnomalyModel):
         error, term, logits = self.grid_maps(aligned, class_ids)
         grid = self.config.features.grid
         combined = error if term is None else error + self.lam * term
+        combined = (combined - self.map_mean[class_ids]) / self.map_std[class_ids]
         pixel_map, score = self.score_map(combined.reshape(-1, 1, grid, grid))
         return Scores(pixel_map[:, 0], score, logits)
 
@@ -268,25 +279,26 @@ class HvqModel(AnomalyModel):
 
     @torch.no_grad()
     def finalize(self, holdout: TrainingData) -> None:
-        """epsilon of each level and class, and lambda (METHODS.md 1.4), from held-out good images."""
-        if self.config.pot.mode == "off" or len(holdout) == 0:
+        """Constants of OT term and score from held-out good images, see calibration.py."""
+        options = self.config
+        if len(holdout) == 0 or (options.pot.mode == "off" and options.score.calibrate == "none"):
             return
         self.eval()
-        if self.config.pot.mode == "sinkhorn_all":
+        if options.pot.mode == "sinkhorn_all":
             self._calibrate_epsilon(holdout)
-        if self.config.pot.lam != "std":
-            return
-        moments = torch.zeros(4, dtype=torch.float64)
-        count = 0
+        parts = []
         for batch in self._own_batches(holdout):
             error, term, _ = self.grid_maps(batch.features["aligned"], batch.class_ids)
-            assert term is not None
-            pair = torch.stack([error, term]).double().flatten(1)
-            moments += torch.cat([pair.sum(1), pair.square().sum(1)]).cpu()
-            count += pair.shape[1]
-        first, second = (moments / count).split(2)
-        deviation = (second - first.square()).clamp_min(0).sqrt()
-        self.lam.fill_(float(deviation[0] / deviation[1].clamp_min(1e-12)))
+            parts.append((error, torch.zeros_like(error) if term is None else term, batch.class_ids))
+        errors, terms, class_ids = (torch.cat(part) for part in zip(*parts, strict=True))
+        if options.pot.mode != "off" and options.pot.lam == "std":
+            self.lam.fill_(calibration.equal_deviation(errors, terms))
+        if options.score.calibrate == "position":
+            mean, std = calibration.position_statistics(
+                errors + self.lam * terms, class_ids, len(self.classes), options.score.prior
+            )
+            self.map_mean.copy_(mean)
+            self.map_std.copy_(std)
 
     def _calibrate_epsilon(self, holdout: TrainingData) -> None:
         medians: dict[tuple[int, int], list[Tensor]] = {}
