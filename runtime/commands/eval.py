@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ from ..quality import mean_metrics, table
 from ..recorded import from_verdicts, read_verdicts
 from . import options
 
+#: Where the workstation side offers the study of all methods (export/study.py), which the device side cannot import.
+STUDY = "andon.study"
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `andon eval`."""
-    options.add_bundle(parser)
-    parser.add_argument("--data", required=True, help="elpv or a folder (MVTec or good/bad layout)")
+    options.add_bundle(parser, required=False)
+    parser.add_argument("--data", help="elpv or a folder (MVTec or good/bad layout)")
     options.add_engine(parser)
     parser.add_argument("--split", choices=("test", "train", "all"), default="test", help="default: test")
     parser.add_argument(
@@ -43,6 +47,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--report", type=Path, metavar="HTML", help="write a report with heatmaps, histograms and ROC")
 
+    for point in entry_points(group=STUDY):
+        point.load().configure(parser)
+
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Run it.
@@ -50,6 +57,16 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         AndonError: bundle, data set, product or engine cannot be used.
     """
+    if getattr(args, "all", None) is not None:
+        study: dict[str, Any] = next(iter(entry_points(group=STUDY))).load().main(args)
+        return study
+    if args.bundle is None or args.data is None:
+        raise ConfigError(
+            "what shall be evaluated?",
+            found=f"--bundle {args.bundle}, --data {args.data}",
+            expected="a bundle and a data set",
+            next_step="andon eval --bundle DIR --data elpv, or andon eval --all elpv (every method)",
+        )
     with Bundle.load(args.bundle) as bundle, open_backend(args.backend, threads=args.threads) as backend:
         dataset = open_dataset(args.data)
         samples = choose(dataset, args.split, args.products, args.limit)

@@ -19,9 +19,11 @@ from ..wiring import programs
 VARIANTS: tuple[Variant, ...] = ("fp32", "fp16", "int8")
 
 
-def add_bundle(parser: argparse.ArgumentParser) -> None:
+def add_bundle(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """--bundle."""
-    parser.add_argument("--bundle", type=Path, required=True, metavar="DIR|TAR", help="bundle, a directory or a .tar")
+    parser.add_argument(
+        "--bundle", type=Path, required=required, metavar="DIR|TAR", help="bundle, a directory or a .tar"
+    )
 
 
 def add_engine(parser: argparse.ArgumentParser, *, program: bool = True) -> None:
