@@ -1,4 +1,4 @@
-"""The study's records and the page made of them; the runs themselves are `andon train` and friends, tested elsewhere."""
+"""The study: its records and the page made of them; the runs themselves are tested as commands elsewhere."""
 
 from __future__ import annotations
 
