@@ -31,8 +31,11 @@ Judge = Callable[[Array, int], float]
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `andon bench`."""
-    options.add_bundle(parser)
+    options.add_bundle(parser, required=False)
     options.add_engine(parser)
+    parser.add_argument(
+        "--delivery", action="store_true", help="time verdicts to the broker's acknowledgement instead; needs no bundle"
+    )
     parser.add_argument("--frames", type=int, default=100, metavar="N", help="frames to time (100)")
     parser.add_argument("--warmup", type=int, default=10, metavar="N", help="frames before them (10)")
     parser.add_argument(
@@ -47,6 +50,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         AndonError: bundle or engine cannot be used, or a checkpoint that was named is not the bundle's.
     """
+    if args.delivery:
+        return _delivery()
+    if args.bundle is None:
+        raise AndonError("which bundle?", next_step="andon bench --bundle DIR, or andon bench --delivery")
     started = perf_counter()
     with Bundle.load(args.bundle) as bundle, open_backend(args.backend, threads=args.threads) as backend:
         variant = options.choose_variant(args.variant, bundle, backend.name)
@@ -79,6 +86,18 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         }
     _print(result, latency, split, why)
     return result
+
+
+def _delivery() -> dict[str, Any]:
+    from ..mqtt.bench import delivery_benchmark
+
+    result = delivery_benchmark()
+    latency = result["latency_ms"]
+    print(f"judge to PUBACK: {result['verdicts_per_second']:.0f} verdicts/s over {result['count']}")
+    print(
+        f"at {result['rate']:g}/s: p50 {latency['p50']:.2f} ms, p95 {latency['p95']:.2f} ms, p99 {latency['p99']:.2f} ms"
+    )
+    return {"ok": True, "delivery": result}
 
 
 def _measure(
