@@ -1,0 +1,99 @@
+"""andon doctor: each thing once, with why and what to do; on a Jetson, without TensorRT, with and without a broker."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from andon.cli import main
+from andon.runtime import machine
+
+from . import trtdouble
+
+
+def doctor(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any], str]:
+    code = main(["doctor", "--json", *arguments])
+    captured = capsys.readouterr()
+    return code, json.loads(captured.out.splitlines()[-1]), captured.out
+
+
+def by_name(result: dict[str, Any]) -> dict[str, dict[str, str]]:
+    return {finding["name"]: finding for finding in result["findings"]}
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("andon.runtime.engine.probe.cuda_devices", lambda: (0, "no NVIDIA driver (libcuda.so.1)"))
+    monkeypatch.setattr("andon.runtime.engine.probe._module", lambda name: False)
+
+
+def test_a_machine_without_a_gpu_runs_on_onnxruntime(no_gpu: None, capsys: pytest.CaptureFixture[str]) -> None:
+    _, result, text = doctor(capsys)
+    assert result["backend"] == "onnxruntime"
+    found = by_name(result)
+    assert found["driver"]["status"] == found["tensorrt"]["status"] == "absent"
+    assert found["onnxruntime"]["found"].endswith("CPUExecutionProvider")
+    assert "backend tensorrt: cannot be used: no NVIDIA driver" in text
+    for name in ("system", "JetPack", "Python", "torch", "clock", "disk: plan cache", "nvv4l2decoder", "broker"):
+        assert name in found
+    for finding in result["findings"]:
+        assert finding["found"] if finding["status"] == "ok" else finding["why"], finding
+
+
+def test_on_a_jetson_what_is_not_there_is_missing(
+    no_gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine, "l4t_release", lambda: "36.4.3")
+    code, result, text = doctor(capsys)
+    found = by_name(result)
+    assert code == 1 and not result["ok"]
+    assert found["JetPack"] == {**found["JetPack"], "status": "ok", "found": "JetPack 6, Jetson Linux 36.4.3"}
+    assert {"driver", "tensorrt", "cuda bindings"} <= set(result["missing"])
+    assert "do: it comes with JetPack: make the environment with --system-site-packages" in text
+
+
+def test_with_tensorrt_and_pycuda_it_is_the_backend(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trtdouble.install(monkeypatch, "10.3.0")
+    _, result, text = doctor(capsys)
+    found = by_name(result)
+    assert result["backend"] == "tensorrt" and "andon run uses tensorrt" in text
+    assert (found["tensorrt"]["found"], found["cuda bindings"]["found"]) == ("10.3.0", "pycuda")
+
+
+def test_a_broker_that_is_not_there_does_not_fail_the_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code, result, _ = doctor(capsys, "--broker", f"127.0.0.1:{port}")
+    broker = by_name(result)["broker"]
+    assert broker["status"] == "missing" and str(port) in broker["why"] and "outbox" in broker["remedy"]
+    assert result["ok"] == (not set(result["missing"]) - {"broker", "clock"}) and code == (0 if result["ok"] else 1)
+    code, result, _ = doctor(capsys, "--broker", "nowhere")
+    assert code == 1 and "the broker cannot be read" in result["error"]
+
+
+def test_a_missing_package_and_a_full_disk_are_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    import_module = machine.import_module
+
+    def without(name: str) -> Any:
+        if name == "onnxruntime":
+            raise ImportError("No module named 'onnxruntime'")
+        return import_module(name)
+
+    monkeypatch.setattr(machine, "import_module", without)
+    monkeypatch.setattr(machine, "MIN_DISK_BYTES", 1 << 60)
+    monkeypatch.setattr("andon.runtime.engine.probe.cuda_devices", lambda: (0, "no NVIDIA driver"))
+    code, result, text = doctor(capsys)
+    found = by_name(result)
+    assert code == 1 and result["backend"] is None and "no backend can be used" in text
+    assert "pip install onnxruntime" in found["onnxruntime"]["remedy"]
+    assert found["disk: working folder"]["status"] == "missing"
