@@ -18,7 +18,9 @@ from typing import Any
 
 from .alarm import AlarmBoard, Kind
 from .alarm import payload as alarm_payload
+from .bundle import Bundle
 from .detector import Detector
+from .engine.select import open_backend
 from .errors import AndonError
 from .evidence import EvidenceStore
 from .handlers import Handlers
@@ -90,6 +92,12 @@ class LineApp:
         """Read the configuration again and take over what can be taken over without a gap."""
         self._events.put("reload")
 
+    def rebuild(self) -> None:
+        """Read the bundle again and build its engines anew; the status topics say `ready` false meanwhile."""
+        self.state.fact(ready=False)
+        self.delivery.announce()
+        self.worker.post(self.worker.reopen).add_done_callback(lambda _: self.delivery.announce())
+
     def replace_source(self, name: str, source: Source) -> None:
         """Let a camera of that name go and start another on the new source; the others are not touched."""
         old = self.cameras[name]
@@ -123,7 +131,7 @@ class LineApp:
             evidence = self._open_evidence(stack)
             self._make_delivery(stack)
             self.worker = LineWorker(
-                lambda: self._open_judge(path),
+                lambda rebuild: self._open_judge(path, rebuild),
                 self._detector_stack.close,
                 self.slots,
                 self.delivery,
@@ -190,10 +198,11 @@ class LineApp:
         # A tuple of frozen alarms: safe to read beside the judging thread, which replaces it.
         return alarm_payload(self.ids.next(), camera, self.boards[camera].alarms)
 
-    def _open_judge(self, path: Path, rebuild: bool = False) -> tuple[Judge, OnlineMemory | None]:
+    def _open_judge(self, path: Path, rebuild: bool) -> tuple[Judge, OnlineMemory | None]:
         """Open bundle, engines, memory and judge; on the judging thread. rebuild: build engines that are there, too."""
         started = time.monotonic()
         stack = self._detector_stack
+        self.state.fact(ready=False)
         bundle = stack.enter_context(Bundle.load(path))
         backend = stack.enter_context(open_backend(self.config.backend, threads=self.options.threads, rebuild=rebuild))
         variant = pick_variant(self.config, bundle, backend.name)
@@ -299,8 +308,6 @@ class LineApp:
     def _camera_state(self, state: CameraState) -> None:
         """Called by camera threads: publish, and let the alarm board know, on the thread that owns it."""
         self.state.camera(state)
-        if not hasattr(self, "worker"):
-            return
         down = state.state in ("down", "failed")
         self._condition(state.camera, "camera", down, state.detail.partition("\n")[0])
         self.delivery.announce(state.camera)

@@ -1,4 +1,4 @@
-"""What the commands of the MQTT contract do to a running line. Each runs on the commands' thread; its result is sent."""
+"""What the commands of the MQTT contract do to a running line; each runs on the commands' thread and gives a result."""
 
 from __future__ import annotations
 
@@ -100,14 +100,10 @@ class Handlers:
         return worker.call(act)
 
     def rebuild(self, camera: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Engines are built for this device when they are opened; on onnxruntime there is nothing to build."""
-        backend = self._judge().detector.backend
-        if backend.name != "tensorrt":
-            raise ConfigError(f"the {backend.name} backend builds no engines", next_step="nothing to do")
-        raise ConfigError(
-            "engines are not rebuilt while the line runs",
-            next_step="andon build --bundle ... --force, then restart the line",
-        )
+        """Read the bundle again (a new calibration or export) and build its engines; status says when it is ready."""
+        self._judge()
+        self._app.rebuild()
+        return {"ready": False}
 
     def _judge(self) -> Any:
         judge = self._app.worker.judge

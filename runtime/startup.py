@@ -12,7 +12,6 @@ from typing import Any
 
 from .alarm import AlarmRule
 from .bundle import Bundle
-from .engine.probe import tensorrt_missing
 from .errors import ConfigError
 from .lineconfig import AlarmConfig, BrokerConfig, LineConfig, load_line
 from .manifest import Variant
@@ -92,14 +91,11 @@ def alarm_rule(config: AlarmConfig) -> AlarmRule:
     return AlarmRule(**config.model_dump())
 
 
-def pick_variant(config: LineConfig, path: Path) -> Variant:
-    """The precision to run; auto is fp16 on TensorRT where the bundle has it, else fp32."""
+def pick_variant(config: LineConfig, bundle: Bundle, backend: str) -> Variant:
+    """The precision to run on a backend; auto is fp16 on TensorRT where the bundle has it, else fp32."""
     if config.variant != "auto":
         return config.variant
-    if config.backend == "onnxruntime" or tensorrt_missing():
-        return "fp32"
-    with Bundle.load(path) as bundle:
-        return "fp16" if "fp16" in bundle.manifest.variants else "fp32"
+    return "fp16" if backend == "tensorrt" and "fp16" in bundle.manifest.variants else "fp32"
 
 
 class Signals:

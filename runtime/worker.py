@@ -35,6 +35,7 @@ class LineWorker:
 
     Args:
         open_judge: opens bundle, backend and program and makes the judge; runs on this thread, which owns the context.
+            Its argument says whether engines are to be built although they are there.
         close_judge: the reverse.
         boards: camera -> its alarms.
         max_frames: stop after so many verdicts; None: never.
@@ -42,7 +43,7 @@ class LineWorker:
 
     def __init__(
         self,
-        open_judge: Callable[[], tuple[Judge, OnlineMemory | None]],
+        open_judge: Callable[[bool], tuple[Judge, OnlineMemory | None]],
         close_judge: Callable[[], None],
         slots: Slots,
         delivery: Delivery,
@@ -111,6 +112,15 @@ class LineWorker:
         self._slots.poke()
         return future
 
+    def reopen(self) -> None:
+        """Close bundle and engines, build the engines again and open everything; on this thread only.
+
+        Nothing is judged meanwhile, on TensorRT for minutes. If it fails the line ends with that failure.
+        """
+        self.judge = self.memory = None
+        self._close()
+        self._open_engines(rebuild=True)
+
     def alarm(self, camera: str, events: Iterable[AlarmEvent]) -> None:
         """Publish transitions of a board; on this thread only."""
         events = list(events)
@@ -126,17 +136,10 @@ class LineWorker:
     # -- the thread --------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        try:
-            self.judge, self.memory = self._open()
-        except AndonError as error:
-            self.failure = error
-        except Exception as error:
-            log.exception("the engines cannot be opened")
-            self.failure = EngineError(f"the engines cannot be opened: {type(error).__name__}", found=error)
+        self._open_engines(rebuild=False)
         self._ready.set()
         try:
-            if self.judge is not None:
-                self._serve(self.judge)
+            self._serve()
         except Exception as error:
             log.exception("the line's thread failed")
             self.failure = EngineError(f"the line's thread failed: {type(error).__name__}", found=error)
@@ -145,9 +148,20 @@ class LineWorker:
             self._close()
             self._on_finished()
 
-    def _serve(self, judge: Judge) -> None:
+    def _open_engines(self, rebuild: bool) -> None:
+        try:
+            self.judge, self.memory = self._open(rebuild)
+        except AndonError as error:
+            self.failure = error
+        except Exception as error:
+            log.exception("the engines cannot be opened")
+            self.failure = EngineError(f"the engines cannot be opened: {type(error).__name__}", found=error)
+
+    def _serve(self) -> None:
         while True:
             self._answer_calls()
+            if (judge := self.judge) is None:
+                return
             item = self._slots.take()
             if item is None:
                 if self._slots.drained:

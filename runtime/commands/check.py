@@ -66,9 +66,7 @@ def _camera(name: str, camera: Any) -> Callable[[], str]:
         said = make_source(name, camera).check()
         source = camera.source
         if source.kind == "usb" and not Path(source.device).exists():
-            raise ConfigError(
-                f"{source.device} is not there now", next_step="plug it in; the line waits for it"
-            )
+            raise ConfigError(f"{source.device} is not there now", next_step="plug it in; the line waits for it")
         if source.kind == "rtsp":
             _reach(urlsplit(source.url))
         return said
@@ -100,24 +98,24 @@ def _bundle(config: Any) -> list[Finding]:
         manifest = bundle.manifest
         return [
             Finding("bundle", True, f"{path}: {manifest.method} {bundle.id}, products {', '.join(manifest.classes)}"),
-            _guard("engine", lambda: _engine(config, path, bundle)),
+            _guard("engine", lambda: _engine(config, bundle)),
             _guard("products", lambda: _products(config, bundle)),
             _guard("thresholds", lambda: _thresholds(config, bundle)),
         ]
 
 
-def _engine(config: Any, path: Path, bundle: Any) -> str:
+def _engine(config: Any, bundle: Any) -> str:
     from ..engine.probe import require_tensorrt, tensorrt_missing
     from ..startup import pick_variant
     from ..wiring import wire
 
     wire(bundle.manifest, config.program)
-    variant = pick_variant(config, path)
-    for stage in bundle.manifest.stages:
-        bundle.stage_path(stage, variant)
     if config.backend == "tensorrt":
         require_tensorrt()
     backend = config.backend if config.backend != "auto" else "onnxruntime" if tensorrt_missing() else "tensorrt"
+    variant = pick_variant(config, bundle, backend)
+    for stage in bundle.manifest.stages:
+        bundle.stage_path(stage, variant)
     return f"{backend}, {variant}, program {config.program}"
 
 

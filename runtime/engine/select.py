@@ -11,13 +11,16 @@ from .probe import require_tensorrt, tensorrt_missing
 BACKENDS = ("onnxruntime", "tensorrt")
 
 
-def open_backend(name: str = "auto", *, threads: int | None = None, cache: Path | None = None) -> Backend:
+def open_backend(
+    name: str = "auto", *, threads: int | None = None, cache: Path | None = None, rebuild: bool = False
+) -> Backend:
     """Open a backend. The caller closes it.
 
     Args:
         name: onnxruntime, tensorrt, or auto: tensorrt where it can run, else onnxruntime.
         threads: onnxruntime's threads per operator; None is every CPU this process may use.
         cache: folder of TensorRT plans; None is the default one.
+        rebuild: build TensorRT plans again although they are there.
 
     Raises:
         EngineError: the backend cannot be used here; the message says what is missing and how to get it.
@@ -33,7 +36,9 @@ def open_backend(name: str = "auto", *, threads: int | None = None, cache: Path 
         require_tensorrt()
         from .tensorrt import TensorRTBackend
 
-        return TensorRTBackend(cache)
+        backend = TensorRTBackend(cache)
+        backend.plans.force = rebuild
+        return backend
     raise ConfigError(
         f"there is no backend {name!r}",
         found=name,

@@ -18,6 +18,8 @@ import paho.mqtt.client as paho
 import pytest
 from andon.runtime.app import LineApp
 from andon.runtime.broker import EmbeddedBroker
+from andon.runtime.bundle import Bundle
+from andon.runtime.errors import AndonError
 from andon.runtime.startup import Options
 from paho.mqtt.enums import CallbackAPIVersion
 
@@ -194,13 +196,17 @@ class Line:
     def __init__(self, app: LineApp, port: int, consumer: Any):
         self.app, self.consumer = app, consumer
         self.summary: dict[str, Any] = {}
+        self.failure: AndonError | None = None
         self.thread = threading.Thread(target=self._run)
         self.client = paho.Client(CallbackAPIVersion.VERSION2, protocol=paho.MQTTv5)
         self.client.connect("127.0.0.1", port)
         self.client.loop_start()
 
     def _run(self) -> None:
-        self.summary = self.app.run()
+        try:
+            self.summary = self.app.run()
+        except AndonError as error:
+            self.failure = error
 
     def command(self, camera: str, name: str, **arguments: Any) -> dict[str, Any]:
         identifier = f"{name}-{time.monotonic_ns()}"
@@ -269,12 +275,35 @@ def test_commands_change_the_line_and_are_answered(start_line: Callable[..., Lin
     for name, arguments in [
         ("product", {"product": "nut"}),
         ("memory", {"action": "snapshot"}),
-        ("rebuild", {}),
         ("threshold", {"threshold": 1, "product": "nut"}),
     ]:
         refused = line.command("cam0", name, **arguments)
         assert not refused["ok"] and refused["error"], name
     assert consumer.of("verdict")[-1]["product"] == "poly"
+
+
+def test_rebuild_takes_over_a_new_calibration(start_line: Callable[..., Line], consumer: Any, bundle: Path) -> None:
+    line = start_line({"cam0": {"source": LIVE, "product": "mono"}})
+    consumer.wait_for("verdict", 2)
+    with Bundle.load(bundle) as loaded:
+        lower = loaded.manifest.thresholds["mono"]["default"].model_copy(update={"value": -1.0})
+        loaded.save_thresholds({"mono": {"default": lower}})
+    assert line.command("cam0", "rebuild")["ok"]
+    consumer.until(lambda: consumer.of("verdict")[-1]["label"] == "NG")
+    consumer.until(lambda: consumer.of("status")[-1]["ready"] is True)
+    assert any(status["ready"] is False for status in consumer.of("status"))
+    assert len({verdict["bundle"] for verdict in consumer.of("verdict")}) == 2
+
+
+def test_a_rebuild_that_fails_ends_the_line_with_the_reason(
+    start_line: Callable[..., Line], consumer: Any, bundle: Path
+) -> None:
+    line = start_line({"cam0": {"source": LIVE, "product": "mono"}})
+    (bundle / "stages/judge.onnx").write_bytes(b"damaged")
+    assert line.command("cam0", "rebuild")["ok"]
+    line.thread.join(20)
+    assert not line.thread.is_alive() and "judge.onnx" in str(line.failure)
+    consumer.until(lambda: consumer.of("status")[-1]["state"] == "stopped")
 
 
 def test_the_state_can_be_looked_at(start_line: Callable[..., Line], consumer: Any) -> None:
