@@ -164,11 +164,15 @@ class LineApp:
         config = self.config.evidence
         if config is None:
             return None
-        store = stack.enter_context(EvidenceStore(config, config.path or self.folder / "evidence"))
+        folder = config.path or self.folder / "evidence"
+        store = stack.enter_context(EvidenceStore(config, folder, self._publish_picture))
         self.state.section(
             "evidence", lambda: {name: getattr(store, name) for name in ("written", "skipped", "failed", "removed")}
         )
         return store
+
+    def _publish_picture(self, camera: str, identifier: str, jpeg: bytes) -> None:
+        self.delivery.picture(camera, identifier, jpeg)
 
     def _make_delivery(self, stack: ExitStack) -> None:
         broker = self.config.broker

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,17 @@ class EvidenceStore:
     Counters: written, skipped (the disk was too slow), failed, removed.
     """
 
-    def __init__(self, config: EvidenceConfig, folder: Path):
+    def __init__(
+        self,
+        config: EvidenceConfig,
+        folder: Path,
+        published: Callable[[str, str, bytes], None] = lambda camera, identifier, jpeg: None,
+    ):
+        """published: told of each picture (camera, id of the verdict, JPEG) after it is written, if the
+        configuration says `publish`; called on the store's thread.
+        """
         self._config = config
+        self._published = published
         self._folder = folder
         self._jobs: queue.Queue[_Job | None] = queue.Queue(WAITING)
         self._thread = threading.Thread(target=self._run, name="evidence", daemon=True)
@@ -123,6 +133,8 @@ class EvidenceStore:
         partial.replace(job.path)
         self._files[job.path] = len(encoded)
         self.written += 1
+        if self._config.publish:
+            self._published(job.verdict.camera, job.verdict.id, encoded)
 
     def _make_room(self, needed: int) -> None:
         held = sum(self._files.values())

@@ -297,6 +297,9 @@ class EvidenceConfig(Settings):
     max_bytes: int = Field(default=512 * 2**20, ge=2**16, description="Disk quota; the oldest pictures go first")
     quality: int = Field(default=85, ge=1, le=100, description="JPEG quality")
     overlay: bool = Field(default=True, description="Draw the heat map over the picture")
+    publish: bool = Field(
+        default=False, description="Also publish each picture, on <camera>/evidence/<id of the verdict>, QoS 0"
+    )
 
 
 class WebConfig(Settings):

@@ -181,6 +181,12 @@ class Delivery:
             document = {"schema": METRICS_SCHEMA, "ts": timestamp(), "camera": camera, **fields}
             publisher.send(Direct("metrics", dumps(document), qos=0))
 
+    def picture(self, camera: str, identifier: str, jpeg: bytes) -> None:
+        """Publish the picture of a verdict on ``<camera>/evidence/<id>`` (QoS 0): sent if the connection is up."""
+        publisher = self._publishers.get(camera)
+        if publisher is not None:
+            publisher.send(Direct(f"evidence/{identifier}", jpeg, qos=0))
+
     def announce(self, camera: str | None = None) -> None:
         """Publish status and alarms again, because something in them has changed."""
         for name, publisher in self._publishers.items():

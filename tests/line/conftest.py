@@ -50,6 +50,8 @@ class Consumer:
         self.configure(self.client)
 
     def _take(self, _client: Any, _data: Any, message: paho.MQTTMessage) -> None:
+        if "/evidence/" in message.topic:
+            return  # a picture, not a document
         with self._changed:
             document = json.loads(message.payload)
             self.messages.append(Received(message.topic, document, message.retain, bytes(message.payload)))

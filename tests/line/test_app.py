@@ -282,6 +282,23 @@ def test_commands_change_the_line_and_are_answered(start_line: Callable[..., Lin
     assert consumer.of("verdict")[-1]["product"] == "poly"
 
 
+def test_evidence_can_be_published(start_line: Callable[..., Line], broker: EmbeddedBroker, consumer: Any) -> None:
+    pictures: dict[str, bytes] = {}
+    client = paho.Client(CallbackAPIVersion.VERSION2, protocol=paho.MQTTv5)
+    client.on_message = lambda _client, _data, message: pictures.update({message.topic: message.payload})
+    client.connect("127.0.0.1", broker.port)
+    client.subscribe("andon/v1/+/+/+/+/evidence/+")
+    client.loop_start()
+    bright = {"cam0": {"source": {**LIVE, "pattern": "white"}, "product": "mono"}}
+    line = start_line(bright, evidence={"publish": True})
+    consumer.until(lambda: len(pictures) >= 2)
+    topic, jpeg = next(iter(pictures.items()))
+    assert topic.startswith(f"{line.app.config.topic}/cam0/evidence/")
+    assert topic.rsplit("/", 1)[1] in {verdict["id"] for verdict in consumer.of("verdict")}
+    assert jpeg[:2] == b"\xff\xd8"
+    client.loop_stop()
+
+
 def test_rebuild_takes_over_a_new_calibration(start_line: Callable[..., Line], consumer: Any, bundle: Path) -> None:
     line = start_line({"cam0": {"source": LIVE, "product": "mono"}})
     consumer.wait_for("verdict", 2)
