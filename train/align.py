@@ -67,14 +67,17 @@ class Standardize(nn.Module):
     @torch.no_grad()
     def fit(self, data: TrainingData, feature: str, *, batch: int = 64, floor: float = 1e-6) -> None:
         """Set the constants from `data.features[feature]`, in float64 and one pass. floor: smallest std."""
-        total, square, count = 0.0, 0.0, 0
+        channels = self.mean.shape[1]
+        total = torch.zeros(channels, dtype=torch.float64)
+        square = torch.zeros(channels, dtype=torch.float64)
+        count = 0
         for part in data.batches(batch):
             x = part.features[feature].double()
-            total = total + x.sum((0, 2, 3))
-            square = square + x.square().sum((0, 2, 3))
+            total += x.sum((0, 2, 3))
+            square += x.square().sum((0, 2, 3))
             count += x.shape[0] * x.shape[2] * x.shape[3]
-        mean = torch.as_tensor(total) / count
-        variance = (torch.as_tensor(square) / count - mean.square()).clamp_min(0)
+        mean = total / count
+        variance = (square / count - mean.square()).clamp_min(0)
         self.mean.copy_(mean.view(1, -1, 1, 1))
         self.std.copy_(variance.sqrt().clamp_min(floor).view(1, -1, 1, 1))
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, cast
 
 import timm
 import torch
@@ -128,7 +129,7 @@ def backbones_in(model: nn.Module) -> list[Backbone]:
     return [m for m in model.modules() if isinstance(m, Backbone)]
 
 
-_Loaded = tuple[nn.Module, tuple[float, ...], tuple[float, ...], str, str]
+_Loaded = tuple[Any, tuple[float, ...], tuple[float, ...], str, str]
 
 
 def _load(config: BackboneConfig) -> _Loaded:
@@ -170,7 +171,7 @@ def _load(config: BackboneConfig) -> _Loaded:
     return net, mean, std, f"file:{path.name}", ""
 
 
-def _create(config: BackboneConfig) -> nn.Module:
+def _create(config: BackboneConfig) -> Any:
     """timm's feature network without the blocks behind the deepest tap (timm keeps them: 37 % of the time for B4)."""
     try:
         net = timm.create_model(config.id, pretrained=False, features_only=True, out_indices=config.taps)
@@ -180,9 +181,9 @@ def _create(config: BackboneConfig) -> nn.Module:
             expected="a timm network with these features_only indices",
             next_step="change backbone.id or backbone.taps",
         ) from error
-    stages = getattr(net, "_stage_out_idx", None)
-    if stages is not None and isinstance(getattr(net, "blocks", None), nn.Sequential):
-        net.blocks = net.blocks[: max(stages)]
+    blocks = getattr(net, "blocks", None)
+    if isinstance(blocks, nn.Sequential) and hasattr(net, "_stage_out_idx"):
+        net.blocks = blocks[: max(cast(dict[int, int], net._stage_out_idx))]
     for module in net.modules():
         if type(module) is Conv2dSame:
             module.__class__ = SameConv2d

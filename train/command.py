@@ -13,7 +13,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `andon train`."""
     parser.add_argument("--method", choices=list_methods(), help="method to train")
     parser.add_argument("--config", type=Path, metavar="FILE", help="configuration; default configs/edge/METHOD.yaml")
-    parser.add_argument("--data", metavar="SPEC", help="elpv, or a folder of images (see docs/data.md)")
+    parser.add_argument(
+        "--data", metavar="SPEC", help="elpv, or a folder: MVTec layout, good/ beside defect folders, or several such"
+    )
     parser.add_argument("--products", metavar="A,B", help="train these products of the set only")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the checkpoint; default runs/METHOD-...")
     parser.add_argument("--seed", type=int, metavar="N", help="seed of every random generator")

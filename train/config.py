@@ -76,6 +76,8 @@ def dump_config(config: MethodConfig) -> str:
 
 
 def _value(setting: str, text: str) -> Any:
+    if text.strip().lower() in ("on", "off", "yes", "no"):
+        return text.strip()  # words here, as in YAML 1.2; PyYAML would make truth values of them
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from ..runtime.manifest import Preprocess
@@ -52,6 +52,12 @@ class Schedule(Config):
     amp: str = Field(default="auto", description="auto | off | bf16 | fp16 autocast of the training step")
     ema: float | None = Field(default=None, description="Decay of a weight average used for evaluation and export")
     max_seconds: float | None = Field(default=None, description="Stop early after this much training time")
+
+    @field_validator("amp", mode="before")
+    @classmethod
+    def _off(cls, value: object) -> object:
+        """YAML 1.1 reads a bare `off` as false."""
+        return "off" if value is False else value
 
 
 class MethodConfig(Config):
@@ -106,8 +112,11 @@ class TrainingData(Protocol):
     `features[name]` is an array [N, ...] (numpy, memory-mapped); `class_ids` [N] int64; `batches` walks it in order.
     """
 
-    features: Mapping[str, Any]
-    class_ids: Any
+    @property
+    def features(self) -> Mapping[str, Any]: ...
+
+    @property
+    def class_ids(self) -> Any: ...
 
     def __len__(self) -> int: ...
 
@@ -176,7 +185,7 @@ class AnomalyModel(nn.Module, ABC):
         return {}
 
     def finalize(self, holdout: TrainingData) -> None:
-        """After the last step: calibration constants from the held-out good images."""
+        """After the last step: calibration constants from the held-out good images; on rank 0, in eval mode."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -290,16 +291,33 @@ def test_killed_training_resumes_to_the_same_weights(synthetic_data: Path, tmp_p
 
 # ---- several processes
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
 
 @pytest.mark.slow
 def test_two_processes_equal_one_with_the_whole_batch(synthetic_data: Path, tmp_path: Path) -> None:
     toy_script = Path(__file__).with_name("toy.py")
     single, double = tmp_path / "one.pt", tmp_path / "two.pt"
     subprocess.run([sys.executable, toy_script, synthetic_data, single, "8", "40"], check=True, capture_output=True)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*torchrun, toy_script, synthetic_data, double, "4", "40"], check=True, capture_output=True)
+    subprocess.run([*TORCHRUN, toy_script, synthetic_data, double, "4", "40"], check=True, capture_output=True)
     (one,) = torch.load(single, weights_only=True)
     first, second = torch.load(double, weights_only=True)
     for name, value in one.items():
         torch.testing.assert_close(first[name], second[name], rtol=0, atol=0, msg=f"ranks differ: {name}")
         torch.testing.assert_close(first[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_codebooks_over_two_processes_equal_those_of_one(synthetic_data: Path, tmp_path: Path) -> None:
+    """`andon train` of hvq under torchrun: gradients averaged, per-class statistics summed, prepare broadcast."""
+    from safetensors.torch import load_file
+
+    sets = ("--set", "schedule.steps=8", "--set", "schedule.amp=off")
+    one = andon_train(tmp_path / "one", synthetic_data, *sets, "--set", "schedule.batch=6")
+    two = andon_train(tmp_path / "two", synthetic_data, *sets, "--set", "schedule.batch=3")
+    subprocess.run(one, check=True, capture_output=True)
+    subprocess.run([*TORCHRUN, *two[1:]], check=True, capture_output=True)
+    single, double = (load_file(tmp_path / n / "model.safetensors") for n in ("one", "two"))
+    assert json.loads((tmp_path / "two" / "provenance.json").read_text())["processes"] == 2
+    for name, value in single.items():
+        torch.testing.assert_close(double[name], value, rtol=1e-2, atol=1e-3, msg=name)

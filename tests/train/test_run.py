@@ -46,6 +46,9 @@ def test_overrides_and_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(dump_config(config))
     assert load_config("hvq", path) == config
+    assert load_config("hvq", None, ["schedule.amp=off"]).schedule.amp == "off", "a word, not YAML's truth value"
+    path.write_text(dump_config(config).replace("amp: auto", "amp: off"))
+    assert load_config("hvq", path).schedule.amp == "off"
 
 
 @pytest.mark.parametrize(
