@@ -1,0 +1,97 @@
+"""The examples in docs/ that an operator copies: they are run, not only read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import paho.mqtt.client as paho
+import pytest
+from andon.runtime.broker import EmbeddedBroker
+from paho.mqtt.enums import CallbackAPIVersion
+
+DOCS = Path(__file__).parents[2] / "docs"
+STATION = "andon/v1/plant1/line3/press-2/cam0"
+
+
+def test_unit_is_accepted_by_systemd(tmp_path: Path) -> None:
+    program = shutil.which("systemd-analyze")
+    if program is None:
+        pytest.skip("THE SYSTEMD UNIT IS NOT TESTED: no systemd-analyze here")
+    text = (DOCS / "systemd" / "andon@.service").read_text().replace("/opt/andon/bin/andon", "/bin/true")
+    unit = tmp_path / "andon@.service"
+    unit.write_text(text)
+    done = subprocess.run([program, "verify", str(unit)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.strip()) == (0, "")
+    for wanted in ("Type=notify", "WatchdogSec=", "User=andon", "StateDirectory=", "NoNewPrivileges=yes"):
+        assert wanted in text
+
+
+def publish(port: int, user: str, topic: str) -> int:
+    """Reason code of the PUBACK."""
+    codes: list[int] = []
+    client = paho.Client(CallbackAPIVersion.VERSION2, protocol=paho.MQTTv5)
+    client.username_pw_set(user, "secret")
+    client.on_publish = lambda _c, _d, _mid, reason, _p: codes.append(reason.value)
+    client.connect("127.0.0.1", port)
+    client.loop_start()
+    client.publish(topic, b"{}", 1).wait_for_publish(10)
+    client.disconnect()
+    client.loop_stop()
+    return codes[0]
+
+
+def test_acl_lets_everyone_do_what_they_must_and_no_more(tmp_path: Path) -> None:
+    passwords = tmp_path / "passwords"
+    passwords.write_text("")
+    for user in ("press-2", "viewer", "control"):
+        subprocess.run(["mosquitto_passwd", "-b", str(passwords), user, "secret"], check=True, capture_output=True)
+    shutil.copy(DOCS / "mosquitto" / "acl", tmp_path / "acl")
+    settings = ["allow_anonymous false", f"password_file {passwords}", f"acl_file {tmp_path / 'acl'}"]
+    allowed = {
+        ("press-2", f"{STATION}/verdict"),
+        ("press-2", f"{STATION}/status"),
+        ("press-2", f"{STATION}/alarm"),
+        ("press-2", f"{STATION}/cmd/trigger/result"),
+        ("control", f"{STATION}/cmd/acknowledge"),
+    }
+    forbidden = {
+        ("press-2", "andon/v1/plant1/line3/press-3/cam0/verdict"),
+        ("press-2", f"{STATION}/cmd/trigger"),
+        ("viewer", f"{STATION}/verdict"),
+        ("viewer", f"{STATION}/cmd/trigger"),
+        ("control", f"{STATION}/verdict"),
+        ("control", "andon/v1/plant2/line3/press-2/cam0/cmd/trigger"),
+    }
+    with EmbeddedBroker(settings=settings) as broker:
+        refused = {(user, topic) for user, topic in allowed | forbidden if publish(broker.port, user, topic) == 135}
+    assert refused == forbidden
+
+
+def test_mosquitto_takes_the_example_configuration(tmp_path: Path) -> None:
+    """Read up to the certificates, which are the plant's."""
+    text = (DOCS / "mosquitto" / "mosquitto.conf").read_text()
+    lines = [line for line in text.splitlines() if not line.startswith(("cafile", "certfile", "keyfile", "listener"))]
+    lines = [
+        line.replace("/etc/mosquitto/", f"{tmp_path}/").replace("/var/lib/mosquitto", str(tmp_path)) for line in lines
+    ]
+    (tmp_path / "passwords").write_text("")
+    shutil.copy(DOCS / "mosquitto" / "acl", tmp_path / "acl")
+    with EmbeddedBroker(settings=[line for line in lines if line and not line.startswith("#")]) as broker:
+        assert broker.pid is not None
+
+
+def test_node_red_flow_is_whole() -> None:
+    nodes: list[dict[str, Any]] = json.loads((DOCS / "node-red" / "flow.json").read_text())
+    known = {node["id"] for node in nodes}
+    assert len(known) == len(nodes)
+    for node in nodes:
+        assert {target for wires in node.get("wires", []) for target in wires} <= known
+        assert node.get("broker", "andon-broker") == "andon-broker" or node["type"] == "mqtt-broker"
+        if "topic" in node:
+            levels = node["topic"].split("/")
+            assert levels[:2] == ["andon", "v1"] and levels[6] in ("verdict", "alarm", "status", "cmd")
+            assert levels[6] != "cmd" or len(levels) in (8, 9)
