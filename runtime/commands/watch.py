@@ -102,22 +102,22 @@ class Watch:
         """One message. What is not ours or not JSON is counted, not shown."""
         try:
             document = json.loads(payload)
-            schema = document["schema"]
-        except (ValueError, KeyError, TypeError):
+            self._show(topic.split("/"), document, payload, retained)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             self._counts["foreign"] += 1
-            return
-        camera = topic.rsplit("/", 2)[-2]
+
+    def _show(self, levels: list[str], document: dict[str, Any], payload: bytes, retained: bool) -> None:
+        schema, camera = document["schema"], levels[5]
         if schema == "andon.verdict/1":
             self._verdict(camera, document, payload)
         elif schema == "andon.alarm/1":
             self._alarm(camera, document, retained)
         elif schema == "andon.status/1":
             note = " (as of before)" if retained else ""
-            waiting = document.get("outbox", {}).get("messages", 0)
-            text = f"-- {camera} is {document['state']}{note}" + (
-                f", {waiting} waiting in its outbox" if waiting else ""
-            )
-            self._say(text, _RED if document["state"] == "offline" else _DIM)
+            waiting = document["outbox"]["messages"]
+            backlog = f", {waiting} waiting in its outbox" if waiting else ""
+            colour = _RED if document["state"] == "offline" else _DIM
+            self._say(f"-- {camera} is {document['state']}{note}{backlog}", colour)
         elif schema == "andon.command-result/1":
             outcome = "done" if document["ok"] else f"failed: {document['error']} ({document['found']})"
             self._say(f"-- {camera} command {document['command']} {outcome}", _DIM)
@@ -161,6 +161,8 @@ class Watch:
 
     def _say(self, text: str, colour: str) -> None:
         if not self._quiet:
+            # What comes over the network does not get to steer the terminal.
+            text = "".join(letter if letter.isprintable() else "?" for letter in text)
             self._out(f"{colour}{text}{_PLAIN}" if self._colour and colour else text)
 
     def _ended(self, count: int | None, timeout: float | None) -> bool:
@@ -221,10 +223,14 @@ def verdict_line(camera: str, verdict: dict[str, Any]) -> str:
         f"part {verdict['part_id']}" if verdict["part_id"] else "",
         f"{verdict['latency_ms']['total']:.1f} ms" if "total" in verdict["latency_ms"] else "",
         verdict["reason"] if verdict["label"] == "UNKNOWN" else "",
-        f"{len(verdict['regions'])} regions" if verdict["regions"] else "",
+        _regions(len(verdict["regions"])),
         "(replayed)" if verdict["replayed"] else "",
     ]
     return "  ".join(field for field in fields if field).rstrip()
+
+
+def _regions(count: int) -> str:
+    return "" if count == 0 else "1 region" if count == 1 else f"{count} regions"
 
 
 def _summary_line(summary: dict[str, Any]) -> str:

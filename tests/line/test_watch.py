@@ -1,0 +1,121 @@
+"""andon watch: what a person sees, and what counts."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from andon.runtime.broker import EmbeddedBroker
+from andon.runtime.commands.watch import Watch, verdict_line
+from andon.runtime.mqtt.bench import delivery_benchmark
+
+WATCH = [sys.executable, "-m", "andon.cli", "watch", "--json"]
+TOPIC = "andon/v1/site/line/station/cam0"
+VERDICT = {
+    "schema": "andon.verdict/1",
+    "id": "01M80DF54YZNT5CHPNH1W5RVHP",
+    "ts_capture": "2026-11-22T01:20:58.011Z",
+    "label": "NG",
+    "reason": "score_above_threshold",
+    "score": 3.42,
+    "threshold": 2.8,
+    "product": "mono",
+    "part_id": "A-7",
+    "regions": [{}],
+    "latency_ms": {"total": 12.44},
+    "replayed": False,
+}
+
+
+def run(*arguments: str) -> tuple[int, dict[str, Any], str, str]:
+    done = subprocess.run([*WATCH, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    return done.returncode, json.loads(done.stdout.splitlines()[-1]), done.stdout, done.stderr
+
+
+def test_a_verdict_is_one_readable_line() -> None:
+    line = verdict_line("cam0", VERDICT)
+    for wanted in ("01:20:58.011", "cam0", "NG", "3.42", "2.8", "mono", "part A-7", "12.4 ms", "1 region"):
+        assert wanted in line
+    assert "replayed" not in line and "replayed" in verdict_line("cam0", {**VERDICT, "replayed": True})
+    unknown = {**VERDICT, "label": "UNKNOWN", "reason": "engine_error", "score": None, "latency_ms": {}}
+    assert "engine_error" in verdict_line("cam0", unknown)
+
+
+def test_colours_dedupe_and_foreign_messages() -> None:
+    lines: list[str] = []
+    watch = Watch(colour=True, quiet=False, out=lines.append)
+    for _ in range(2):
+        watch.take(f"{TOPIC}/verdict", json.dumps(VERDICT).encode(), False)
+    assert len(lines) == 1 and lines[0].startswith("\033[1m\033[31m") and lines[0].endswith("\033[0m")
+    for foreign in (
+        b"{",
+        b"[]",
+        b'"x"',
+        b"{}",
+        b'{"schema":"andon.verdict/1"}',
+        b'{"schema":"andon.alarm/1","event":1}',
+    ):
+        watch.take(f"{TOPIC}/verdict", foreign, False)
+    watch.take("andon/v1", json.dumps(VERDICT).encode(), False)
+    summary = watch.summary()
+    assert (summary["verdicts"], summary["NG"], summary["repeated"], summary["foreign"]) == (1, 1, 1, 7)
+
+
+def test_messages_cannot_steer_the_terminal() -> None:
+    lines: list[str] = []
+    watch = Watch(colour=False, quiet=False, out=lines.append)
+    watch.take(f"{TOPIC}/verdict", json.dumps({**VERDICT, "part_id": "\033[2J\r\nfine"}).encode(), False)
+    assert "\033" not in lines[0] and "\n" not in lines[0] and "\r" not in lines[0]
+
+
+def test_follows_a_real_line(tmp_path: Path, broker: EmbeddedBroker, producer_script: Path) -> None:
+    address = f"127.0.0.1:{broker.port}"
+    watch = subprocess.Popen(
+        [*WATCH, "--broker", address, "--count", "40", "--timeout", "30"], stdout=subprocess.PIPE, text=True
+    )
+    assert watch.stdout is not None and "watching andon/v1/#" in watch.stdout.readline()
+    subprocess.run([sys.executable, str(producer_script), str(tmp_path), str(broker.port), "40", "200"], check=True)
+    out, _ = watch.communicate(timeout=30)
+    summary = json.loads(out.splitlines()[-1])
+    assert watch.returncode == 0 and summary["ok"] and summary["verdicts"] == summary["OK"] == 40
+    assert "cam1 is online" in out and "\033" not in out
+
+
+def test_too_few_verdicts_is_a_failure(broker: EmbeddedBroker) -> None:
+    code, summary, _, _ = run("--broker", f"127.0.0.1:{broker.port}", "--count", "1", "--timeout", "1")
+    assert code == 1 and not summary["ok"] and summary["verdicts"] == 0
+
+
+def test_ctrl_c_ends_with_the_summary(broker: EmbeddedBroker) -> None:
+    watch = subprocess.Popen([*WATCH, "--broker", f"127.0.0.1:{broker.port}"], stdout=subprocess.PIPE, text=True)
+    assert watch.stdout is not None
+    watch.stdout.readline()
+    watch.send_signal(signal.SIGINT)
+    out, _ = watch.communicate(timeout=30)
+    assert watch.returncode == 0 and "0 verdicts" in out and json.loads(out.splitlines()[-1])["ok"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--broker", "127.0.0.1:1"), "nothing listens there"),
+        (("--broker", "nowhere"), "HOST:PORT"),
+        ((), "--broker HOST:PORT"),
+    ],
+)
+def test_refusals(arguments: tuple[str, ...], says: str) -> None:
+    code, answer, _, err = run(*arguments)
+    assert code == 1 and not answer["ok"] and says in err and "Traceback" not in err
+
+
+def test_delivery_benchmark_counts_what_it_says(tmp_path: Path) -> None:
+    result = delivery_benchmark(200, rate=100.0, paced=20, folder=tmp_path)
+    assert (result["count"], result["paced"]) == (200, 20) and result["verdicts_per_second"] > 0
+    latency = result["latency_ms"]
+    assert 0 < latency["p50"] <= latency["p95"] <= latency["p99"] <= latency["max"]
+    assert list(tmp_path.iterdir()) == []
