@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..calib.snapshots import AuditLog, write_atomic
+from .errors import ConfigError
 from .verdict import timestamp
 
 log = logging.getLogger(__name__)
@@ -21,10 +22,22 @@ class Overrides:
     """
 
     def __init__(self, folder: Path):
-        """folder: the state directory. A damaged file is set aside and said; then nothing is overridden."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """folder: the state directory, made if missing. A damaged file is set aside; then nothing is overridden.
+
+        Raises:
+            ConfigError: the folder cannot be used.
+        """
         self._path = folder / "overrides.json"
-        self._audit = AuditLog(folder / "audit.jsonl")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._audit = AuditLog(folder / "audit.jsonl")
+        except OSError as error:
+            raise ConfigError(
+                f"the state folder {folder} cannot be used",
+                found=error,
+                expected="a folder that this user may write",
+                next_step="set 'state' in the line configuration, or $STATE_DIRECTORY",
+            ) from error
         self._thresholds: dict[str, float] = {}
         self._products: dict[str, str] = {}
         if self._path.exists():

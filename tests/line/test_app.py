@@ -131,6 +131,7 @@ def test_without_a_broker_the_run_goes_on_and_the_verdicts_come_later(
         ({"source": LIVE}, {"bundle": "none-*"}, "no bundle matches"),
         ({"source": LIVE, "max_fsp": 3}, {}, "did you mean 'max_fps'?"),
         ({"source": LIVE}, {"program": "nosuch"}, "nosuch"),
+        ({"source": LIVE}, {"state": "bundle/manifest.json/state"}, "state folder"),
     ],
 )
 def test_what_cannot_run_is_refused_with_a_reason(

@@ -1,0 +1,78 @@
+"""`andon check`: every row of the table, good and bad, with a real broker and bundle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from andon.cli import main
+from andon.runtime.broker import EmbeddedBroker
+
+PATTERN = {"source": {"kind": "test"}, "product": "mono"}
+
+
+@pytest.fixture
+def check(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, dict[str, dict[str, Any]]]]:
+    def run(line: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+        code = main(["check", "--config", str(line), "--json"])
+        answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert answer["ok"] == (code == 0)
+        return code, {finding["what"]: finding for finding in answer["findings"]}
+
+    return run
+
+
+def test_a_line_that_works(
+    check: Any, make_line: Any, bundle: Path, broker: EmbeddedBroker, tmp_path: Path, make_images: Any
+) -> None:
+    folder = {"kind": "folder", "path": str(make_images(tmp_path / "parts", [1, 2, 3])), "player": "gstreamer"}
+    cameras = {"a": PATTERN, "b": {"source": folder, "product": "poly"}}
+    line = make_line(cameras, bundle=str(bundle), broker={"host": broker.host, "port": broker.port})
+    code, found = check(line)
+    assert code == 0, found
+    assert found["camera b"]["found"].startswith("3 images through")
+    assert found["broker"]["found"].endswith("lets us in")
+    assert found["thresholds"]["found"] == "mono 0.5, poly 0.5"
+    assert not (tmp_path / "state").exists(), "nothing is made by looking"
+
+
+@pytest.mark.parametrize(
+    ("camera", "sections", "row", "told"),
+    [
+        (PATTERN, {"broker": {"port": 1}}, "broker", "nothing listens there"),
+        (PATTERN, {"bundle": "none"}, "bundle", "there is no bundle"),
+        (PATTERN, {"program": "nosuch"}, "engine", "nosuch"),
+        (PATTERN, {"variant": "int8"}, "engine", "int8"),
+        ({**PATTERN, "product": "nut"}, {}, "products", "nut"),
+        ({**PATTERN, "product": "auto"}, {}, "products", "no classifier"),
+        ({**PATTERN, "source": {"kind": "gstreamer", "pipeline": "nosuch"}}, {}, "camera cam0", "GStreamer refuses"),
+        ({**PATTERN, "source": {"kind": "csi"}}, {}, "camera cam0", "nvarguscamerasrc"),
+        ({**PATTERN, "source": {"kind": "usb", "device": "/dev/none"}}, {}, "camera cam0", "/dev/none is not there"),
+        (
+            {**PATTERN, "source": {"kind": "rtsp", "url": "rtsp://127.0.0.1:1/x"}},
+            {},
+            "camera cam0",
+            "cannot be reached",
+        ),
+        (PATTERN, {"state": "bundle/manifest.json/state"}, "state folder", "cannot be written"),
+    ],
+)
+def test_each_fault_is_found_in_its_row(
+    check: Any, make_line: Any, bundle: Path, camera: Any, sections: Any, row: str, told: str
+) -> None:
+    code, found = check(make_line({"cam0": camera}, **{"bundle": str(bundle), "broker": None, **sections}))
+    assert code == 1 and told in found[row]["found"]
+    assert [what for what, finding in found.items() if not finding["ok"]][:1] == [row]
+
+
+def test_a_bundle_without_thresholds_is_found(
+    check: Any, make_line: Any, make_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = make_bundle(tmp_path / "uncalibrated", thresholds=None)
+    code, found = check(make_line({"cam0": PATTERN}, bundle=str(path), broker=None))
+    assert code == 1 and "andon calibrate" in found["thresholds"]["found"]
+    code, _ = check(make_line({"cam0": PATTERN}, bundle=str(path), broker=None, judge={"thresholds": {"mono": 1.0}}))
+    assert code == 0
