@@ -19,7 +19,7 @@ import pytest
 from andon.runtime.app import LineApp
 from andon.runtime.broker import EmbeddedBroker
 from andon.runtime.bundle import Bundle
-from andon.runtime.errors import AndonError
+from andon.runtime.errors import AndonError, EngineError
 from andon.runtime.startup import Options
 from paho.mqtt.enums import CallbackAPIVersion
 
@@ -322,6 +322,30 @@ def test_a_rebuild_that_fails_ends_the_line_with_the_reason(
     line.thread.join(20)
     assert not line.thread.is_alive() and "judge.onnx" in str(line.failure)
     consumer.until(lambda: consumer.of("status")[-1]["state"] == "stopped")
+
+
+def test_a_stop_while_engines_are_built_does_not_wait_for_them(
+    bundle: Path, make_line: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release, entered = threading.Event(), threading.Event()
+
+    def build(*_: Any, **__: Any) -> Any:
+        entered.set()
+        release.wait(30)
+        raise EngineError("too late")
+
+    monkeypatch.setattr("andon.runtime.app.open_backend", build)
+    monkeypatch.setattr("andon.runtime.app.JOIN", 0.3)
+    app = LineApp(Options(config=make_line({"cam0": {"source": LIVE, "product": "mono"}}, bundle=str(bundle))))
+    answers: list[dict[str, Any]] = []
+    thread = threading.Thread(target=lambda: answers.append(app.run()))
+    thread.start()
+    assert entered.wait(10)
+    app.stop()
+    thread.join(10)
+    assert not thread.is_alive() and answers[0]["frames"] == 0
+    release.set()
+    assert app.worker.join(10)
 
 
 def test_the_state_can_be_looked_at(start_line: Callable[..., Line], consumer: Any) -> None:
