@@ -169,8 +169,9 @@ class Score(nn.Module):
         self.count = len(model.levels)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        *values, ceiling, reach = (x[None] for x in inputs)
-        map_, score = self.scoring(values[: self.count], values[self.count :], ceiling, reach)
+        *values, reach = (x[None] for x in inputs)
+        densities, entropies, ceilings = values[: self.count], values[self.count : -self.count], values[-self.count :]
+        map_, score = self.scoring(densities, entropies, ceilings, reach)
         return map_, score
 
 
@@ -188,8 +189,9 @@ def _array(tensor: Tensor) -> NDArray[Any]:
 
 def _state(model: Hgad) -> dict[str, NDArray[Any]]:
     """Everything a product owns: its centres at every level and its calibration constants; the class leads."""
-    state = {"ceiling": _array(model.ceiling), "reach": _array(model.reach)}
+    state = {"reach": _array(model.reach)}
     for number, level in enumerate(model.each_level, 1):
+        state[f"ceiling{number}"] = _array(model.ceilings[number - 1])
         state[f"centres{number}"] = _array(level.mixture.centres())
         state[f"log_weights{number}"] = _array(level.mixture.log_weights())
     return state
@@ -227,7 +229,7 @@ def _stages(model: Hgad) -> tuple[StageDef, ...]:
         StageDef(
             "hgad_score",
             Score(model),
-            score | {"ceiling": "class:ceiling", "reach": "class:reach"},
+            score | {f"ceiling{n}": f"class:ceiling{n}" for n in numbers} | {"reach": "class:reach"},
             ("map", "score"),
             fp32=("",),
             int8=False,

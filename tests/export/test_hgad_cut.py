@@ -42,7 +42,8 @@ def small_model(classes: int, delta: float | None) -> Hgad:
             parameter.data += 0.05 * torch.randn_like(parameter)
         level.standardize.mean.normal_()
         level.standardize.std.uniform_(0.5, 2)
-    model.ceiling.normal_(-3, 1)
+    for ceiling in model.ceilings:
+        ceiling.normal_(-3, 1)
     return model
 
 

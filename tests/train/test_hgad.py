@@ -17,6 +17,7 @@ from andon.train.methods.hgad.features import LevelFeatures
 from andon.train.methods.hgad.flow import CouplingBlock, Flow, position_code, random_rotation
 from andon.train.methods.hgad.mixture import Mixture, intra_density, negative_entropy
 from andon.train.methods.hgad.model import Hgad
+from andon.train.methods.hgad.score import typical
 from torch import Tensor
 from torch.autograd.functional import jacobian
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
@@ -241,6 +242,31 @@ def test_score_of_a_frame_is_its_own() -> None:
         alone = model(images[1:2], ids[1:2])
     torch.testing.assert_close(alone.score, together.score[1:2])
     torch.testing.assert_close(alone.map, together.map[1:2], rtol=1e-4, atol=1e-5)
+
+
+def test_calibration_by_position_follows_the_positions() -> None:
+    """Where good images are less likely, less is expected; a few images count less than many."""
+    pattern = torch.zeros(8, 8)
+    pattern[:, :4] = -2
+    values = pattern.flatten() + 0.1 * torch.randn(40, 64)
+    many, few = typical(values, 8, prior=10), typical(values[:2], 8, prior=10)
+    for offset, share in ((many, 0.8), (few, 2 / 12)):
+        contrast = offset.reshape(8, 8)[:, 6].mean() - offset.reshape(8, 8)[:, 1].mean()
+        assert abs(contrast - 2 * share) < 0.15
+    config = small_config(score={"map": 16, "sigma": 0.0, "delta": None, "by_position": True, "prior": 0.0})
+    model = Hgad(config, ("a",))
+    data = feature_data(model, 24, 1)
+    for x in data.features.values():
+        x[:, :, :, :2] *= 3  # good images vary more on the left
+    fit(model, data, 5)
+    left, right = (model.ceilings[0][0, 0].reshape(8, 8)[:, s].mean() for s in (slice(0, 1), slice(4, 8)))
+    assert left < right
+    with torch.no_grad():
+        maps = model.score_features([data.features[n] for n in model.features.names], data.class_ids).map.mean(0)
+        for ceiling in model.ceilings:
+            ceiling[:] = ceiling.mean(-1, keepdim=True)
+        flat = model.score_features([data.features[n] for n in model.features.names], data.class_ids).map.mean(0)
+    assert (maps[:, :3].mean() - maps[:, 8:].mean()).abs() < (flat[:, :3].mean() - flat[:, 8:].mean()).abs()
 
 
 def test_product_without_held_out_images_is_refused() -> None:

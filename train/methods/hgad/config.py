@@ -40,6 +40,12 @@ class ScoreConfig(Config):
     map: int = Field(default=256, gt=0, description="Side of the score map")
     sigma: float = Field(default=4.0, ge=0, description="Gaussian blur of the map, in map pixels")
     quantile: float = Field(default=0.999, gt=0, lt=1, description="Quantile of the calibration constants")
+    by_position: bool = Field(
+        default=False,
+        description="Calibrate each position by what held-out good images have there (not in the paper): for parts "
+        "that lie still under the camera",
+    )
+    prior: float = Field(default=10.0, ge=0, description="by_position: images that the mean over positions counts for")
     delta: float | None = Field(
         default=0.03,
         description="S = S_l (delta + S_e); 0 is the published product, none: S_l alone, as always with one class",
@@ -65,6 +71,8 @@ class HgadConfig(MethodConfig):
                 raise ValueError(f"level tap {level.tap} is not in backbone.taps {self.backbone.taps}")
             if level.size > self.size:
                 raise ValueError(f"level size {level.size} is larger than the network input {self.size}")
+        if self.holdout == 0:
+            raise ValueError("holdout must be above 0: the score is calibrated on held-out good images")
         if self.flow.position % 4:
             raise ValueError("flow.position must be a multiple of 4")
         return self

@@ -17,7 +17,7 @@ from .config import HgadConfig
 from .features import LevelFeatures
 from .flow import Flow
 from .mixture import Mixture, intra_density, log_sum_exp, negative_entropy, squared_distance
-from .score import DensityScore, quantile
+from .score import DensityScore, quantile, typical
 
 
 class LevelModel(nn.Module):
@@ -69,9 +69,7 @@ class Hgad(AnomalyModel):
     """HGAD (METHODS.md 4): one model for all classes; the class is given, or the argmax of `Scores.logits`."""
 
     config: HgadConfig
-    ceiling: Tensor
     reach: Tensor
-    _generator: torch.Generator
 
     def __init__(self, config: HgadConfig, classes: tuple[str, ...]) -> None:
         super().__init__()
@@ -84,13 +82,19 @@ class Hgad(AnomalyModel):
             for channels, grid in zip(self.features.channels, self.features.grids, strict=True)
         )
         self.scoring = DensityScore(self.features.grids, config.score, len(classes))
-        self.register_buffer("ceiling", torch.zeros(len(classes), 2, len(self.levels)))
+        for number, grid in enumerate(self.features.grids, 1):
+            self.register_buffer(f"ceiling{number}", torch.zeros(len(classes), 2, grid * grid))
         self.register_buffer("reach", torch.full((len(classes), 2), float(len(self.levels))))
 
     @property
     def each_level(self) -> list[LevelModel]:
         """The levels, shallow first."""
         return cast("list[LevelModel]", list(self.levels))
+
+    @property
+    def ceilings(self) -> list[Tensor]:
+        """m of every level, [Y, 2, N_l]: of log-likelihood and negative entropy, by position."""
+        return [self.get_buffer(f"ceiling{number}") for number in range(1, len(self.levels) + 1)]
 
     @property
     def preprocess(self) -> Preprocess:
@@ -123,9 +127,8 @@ class Hgad(AnomalyModel):
     def score_features(self, features: Sequence[Tensor], class_ids: Tensor) -> Scores:
         """Scores from what the front end gave, levels of [B, d, h, w]."""
         densities, logits = self.densities(features, class_ids)
-        maps, score = self.scoring(
-            densities.likelihood, densities.entropy, self.ceiling[class_ids], self.reach[class_ids]
-        )
+        ceilings = [c[class_ids] for c in self.ceilings]
+        maps, score = self.scoring(densities.likelihood, densities.entropy, ceilings, self.reach[class_ids])
         return Scores(maps[:, 0], score, logits)
 
     def forward(self, images: Tensor, class_ids: Tensor) -> Scores:
@@ -179,7 +182,7 @@ class Hgad(AnomalyModel):
         Raises:
             CalibrationError: a class has no held-out image.
         """
-        q = self.config.score.quantile
+        c = self.config.score
         for index, name in enumerate(self.classes):
             chunks = list(self._class_densities(holdout, index))
             if not chunks:
@@ -190,14 +193,16 @@ class Hgad(AnomalyModel):
                     next_step="raise `holdout` or add good images of this product",
                 )
             for kind in range(2):
-                levels = [[c[kind][level] for c in chunks] for level in range(len(self.levels))]
-                ceiling = torch.tensor([quantile(values, q) for values in levels], device=self.ceiling.device)
-                self.ceiling[index, kind] = ceiling
-                totals = [self.scoring.total(c[kind], ceiling.expand(len(c[kind][0]), -1)) for c in chunks]
-                self.reach[index, kind] = quantile(totals, q)
+                for level, grid in enumerate(self.features.grids):
+                    values = torch.cat([chunk[kind][level] for chunk in chunks])
+                    offset = typical(values, grid, c.prior) if c.by_position else torch.zeros_like(values[0])
+                    self.ceilings[level][index, kind] = offset + quantile([values - offset], c.quantile)
+                ceilings = [m[index, kind][None] for m in self.ceilings]
+                totals = [self.scoring.total(chunk[kind], ceilings) for chunk in chunks]
+                self.reach[index, kind] = quantile(totals, c.quantile)
 
     def _class_densities(self, data: TrainingData, index: int) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        device = self.ceiling.device
+        device = self.reach.device
         for batch in data.batches(16):
             own = batch.class_ids == index
             if own.any():
