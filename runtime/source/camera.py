@@ -202,10 +202,11 @@ class Camera:
     def _move(self, state: State, detail: str = "", *, restarts: int | None = None) -> None:
         """A state change: logged once, published once. Repeated failures with one cause are one change."""
         before = self._state
+        cause = detail.partition("\n")[0]  # the lines below it carry addresses and counters that differ each time
         self._update(state=state, detail=detail, restarts=before.restarts if restarts is None else restarts)
-        if (before.state, before.detail) != (state, detail):
+        if (before.state, before.detail.partition("\n")[0]) != (state, cause):
             level = logging.WARNING if state in ("down", "failed") else logging.INFO
-            log.log(level, "camera %s: %s%s", self.name, state, f" ({detail.splitlines()[0]})" if detail else "")
+            log.log(level, "camera %s: %s%s", self.name, state, f" ({cause})" if cause else "")
             self._on_state(self._state)
 
     def _update(self, **changes: object) -> None:

@@ -245,7 +245,7 @@ class Flaky:
         self.mode = self.script[min(self.opened, len(self.script) - 1)]
         self.opened += 1
         if self.mode == "refuse":
-            raise SourceError("cannot be opened")
+            raise SourceError("cannot be opened", found=f"at {self.opened}")
         if self.mode == "bug":
             raise RuntimeError("a plug-in's bug")
 
@@ -311,6 +311,7 @@ def test_a_camera_that_never_delivers_is_stale_at_a_low_rate() -> None:
     assert set(reasons) == {"camera_stale"} and len(items) == len(reasons)
     assert 2 <= len(reasons) <= 4, "at 0.3 s, then every 0.5 s"
     assert [item.seq for item in items] == list(range(1, len(items) + 1))
+    assert [state.state for state in running.states] == ["down", "stopped"], "said once, whatever the details"
 
 
 def test_a_camera_that_may_be_silent_is_left_alone() -> None:
