@@ -21,65 +21,66 @@ AUPRO_LIMIT = 0.3
 def auroc(scores: ArrayLike, defective: ArrayLike) -> float | None:
     """Area under the ROC curve of image or pixel scores; None unless both kinds are there.
 
+    The share of (defective, good) pairs in the right order, ties counting half. Sorting only the good values takes a
+    tenth of the time and memory of a whole curve where the scores are the pixels of a test set.
+
     scores, defective: any equal shape; `defective` is read as bool.
     """
-    from sklearn.metrics import roc_auc_score
-
     truth = np.asarray(defective, bool).ravel()
-    if truth.all() or not truth.any():
+    values = np.asarray(scores).ravel()
+    good, bad = np.sort(values[~truth]), values[truth]
+    if good.size == 0 or bad.size == 0:
         return None
-    return float(roc_auc_score(truth, np.asarray(scores).ravel()))
+    return float(_below(good, bad).mean() / good.size)
 
 
 def aupro(maps: ArrayLike, masks: ArrayLike, limit: float = AUPRO_LIMIT) -> float | None:
     """Area under the per-region overlap curve up to a false positive rate, divided by it (Bergmann et al. 2021).
 
     The overlap is the mean over all defect regions (8-connected) of the share of the region above the threshold; the
-    false positive rate is the share of good pixels of all images above it. Exact: every distinct value is a threshold.
+    false positive rate is the share of good pixels of all images above it. Exact: every distinct value is a threshold,
+    the curve is linear between them. Each defect pixel of weight w = 1 / (its region's area * number of regions) adds w
+    for every good pixel below it (half for equal ones) that is among the `limit` highest: the area, summed by pixel.
 
     Args:
         maps: float [N, H, W]. masks: bool [N, H, W]; good images have an empty one.
-        limit: largest false positive rate that counts.
+        limit: largest false positive rate that counts, at most 1.
     """
     values = np.asarray(maps, np.float32)
     truth = np.asarray(masks, bool)
     weights, regions = _region_weights(truth)
-    good = ~truth
-    goods = int(np.count_nonzero(good))
-    if regions == 0 or goods == 0:
+    good, bad = values[~truth], values[truth]
+    if regions == 0 or good.size == 0:
         return None
-    # Thresholds under which more than `limit` of the good pixels lie need not be sorted: they are beyond the curve.
-    lowest = values[good]
-    keep = min(goods - 1, int(np.ceil(limit * goods)) + 1)
-    cut = np.partition(lowest, goods - 1 - keep)[goods - 1 - keep]
-    above = values >= cut
-    kept, weight, false = values[above], weights[above], good[above]
-    order = np.argsort(-kept, kind="stable")
-    kept, weight, false = kept[order], weight[order], false[order]
-    last = np.append(kept[1:] != kept[:-1], True)  # a point of the curve behind every group of equal values
-    overlap = np.concatenate([[0.0], (np.cumsum(weight, dtype=np.float64) / regions)[last]])
-    rate = np.concatenate([[0.0], (np.cumsum(false, dtype=np.int64) / goods)[last]])
-    inside = rate <= limit
-    x, y = rate[inside], overlap[inside]
-    if x[-1] < limit and not inside.all():
-        y = np.append(y, np.interp(limit, rate, overlap))
-        x = np.append(x, limit)
-    return float(np.sum((x[1:] - x[:-1]) * (y[1:] + y[:-1]) / 2) / limit)
+    counted = limit * good.size
+    first = good.size - 1 - int(counted)
+    # The curve ends inside the group of good pixels that equal `edge`; of that group it takes `rest`.
+    edge = np.partition(good, first)[first] if first >= 0 else -np.inf
+    above = np.sort(good[good > edge])
+    rest = counted - above.size
+    area = float(np.dot(weights[bad > edge], _below(above, bad[bad > edge]) + rest))
+    group = np.count_nonzero(good == edge)
+    if group:
+        area += float(weights[bad == edge].sum(dtype=np.float64)) * rest * (rest / group) / 2
+    return float(area / (regions * counted))
+
+
+def _below(ordered: Array, values: Array) -> Array:
+    """How many of the `ordered` values lie below each value, equal ones counting half; float64."""
+    left = np.searchsorted(ordered, values, "left")
+    return (left + np.searchsorted(ordered, values, "right")) / 2
 
 
 def _region_weights(masks: Array) -> tuple[Array, int]:
-    """1/area of its region for each defect pixel, 0 for good ones, float32 [N, H, W]; and the number of regions."""
-    weights = np.zeros(masks.shape, np.float32)
+    """1/area of its region for each defect pixel, float64 in the order of ``values[masks]``; the number of regions."""
+    shares = []
     regions = 0
-    for mask, weight in zip(masks, weights, strict=True):
-        if not mask.any():
-            continue
-        count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
-        share = np.zeros(count, np.float32)
-        share[1:] = 1 / stats[1:, cv2.CC_STAT_AREA]
-        weight[...] = share[labels]
-        regions += count - 1
-    return weights, regions
+    for mask in masks:
+        if mask.any():
+            count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+            shares.append((1 / stats[:, cv2.CC_STAT_AREA])[labels[mask]])
+            regions += count - 1
+    return np.concatenate(shares) if shares else np.empty(0), regions
 
 
 def best_f1(scores: ArrayLike, defective: ArrayLike) -> tuple[float, float] | None:

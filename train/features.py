@@ -95,6 +95,8 @@ def extract(
     Raises:
         SourceError: an image cannot be read.
     """
+    if not samples:
+        return FeatureSet((), {}, None, np.empty(0, np.int64))
     root = (root or cache_root()) / "features"
     root.mkdir(parents=True, exist_ok=True)
     entry = root / _key(model, samples)

@@ -80,6 +80,7 @@ class Request:
         settings = [*args.set, *([f"seed={args.seed}"] if args.seed is not None else [])]
         config = load_config(args.method, args.config, settings)
         products = tuple(args.products.split(",")) if args.products else None
+        open_dataset(args.data).select(products=products)  # refused before there is a folder
         folder = distributed.same_everywhere(str(_folder(args.out, config, args.data)) if distributed.is_main() else "")
         request = cls(
             args.method, args.data, folder, products, args.on_corrupt, not args.no_eval, args.save_every, args.device
@@ -135,12 +136,19 @@ def train(request: Request) -> dict[str, Any]:
     trainset = extract(model, fitting, device=device, progress=show)
     calibration = extract(model, holdout, device=device, progress=show)
     resume = ResumeFile(folder / "resume.pt", _run_hash(config, trainset, data.products), request.save_every)
-    fitted = fit(model, trainset, device, log=lambda r: write_log(folder, r), resume=resume, progress=show)
+    try:
+        fitted = fit(model, trainset, device, log=lambda r: write_log(folder, r), resume=resume, progress=show)
+    except KeyboardInterrupt:
+        _say(f"\ninterrupted; to go on: andon train --resume {folder}")
+        raise
     if not distributed.is_main():
         return {"ok": True}
     model.eval()
-    with torch.no_grad():
-        model.finalize(calibration)
+    if holdout:
+        with torch.no_grad():
+            model.finalize(calibration)
+    else:
+        _say("no image held out: calibration constants keep their defaults")
     _say(f"{fitted.steps} steps in {fitted.seconds:.0f} s" + (" (time limit)" if fitted.stopped_early else ""))
 
     tests = [s for s in kept if s.split == "test"]

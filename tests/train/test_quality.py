@@ -20,6 +20,7 @@ from andon.runtime.quality import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import label
+from sklearn.metrics import roc_auc_score
 
 
 def slow_aupro(maps: np.ndarray, masks: np.ndarray, limit: float) -> float:
@@ -73,6 +74,16 @@ def test_small_regions_count_as_much_as_large_ones() -> None:
     assert aupro(maps, masks, 1e-6) == pytest.approx(0.5, abs=1e-3)
 
 
+@given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=2, max_size=60))
+@settings(deadline=None)
+def test_auroc_equals_the_library(pairs: list[tuple[int, bool]]) -> None:
+    scores, truth = [p[0] for p in pairs], [p[1] for p in pairs]
+    if len(set(truth)) == 1:
+        assert auroc(scores, truth) is None
+    else:
+        assert auroc(scores, truth) == pytest.approx(roc_auc_score(truth, scores))
+
+
 def test_auroc_is_not_flipped() -> None:
     assert auroc([3.0, 2.0, 1.0, 0.0], [0, 0, 1, 1]) == 0.0
     assert auroc([0.0, 1.0], [0, 1]) == 1.0
@@ -113,7 +124,7 @@ def test_summary_mean_and_table() -> None:
     maps = masks.astype(np.float32)
     masked = summarize([0, 1, 2, 3.0], [0, 0, 1, 1], maps=maps, masks=masks)
     plain = summarize([0, 2, 1, 3.0], [0, 0, 1, 1], threshold=0.5)
-    assert masked["image_AUROC"] == masked["pixel_AUROC"] == masked["pixel_AUPRO"] == 1.0
+    assert [masked[k] for k in ("image_AUROC", "pixel_AUROC", "pixel_AUPRO")] == pytest.approx([1.0] * 3)
     assert plain["pixel_AUROC"] is None and plain["threshold"] == 0.5 and plain["false_alarm_rate"] == 0.5
     mean = mean_metrics({"a": masked, "b": plain})
     assert mean["image_AUROC"] == pytest.approx(0.875) and mean["pixel_AUROC"] is None and mean["good"] == 4

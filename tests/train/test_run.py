@@ -10,7 +10,8 @@ import pytest
 import torch
 from andon.cli import main
 from andon.runtime.dataset import open_dataset
-from andon.runtime.errors import AndonError, ConfigError
+from andon.runtime.errors import ConfigError
+from andon.train import run
 from andon.train.checkpoint import load_checkpoint, newest_checkpoint, read_provenance
 from andon.train.config import dump_config, load_config
 from andon.train.errors import CheckpointError
@@ -186,6 +187,7 @@ def test_refusals_name_what_is_wrong(
     assert "no data set at" in refusal(capsys, "--method", "hvq", "--data", str(tmp_path / "none"))
     error = refusal(capsys, "--method", "hvq", "--data", data, "--products", "bolt", "--out", str(tmp_path / "x"))
     assert "no product bolt" in error and "grain, grid, stripes" in error
+    assert not (tmp_path / "x").exists(), "a refusal leaves no folder"
     assert "is not empty" in refusal(capsys, "--method", "hvq", "--data", data, "--out", str(checkpoint))
     assert "nothing to resume" in refusal(capsys, "--resume", str(checkpoint))
     if not torch.cuda.is_available():
@@ -209,5 +211,22 @@ def test_corrupt_image_stops_or_is_skipped_and_recorded(
     assert json.loads(out[-1])["ok"] is True and "next: andon export --method hvq" in out
 
 
-def test_error_is_an_andon_error() -> None:
-    assert issubclass(CheckpointError, AndonError)
+def test_interrupt_says_how_to_go_on(
+    synthetic_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: object, **settings: object) -> None:
+        raise KeyboardInterrupt
+
+    out, data = tmp_path / "run", str(synthetic_data)
+    monkeypatch.setattr(run, "fit", interrupted)
+    assert main(["train", "--method", "hvq", "--data", data, "--products", "grid", "--out", str(out), *SETS]) == 130
+    assert f"andon train --resume {out}" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert main(["train", "--resume", str(out)]) == 0
+    assert read_provenance(out).steps == 4
+
+
+def test_nothing_held_out(synthetic_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", "--method", "hvq", "--data", str(synthetic_data), "--products", "grid", "--no-eval"]
+    assert main([*arguments, "--out", str(tmp_path / "run"), "--set", "holdout=0", *SETS]) == 0
+    assert read_provenance(tmp_path / "run").holdout == () and "no image held out" in capsys.readouterr().out
