@@ -1,7 +1,8 @@
 """How good scores and maps are: the figures of the field, the same for the torch model and for the engines.
 
 Scores: larger is more anomalous. An AUROC below 0.5 is reported as it is. Figures that are not defined (no defective
-image, no mask) are None. sklearn is imported when a figure needs it, so that the line device starts without it.
+image, no mask) are None. sklearn is imported when a figure needs it, so that the line device starts without it; the
+areas, which run over every pixel of a test set, are rank sums of our own, tested against it.
 """
 
 from __future__ import annotations

@@ -106,6 +106,8 @@ class _Trainer:
         self.sampler = BalancedSampler(data.class_ids, self.schedule.batch * distributed.world(), model.config.seed)
         if resume is not None and resume.exists():
             self._restore(resume.load())
+            if distributed.is_main():  # records after this step are repeated below
+                log({"step": self.step, "seconds": round(self.seconds, 2), "resumed": 1.0})
         self.call: nn.Module = _Step(model)
         if distributed.active():
             # Experts of absent products have no gradient in a step; buffers are the methods' own business.

@@ -238,7 +238,8 @@ def test_resumed_run_equals_an_uninterrupted_one(toy: ModuleType, trainset: Feat
     rest.noise = 0.1
     torch.manual_seed(99)  # a new process has other random state
     records = run(rest, trainset, ResumeFile(tmp_path / "resume.pt", "r", every=1e9))
-    assert records[0]["step"] == 24
+    assert (records[0]["step"], records[0]["resumed"]) == (23, 1.0)
+    assert records[1]["step"] == 24
     for (name, a), b in zip(whole.state_dict().items(), rest.state_dict().values(), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-7, msg=name)
 
