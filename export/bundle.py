@@ -104,11 +104,14 @@ def new_bundle(target: Path) -> Iterator[Path]:
 
 
 def save_stage(root: Path, stage: str, variant: Variant, model: onnx.ModelProto) -> str:
-    """Write a stage's graph; returns its bundle-relative path."""
+    """Write a stage's graph without inferred shapes, which readers infer again; returns its bundle-relative path."""
     name = f"stages/{stage}.{variant}.onnx"
     path = root / name
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(model.SerializeToString(deterministic=True))
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    del bare.graph.value_info[:]
+    path.write_bytes(bare.SerializeToString(deterministic=True))
     return name
 
 

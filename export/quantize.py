@@ -12,14 +12,19 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx
+from onnx import helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 
 from .onnx import IR_VERSION
 from .precision import MOVES, Fp16Graph, to_fp16
+from .ranges import Range, open_session
 from .walk import Array
 
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
+#: Constants above this many values are worth storing as FP16
+_SMALL = 4096
 _BETWEEN = MOVES | {"Clip", "Relu", "LeakyRelu", "HardSwish", "Sigmoid", "Mul", "Add", "MaxPool"}
 
 
@@ -45,12 +50,122 @@ def quantisable(model: onnx.ModelProto, keep: Mapping[str, str]) -> list[str]:
     ]
 
 
-def to_int8(model: onnx.ModelProto, keep: Mapping[str, str], samples: Sequence[Mapping[str, Array]]) -> Fp16Graph:
-    """Quantise a shape-inferred FP32 graph; nodes in `keep` stay FP32, what is not quantised becomes FP16.
+def sensitivity(
+    model: onnx.ModelProto,
+    nodes: Sequence[str],
+    ranges: Mapping[str, Range],
+    samples: Sequence[Mapping[str, Array]],
+) -> dict[str, float]:
+    """What quantising one node alone does to the stage: largest relative RMS error over its float outputs.
+
+    ranges: of the stage's tensors on good images (export/ranges.py); their largest magnitude sets the input's scale.
+    """
+    session = open_session(model)
+    names = [o.name for o in model.graph.output if o.type.tensor_type.elem_type == onnx.TensorProto.FLOAT]
+    reference = [session.run(names, dict(inputs)) for inputs in samples]
+    found = {}
+    for node in nodes:
+        probe = open_session(_with_one_quantised(model, node, ranges))
+        outputs = [probe.run(names, dict(inputs)) for inputs in samples]
+        found[node] = max(_relative_rms([o[i] for o in outputs], [r[i] for r in reference]) for i in range(len(names)))
+    return found
+
+
+def select(model: onnx.ModelProto, errors: Mapping[str, float], budget: float) -> list[str]:
+    """The nodes to quantise: most bytes saved per error first, while the errors' root sum of squares is in `budget`.
+
+    The first layers of a network usually cost the most accuracy and hold the fewest weights, so they stay FP16.
+    """
+    sizes = {t.name: int(np.prod(t.dims)) for t in model.graph.initializer}
+    weights = {node.name: sizes[node.input[1]] for node in model.graph.node if node.name in errors}
+    chosen, spent = [], 0.0
+    for node in sorted(errors, key=lambda name: errors[name] ** 2 / weights[name]):
+        if spent + errors[node] ** 2 <= budget**2:
+            spent += errors[node] ** 2
+            chosen.append(node)
+    return chosen
+
+
+def _relative_rms(values: Sequence[Array], references: Sequence[Array]) -> float:
+    difference = sum(float(np.square(v - r, dtype=np.float64).sum()) for v, r in zip(values, references, strict=True))
+    power = sum(float(np.square(r, dtype=np.float64).sum()) for r in references)
+    return float(np.sqrt(difference / max(power, 1e-30)))
+
+
+def _with_one_quantised(model: onnx.ModelProto, name: str, ranges: Mapping[str, Range]) -> onnx.ModelProto:
+    """Weights of one node rounded to INT8 per channel, its input through Q and DQ."""
+    probe = _copy(model)
+    graph = probe.graph
+    index = next(i for i, node in enumerate(graph.node) if node.name == name)
+    node = graph.node[index]
+    tensor = next(t for t in graph.initializer if t.name == node.input[1])
+    weights = numpy_helper.to_array(tensor)
+    axis = _channel_axis(node, weights.ndim)
+    others = tuple(a for a in range(weights.ndim) if a != axis)
+    scale = np.maximum(np.abs(weights).max(others, keepdims=True) / 127, 1e-30)
+    rounded = (np.round(weights / scale) * scale).astype(np.float32)
+    step = np.float32(max(ranges[node.input[0]].largest / 127, 1e-30))
+    graph.initializer.extend(
+        [
+            numpy_helper.from_array(rounded, "probe_weights"),
+            numpy_helper.from_array(np.array(step), "probe_scale"),
+            numpy_helper.from_array(np.array(0, np.int8), "probe_zero"),
+        ]
+    )
+    scales = ["probe_scale", "probe_zero"]
+    pair = [
+        helper.make_node("QuantizeLinear", [node.input[0], *scales], ["probe_q"]),
+        helper.make_node("DequantizeLinear", ["probe_q", *scales], ["probe_dq"]),
+    ]
+    node.input[0], node.input[1] = "probe_dq", "probe_weights"
+    nodes = [*graph.node[:index], *pair, *graph.node[index:]]
+    copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
+    return probe
+
+
+def _channel_axis(node: onnx.NodeProto, rank: int) -> int:
+    """Axis of the output channels in a product's weights."""
+    transposed = any(a.name == "transB" and a.i for a in node.attribute)
+    return 0 if node.op_type == "Conv" or transposed else rank - 1
+
+
+def _split_tables(model: onnx.ModelProto, chosen: Sequence[str]) -> onnx.ModelProto:
+    """A linear layer that adds a whole table (a folded position code) as layer and addition: the table can be FP16."""
+    split = _copy(model)
+    graph = split.graph
+    tables = {t.name for t in graph.initializer if len(t.dims) == 2 and t.dims[0] > 1}
+    nodes = []
+    for node in graph.node:
+        if node.op_type == "Gemm" and node.name in chosen and len(node.input) == 3 and node.input[2] in tables:
+            table, output = node.input[2], node.output[0]
+            product = f"{output}_product"
+            nodes.append(node)
+            nodes.append(helper.make_node("Add", [product, table], [output], name=f"{node.name}/Table"))
+            del node.input[2:]
+            node.output[0] = product
+        else:
+            nodes.append(node)
+    copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
+    return onnx.shape_inference.infer_shapes(split, strict_mode=True, data_prop=True)
+
+
+def to_int8(
+    model: onnx.ModelProto, keep: Mapping[str, str], samples: Sequence[Mapping[str, Array]], chosen: Sequence[str]
+) -> Fp16Graph:
+    """Quantise the `chosen` nodes of a shape-inferred FP32 graph; nodes in `keep` stay FP32, the rest becomes FP16.
 
     samples: inputs of this stage on good images.
+
+    Raises:
+        ValueError: nothing was chosen.
     """
-    chosen = quantisable(model, keep)
+    if not chosen:
+        raise ValueError("no node to quantise")  # an empty list would mean all of them to onnxruntime
+    model = _split_tables(model, chosen)
     with tempfile.TemporaryDirectory(prefix="andon-int8-") as folder:
         path = Path(folder) / "int8.onnx"
         logging.getLogger().addFilter(_no_preprocessing_advice)
@@ -61,7 +176,7 @@ def to_int8(model: onnx.ModelProto, keep: Mapping[str, str], samples: Sequence[M
                 calibration_data_reader=_Samples(samples),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=list(_PRODUCTS),
-                nodes_to_quantize=chosen,
+                nodes_to_quantize=list(chosen),
                 per_channel=True,
                 activation_type=QuantType.QInt8,
                 weight_type=QuantType.QInt8,
@@ -95,13 +210,15 @@ def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _between(model: onnx.ModelProto, chosen: set[str]) -> dict[str, str]:
     """Q/DQ, quantised nodes, and the elementwise nodes that only quantised ones feed."""
-    constants = {tensor.name for tensor in model.graph.initializer}
+    sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in model.graph.initializer}
+    constants = set(sizes)
     inside: set[str] = set()
     keep = {}
     for node in model.graph.node:
         data = [name for name in node.input if name and name not in constants]
         quantised = node.op_type in ("QuantizeLinear", "DequantizeLinear") or node.name in chosen
-        if quantised or (node.op_type in _BETWEEN and data and all(name in inside for name in data)):
+        small = all(sizes.get(name, 0) <= _SMALL for name in node.input)
+        if quantised or (node.op_type in _BETWEEN and small and data and all(name in inside for name in data)):
             keep[node.name] = "int8" if quantised else "between int8 products"
             inside.update(node.output)
     return keep

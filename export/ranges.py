@@ -73,6 +73,16 @@ class RangeReport:
         }
 
 
+def open_session(model: onnx.ModelProto) -> ort.InferenceSession:
+    """A session that runs the graph node by node as it is written."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    # Fusion would remove the tensors that are to be looked at.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
 def measure(model: onnx.ModelProto, samples: Iterable[Mapping[str, Array]]) -> RangeReport:
     """Run a shape-inferred FP32 stage on real inputs and look at every float tensor in it."""
     probe = onnx.ModelProto()
@@ -82,12 +92,7 @@ def measure(model: onnx.ModelProto, samples: Iterable[Mapping[str, Array]]) -> R
     for info in graph.value_info:
         if info.type.tensor_type.elem_type == TensorProto.FLOAT and info.name not in known:
             graph.output.append(helper.make_tensor_value_info(info.name, TensorProto.FLOAT, None))
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    # Fusion would remove the tensors that are to be looked at.
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = open_session(probe)
     names = [output.name for output in session.get_outputs()]
     tensors: dict[str, Range] = {}
     for inputs in samples:

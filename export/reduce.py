@@ -14,7 +14,7 @@ from . import bundle, verify
 from .frames import Evidence
 from .onnx import StageGraph
 from .precision import Fp16Graph, keep_fp32, simulate, to_fp16
-from .quantize import quantisable, to_int8
+from .quantize import quantisable, select, sensitivity, to_int8
 from .ranges import RangeReport, measure
 from .stage import StageDef, StagedModel
 from .verify import Check, Scored
@@ -25,6 +25,9 @@ CALIBRATION_FRAMES = 32
 SAMPLES = 64
 #: Frames next to the threshold that candidates for a fall-back are ranked on
 RANKING_FRAMES = 24
+#: INT8: error that quantisation may cost a stage's outputs (relative RMS), loosest first, and calls it is measured on
+BUDGETS = (0.08, 0.04, 0.02)
+SENSITIVITY_CALLS = 4
 #: Where the graphs that round on the CPU as a GPU does lie while the bundle is built
 ROUNDED = "rounded"
 
@@ -37,6 +40,7 @@ class Reduced:
     fallbacks: dict[str, str] = field(default_factory=dict)
     graphs: dict[str, Fp16Graph] = field(default_factory=dict)
     ranges: dict[str, RangeReport] = field(default_factory=dict)
+    quantised: dict[str, dict[str, Any]] = field(default_factory=dict)
     tried: list[dict[str, Any]] = field(default_factory=list)
 
     def record(self) -> dict[str, Any]:
@@ -46,6 +50,7 @@ class Reduced:
             "fp32_nodes": {name: dict(g.fp32) for name, g in self.graphs.items()},
             "clipped_constants": {name: list(g.clipped) for name, g in self.graphs.items() if g.clipped},
             "ranges": {name: r.record() for name, r in self.ranges.items()},
+            "quantised": self.quantised,
             "tried": self.tried,
         }
 
@@ -70,7 +75,7 @@ class Reducer:
         self._say = say
         self._samples = self._record()
         self._ranges = {name: measure(graphs[name].model, calls) for name, calls in self._samples.items()}
-        self._rounded: dict[tuple[str, str], str] = {}
+        self._errors: dict[str, dict[str, float]] = {}
 
     def _record(self) -> dict[str, list[dict[str, Array]]]:
         """Stage inputs on good frames; of more calls than SAMPLES (loops) an even choice."""
@@ -93,20 +98,35 @@ class Reducer:
     def add(self, manifest: Manifest, variant: Variant, full: Scored, threshold: Array) -> tuple[Manifest, Reduced]:
         """Make the variant's files and let the gate judge them, widening stage by stage where it fails.
 
+        INT8 is tried with ever smaller error budgets first: fewer products of a stage are quantised.
         Returns the manifest with the variant, and what happened; its checks may fail even with all fall-backs.
         """
         reduced = Reduced(ranges=dict(self._ranges))
-        self._say(f"{variant}: converting")
-        stages = dict(manifest.stages)
-        for stage in self._staged.stages:
-            stages[stage.name] = self._convert(stage, stages[stage.name], variant, reduced)
-        manifest = manifest.model_copy(update={"stages": stages, "variants": (*manifest.variants, variant)})
+        for budget in BUDGETS if variant == "int8" else (0.0,):
+            self._say(f"{variant}: converting" + (f", error budget {budget:g} a stage" if budget else ""))
+            stages = dict(manifest.stages)
+            for stage in self._staged.stages:
+                stages[stage.name] = self._convert(stage, stages[stage.name], variant, budget, reduced)
+            made = manifest.model_copy(update={"stages": stages, "variants": (*manifest.variants, variant)})
+            if self._gate(made, variant, budget, full, threshold, reduced):
+                return made, reduced
+        return self._fall_back(made, variant, full, threshold, reduced), reduced
+
+    def _gate(
+        self, manifest: Manifest, variant: Variant, budget: float, full: Scored, threshold: Array, reduced: Reduced
+    ) -> bool:
+        self._say(f"{variant}: decisions on {len(self._evidence.labelled)} frames")
+        reduced.checks = self._judge(manifest, variant, full, threshold)
+        attempt = {"budget": budget, "fallbacks": sorted(reduced.fallbacks), "checks": verify.record(reduced.checks)}
+        reduced.tried.append(attempt)
+        return verify.passed(reduced.checks)
+
+    def _fall_back(
+        self, manifest: Manifest, variant: Variant, full: Scored, threshold: Array, reduced: Reduced
+    ) -> Manifest:
+        """Widen stage by stage, always the one that mends most, until the gate passes or nothing is left to widen."""
         while True:
-            self._say(f"{variant}: decisions on {len(self._evidence.labelled)} frames")
-            reduced.checks = self._judge(manifest, variant, full, threshold)
-            passed = verify.passed(reduced.checks)
-            reduced.tried.append({"fallbacks": sorted(reduced.fallbacks), "checks": verify.record(reduced.checks)})
-            wider = None if passed else self._widest_gain(manifest, variant, full, threshold)
+            wider = self._widest_gain(manifest, variant, full, threshold)
             if wider is None:
                 break
             name, files = wider
@@ -116,9 +136,11 @@ class Reducer:
             self._say(f"{variant}: stage {name} falls back to {_precision_of(files[variant])}")
             reduced.fallbacks[name] = reason
             manifest = _with_files(manifest, name, files, variant, reason)
-        return manifest, reduced
+            if self._gate(manifest, variant, 0.0, full, threshold, reduced):
+                break
+        return manifest
 
-    def _convert(self, stage: StageDef, entry: Stage, variant: Variant, reduced: Reduced) -> Stage:
+    def _convert(self, stage: StageDef, entry: Stage, variant: Variant, budget: float, reduced: Reduced) -> Stage:
         """The stage's entry with a file of this variant, which may be a wider one by design."""
         graph = self._graphs[stage.name]
         ranges = self._ranges[stage.name].nodes if stage.name in self._ranges else {}
@@ -132,7 +154,8 @@ class Reducer:
             why = "no program runs this stage, so its ranges are not known"
         if why:
             return _entry(entry, variant, entry.files["fp32"], len(graph.model.graph.node), why)
-        half = variant == "int8" and not (stage.int8 and quantisable(graph.model, keep))
+        chosen = self._chosen(stage, keep, budget, reduced) if variant == "int8" else []
+        half = variant == "int8" and not chosen
         if half and "fp16" in entry.files:
             why = entry.fallback.get("fp16") or "nothing to quantise here: FP16"
             return _entry(entry, variant, entry.files["fp16"], entry.fp32_nodes.get("fp16", 0), why)
@@ -140,7 +163,7 @@ class Reducer:
             converted = to_fp16(graph.model, keep)
             name, why = "fp16", "nothing to quantise here: FP16" if half else None
         else:
-            converted = to_int8(graph.model, keep, self._samples[stage.name])
+            converted = to_int8(graph.model, keep, self._samples[stage.name], chosen)
             name, why = "int8", None
         reduced.graphs[stage.name] = converted
         file = bundle.save_stage(self._root, stage.name, name, converted.model)  # type: ignore[arg-type]
@@ -148,6 +171,26 @@ class Reducer:
         rounded.parent.mkdir(exist_ok=True)
         rounded.write_bytes(simulate(converted.model).SerializeToString())
         return _entry(entry, variant, file, len(converted.fp32), why)
+
+    def _chosen(self, stage: StageDef, keep: Mapping[str, str], budget: float, reduced: Reduced) -> list[str]:
+        """The products of a stage that INT8 takes within the error budget."""
+        model = self._graphs[stage.name].model
+        candidates = quantisable(model, keep) if stage.int8 else []
+        if not candidates:
+            return []
+        if stage.name not in self._errors:
+            calls = self._samples[stage.name]
+            some = calls[:: max(1, len(calls) // SENSITIVITY_CALLS)][:SENSITIVITY_CALLS]
+            self._errors[stage.name] = sensitivity(model, candidates, self._ranges[stage.name].tensors, some)
+        errors = self._errors[stage.name]
+        chosen = select(model, errors, budget)
+        reduced.quantised[stage.name] = {
+            "budget": budget,
+            "nodes": len(chosen),
+            "of": len(candidates),
+            "left_in_fp16": {name: round(errors[name], 5) for name in candidates if name not in chosen},
+        }
+        return chosen
 
     def _judge(self, manifest: Manifest, variant: Variant, full: Scored, threshold: Array) -> list[Check]:
         """The gate on all labelled frames with GPU rounding, and the shipped files beside it on a few."""

@@ -89,4 +89,4 @@ def stage_model(method: str, stage: str, variant: str) -> onnx.ModelProto:
     keep = keep_fp32(graph.model, graph.islands, measure(graph.model, inputs).nodes)
     if variant == "fp16" or not definition.int8 or not quantisable(graph.model, keep):
         return to_fp16(graph.model, keep).model
-    return to_int8(graph.model, keep, inputs).model
+    return to_int8(graph.model, keep, inputs, quantisable(graph.model, keep)).model
