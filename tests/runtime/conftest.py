@@ -100,7 +100,7 @@ def build(
                 entries[kind][name]["class_bound"] = True
     for name, arrays in (npz or {}).items():
         (root / name).parent.mkdir(exist_ok=True)
-        np.savez(root / name, **arrays)
+        np.savez(root / name, allow_pickle=False, **arrays)
     if report is not None:
         (root / "report.json").write_text(json.dumps(report))
     files = {}

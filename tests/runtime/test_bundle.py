@@ -267,7 +267,13 @@ def test_the_published_schema_is_current_and_judges_real_manifests(make_bundle: 
     manifest = json.loads((make_bundle() / MANIFEST).read_text())
     validator = jsonschema.Draft202012Validator(published)
     validator.validate(manifest)
-    for change in ({"schema": "andon.bundle/9"}, {"unknown": 1}, {"classes": []}, {"variants": ["fp8"]}):
+    changes: list[dict[str, Any]] = [
+        {"schema": "andon.bundle/9"},
+        {"unknown": 1},
+        {"classes": []},
+        {"variants": ["fp8"]},
+    ]
+    for change in changes:
         assert not validator.is_valid({**manifest, **change}), change
 
 
@@ -280,6 +286,7 @@ def test_every_manifest_field_is_described() -> None:
 
 # -- wiring ------------------------------------------------------------------------------------------------------------
 
+LOOP: dict[str, Any] = {"loop": "encode", "count": 1, "carry": {}, "init": {}, "tables": {"u": "none"}}
 WIRING: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("unknown stage decode", lambda m: m["program"].append({"run": "decode"})),
     ("stage encode occurs twice", lambda m: m["program"].append({"run": "encode"})),
@@ -297,7 +304,6 @@ WIRING: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("wrong leading axis", lambda m: m["state"]["w"].update(class_bound=True)),
     ("program fast:", lambda m: m.update(alternatives={"fast": [{"run": "encode"}]})),
 ]
-LOOP = {"loop": "encode", "count": 1, "carry": {}, "init": {}, "tables": {"u": "none"}}
 
 
 @pytest.mark.parametrize(("match", "change"), WIRING, ids=[match for match, _ in WIRING])

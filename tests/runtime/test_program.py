@@ -190,9 +190,10 @@ def test_the_last_step_writes_a_persistent_state_in_place(tmp_path: Path) -> Non
 
     for count, read_old, copies in ((1, False, 2), (2, False, 0), (3, False, 0), (2, True, 1)):
         bundle = looped(tmp_path / f"{count}{read_old}", count, persist=True, counter=False, read_old=read_old)
-        with Counting(threads=1) as backend, Program(bundle, backend) as program:
+        counting = Counting(threads=1)
+        with counting as backend, Program(bundle, backend) as program:
             program.run(0)
-            assert backend.copies == copies
+            assert counting.copies == copies
 
 
 def test_states_can_be_written_between_frames(tmp_path: Path) -> None:

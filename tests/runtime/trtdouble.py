@@ -54,6 +54,8 @@ class World:
         self.contexts = 0
         self.dla_cores = 0
         self.interrupt_build_of = ""
+        self.network: Any = None
+        self.config: Any = None
 
     # -- memory and stream ---------------------------------------------------------------------------------------------
 
@@ -220,8 +222,12 @@ def cuda_python_driver(world: World) -> Any:
         world.pinned.append(np.zeros(size, np.uint8))
         return 0, world.pinned[-1].ctypes.data
 
-    def done(value: Any) -> tuple[int]:
-        return (0,)
+    def done(work: Callable[..., object]) -> Callable[..., tuple[int]]:
+        def call(*arguments: Any) -> tuple[int]:
+            work(*arguments)
+            return (0,)
+
+        return call
 
     attributes = SimpleNamespace(
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR="major", CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR="minor"
@@ -236,27 +242,27 @@ def cuda_python_driver(world: World) -> Any:
         cuCtxPopCurrent=lambda: (0, 1),
         cuStreamCreate=lambda flags: (0, 77),
         cuStreamDestroy=lambda stream: (0,),
-        cuStreamSynchronize=lambda stream: done(world.synchronize()),
+        cuStreamSynchronize=done(lambda stream: world.synchronize()),
         cuDeviceGetAttribute=lambda attribute, device: (0, {"major": 8, "minor": 7}[attribute]),
         cuDeviceGetName=lambda length, device: (0, b"Orin (double)\0"),
         cuDeviceTotalMem=lambda device: (0, 8 << 30),
         cuMemAlloc=lambda size: (0, world.malloc(size)),
-        cuMemFree=lambda block: done(world.blocks.pop(block)),
+        cuMemFree=done(lambda block: world.blocks.pop(block)),
         cuMemHostAlloc=host_alloc,
         cuMemFreeHost=lambda address: (0,),
-        cuMemsetD8Async=lambda target, value, count, stream: done(world.fill(target, count)),
-        cuMemcpyHtoDAsync=lambda target, source, size, stream: done(world.copy_in(target, at(source, size))),
-        cuMemcpyDtoHAsync=lambda target, source, size, stream: done(world.copy_out(at(target, size), source)),
-        cuMemcpyDtoDAsync=lambda target, source, size, stream: done(world.copy(target, source, size)),
+        cuMemsetD8Async=done(lambda target, value, count, stream: world.fill(target, count)),
+        cuMemcpyHtoDAsync=done(lambda target, source, size, stream: world.copy_in(target, at(source, size))),
+        cuMemcpyDtoHAsync=done(lambda target, source, size, stream: world.copy_out(at(target, size), source)),
+        cuMemcpyDtoDAsync=done(lambda target, source, size, stream: world.copy(target, source, size)),
     )
 
 
 # -- TensorRT ----------------------------------------------------------------------------------------------------------
 
 
-def tensorrt(world: World) -> ModuleType:
+def tensorrt(world: World) -> Any:
     """The module tensorrt of a version; what a version does not have, this does not have either."""
-    trt = ModuleType("tensorrt")
+    trt: Any = ModuleType("tensorrt")
     new = world.major >= 10
     trt.__version__ = world.version
     for name, members in _ENUMS.items():
