@@ -12,7 +12,7 @@ from typing import Any
 #: name -> (module with `configure(parser)` and `main(args) -> dict`, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("andon.train.command", "train a method on images of good parts and write a checkpoint"),
-    "enroll": ("andon.runtime.commands.enroll", "make a bundle for a new product from 1 to 4 good images, no training"),
+    "enroll": ("andon.export.enroll", "make a bundle for a new product from 1 to 4 good images, no training"),
     "export": ("andon.export.command", "cut the newest checkpoint into verified ONNX stages and write a bundle"),
     "build": ("andon.runtime.commands.build", "build TensorRT engines from a bundle on this device"),
     "verify": ("andon.runtime.commands.verify", "replay a bundle's golden set and decision gate on this machine's engines"),

@@ -285,6 +285,11 @@ class Program:
         """Milliseconds each stage took in the last frame (all steps of a loop together)."""
         return dict(zip(self.stage_names, self._ms, strict=True))
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The outputs ``<stage>.<output>`` that the last frame's program has; none before the first frame."""
+        return () if self._current is None else tuple(f"{s}.{o}" for s, o in self._current.outputs)
+
     def read(self, output: str) -> Array:
         """The value of ``<stage>.<output>`` in the last frame, valid until the next one.
 
@@ -295,7 +300,7 @@ class Program:
             raise EngineError(f"{output} has no value yet", found="no frame", expected="run() before read()")
         buffer = self._current.outputs.get(_key(output))
         if buffer is None:
-            names = ", ".join(f"{s}.{o}" for s, o in self._current.outputs)
+            names = ", ".join(self.outputs)
             raise EngineError(f"program {self.name} has no output {output}", found=output, expected=names)
         return self._fetch(buffer)
 

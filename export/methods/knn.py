@@ -17,7 +17,7 @@ from ..stage import StageDef, StagedModel
 
 
 class CentredPatches(nn.Module):
-    """frame uint8 [1, S, S, 3] and centre [d] to patches [m, d]; the centre is state, a new product keeps the engine."""
+    """frame uint8 [1, S, S, 3] and centre [d] to patches [m, d]; the centre is state, so engines outlive products."""
 
     def __init__(self, features: PatchFeatures) -> None:
         super().__init__()

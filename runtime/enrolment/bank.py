@@ -105,3 +105,11 @@ def fill(bank: Bank, semantic_rows: int, episodic_rows: int) -> dict[str, Array]
     valid, front = np.zeros(total, np.float32), np.zeros(total, np.float32)
     rows[:count], valid[:count], front[:count] = bank.rows, 1.0, bank.foreground
     return {"bank": rows, "valid": valid, "foreground": front}
+
+
+def principal(rows: Array, dims: int) -> Array:
+    """The `dims` principal directions of centred rows [n, c] as columns [c, dims], signs fixed."""
+    values, vectors = np.linalg.eigh((rows.T @ rows).astype(np.float64))
+    basis = vectors[:, np.argsort(-values, kind="stable")[:dims]]
+    signs = np.sign(basis[np.abs(basis).argmax(axis=0), np.arange(basis.shape[1])])
+    return np.ascontiguousarray(basis * signs, np.float32)

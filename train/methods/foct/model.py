@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ....runtime.enrolment.bank import Bank, BankSettings, build_bank, fill
+from ....runtime.enrolment.bank import Bank, BankSettings, build_bank, fill, principal
 from ....runtime.enrolment.foreground import GrabCut, everything, to_grid
 from ....runtime.enrolment.navigator import NavigatorSettings, enroll_navigator
 from ....runtime.errors import CalibrationError
@@ -205,11 +205,3 @@ class Foct(AnomalyModel):
         bound = {"w1": 1 / np.sqrt(dims), "b1": 1 / np.sqrt(dims), "w2": 1 / np.sqrt(n.hidden)}  # torch's nn.Linear
         phi = {name: rng.uniform(-b, b, self.shapes[name]).astype(np.float32) for name, b in bound.items()}
         return {"projection": principal(bank.rows, dims).T, "inv_tau": np.ones(1, np.float32), **phi}
-
-
-def principal(rows: Array, dims: int) -> Array:
-    """The `dims` principal directions of centred rows [n, c] as columns [c, dims], signs fixed."""
-    values, vectors = np.linalg.eigh((rows.T @ rows).astype(np.float64))
-    basis = vectors[:, np.argsort(-values, kind="stable")[:dims]]
-    signs = np.sign(basis[np.abs(basis).argmax(axis=0), np.arange(basis.shape[1])])
-    return np.ascontiguousarray(basis * signs, np.float32)

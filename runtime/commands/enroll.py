@@ -1,0 +1,120 @@
+"""`andon enroll` on the device: a new product from a few good images and the bundle of another, without torch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from ..bundle import Bundle
+from ..engine.select import open_backend
+from ..enrolment.enroll import enroll
+from ..enrolment.features import memory_of
+from ..enrolment.foreground import choose
+from ..enrolment.support import read_support
+from ..errors import ConfigError
+from ..wiring import parse_source
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options of `andon enroll`."""
+    parser.add_argument("--method", choices=("foct", "knn"), default="foct", help="memory method (foct)")
+    parser.add_argument("--support", type=Path, required=True, metavar="DIR", help="images of good parts")
+    parser.add_argument("--shots", type=int, default=4, metavar="K", help="how many of them (4)")
+    parser.add_argument("--seed", type=int, metavar="N", help="draw them at random; default: the first by name")
+    parser.add_argument("--name", help="the product; default: the folder's name")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="new bundle; default bundles/METHOD-NAME-UTC")
+    parser.add_argument(
+        "--backbone-bundle",
+        type=Path,
+        metavar="DIR|TAR",
+        help="bundle of the same method whose engines to use; without it they are exported, which needs torch",
+    )
+    parser.add_argument(
+        "--foreground",
+        default="auto",
+        metavar="HOW",
+        help="auto (GrabCut) | all (textures) | mask:FILE-OR-FOLDER | onnx:FILE | sam:ENCODER,DECODER",
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="onnxruntime's threads; default: every CPU it may use")
+
+
+def product_name(args: argparse.Namespace) -> str:
+    """--name, or the support folder's name; of a folder `good` its product folder's."""
+    if args.name:
+        return str(args.name)
+    folder = args.support.resolve()
+    while folder.name.lower() in ("good", "ok", "train") and folder.parent != folder:
+        folder = folder.parent
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", folder.name) or "product"
+
+
+def default_out(method: str, name: str) -> Path:
+    """bundles/METHOD-NAME-UTC, under $ANDON_BUNDLES if set."""
+    stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+    return Path(os.environ.get("ANDON_BUNDLES", "bundles")) / f"{method}-{name}-{stamp}"
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Run it.
+
+    Raises:
+        ConfigError: no backbone bundle, one of another method, or too few images.
+    """
+    if args.backbone_bundle is None:
+        raise ConfigError(
+            "no bundle to take the engines from",
+            found="no --backbone-bundle",
+            expected=f"any {args.method} bundle",
+            next_step=f"give --backbone-bundle, or make one on a workstation: andon enroll --method {args.method}",
+        )
+    started = time.monotonic()
+    name = product_name(args)
+    target = args.out or default_out(args.method, name)
+    foreground = choose(args.foreground)
+    with Bundle.load(args.backbone_bundle) as source, open_backend("onnxruntime", threads=args.threads) as backend:
+        if source.manifest.method != args.method:
+            raise ConfigError(
+                f"{args.backbone_bundle} is a bundle of another method",
+                found=source.manifest.method,
+                expected=args.method,
+                next_step=f"andon enroll --method {source.manifest.method}",
+            )
+        candidates = parse_source(memory_of(source).candidates)
+        patches = source.manifest.stages[candidates.name].outputs[candidates.output].shape[0]
+        support = read_support(
+            args.support, args.shots, source.manifest.preprocess, round(patches**0.5), foreground, args.seed
+        )
+        bundle = enroll(source, backend, name, support, target)
+    return summarize(bundle, len(support.paths), support.foreground, time.monotonic() - started)
+
+
+def summarize(bundle: Bundle, shots: int, foreground: float | None, seconds: float) -> dict[str, Any]:
+    """Print what was made and what comes next; the JSON object."""
+    product = bundle.manifest.classes[0]
+    memory = memory_of(bundle)
+    valid = bundle.array(bundle.manifest.state[memory.valid])
+    rows = int(valid.sum())
+    share = "" if foreground is None else f", {foreground:.0%} of the patches foreground"
+    print(f"{product}: {rows} memory rows from {shots} good image{'s' * (shots != 1)}{share}, in {seconds:.1f} s")
+    threshold = bundle.threshold(product)
+    if threshold is not None:
+        promise = f"{threshold.false_alarm_rate:.0%} of good parts may be judged NG"
+        print(f"provisional threshold {threshold.value:.3f}: {promise}")
+    print(f"bundle {bundle.path}")
+    print(f"next: andon calibrate --bundle {bundle.path} --data GOOD-IMAGES, then andon run")
+    return {
+        "ok": True,
+        "bundle": str(bundle.path),
+        "method": bundle.manifest.method,
+        "product": product,
+        "shots": shots,
+        "rows": rows,
+        "foreground": foreground,
+        "seconds": round(seconds, 2),
+        "thresholds": {n: t.model_dump() for n, t in bundle.manifest.thresholds.get(product, {}).items()},
+    }
