@@ -1,0 +1,323 @@
+"""Enrolment: foreground, bank, and a bundle for a new product without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+from andon.runtime.bundle import Bundle
+from andon.runtime.engine.select import open_backend
+from andon.runtime.enrolment import foreground as fg
+from andon.runtime.enrolment.bank import BankSettings, build_bank, fill
+from andon.runtime.enrolment.navigator import NavigatorSettings, enroll_navigator, subsample
+from andon.runtime.enrolment.support import read_support
+from andon.runtime.errors import CalibrationError, ConfigError
+from andon.runtime.manifest import Preprocess
+
+
+def part(size=200):
+    """A bright disc on a dark ground."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(20, 40, (size, size, 3), np.uint8)
+    cv2.circle(image, (size // 2, size // 2), size // 4, (200, 180, 160), -1)
+    truth = np.zeros((size, size), np.uint8)
+    cv2.circle(truth, (size // 2, size // 2), size // 4, 1, -1)
+    return image, truth > 0
+
+
+def overlap(a, b):
+    return (a & b).sum() / (a | b).sum()
+
+
+def test_grabcut_finds_a_part_and_leaves_textures_alone():
+    image, truth = part()
+    assert overlap(fg.GrabCut()(image, Path("x")), truth) > 0.9
+    texture = np.random.default_rng(1).integers(0, 255, (200, 200, 3), np.uint8)
+    assert fg.GrabCut()(texture, Path("x")) is None
+    assert fg.GrabCut()(np.full((64, 64, 3), 7, np.uint8), Path("x")) is None
+
+
+def test_user_masks_of_a_folder_and_of_a_file(tmp_path):
+    image, truth = part()
+    cv2.imwrite(str(tmp_path / "a_mask.png"), truth.astype(np.uint8) * 255)
+    assert (fg.choose(f"mask:{tmp_path}")(image, Path("some/a.jpg")) == truth).all()
+    assert (fg.choose(f"mask:{tmp_path / 'a_mask.png'}")(image, Path("b.jpg")) == truth).all()
+    with pytest.raises(ConfigError, match=r"no foreground mask for b\.jpg"):
+        fg.choose(f"mask:{tmp_path}")(image, Path("b.jpg"))
+
+
+def save(text, path):
+    model = onnx.parser.parse_model('<ir_version: 8, opset_import: ["" : 17]>\n' + text)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, str(path))
+    return path
+
+
+def test_a_segmentation_model_in_one_file(tmp_path):
+    """Brightness as the saliency."""
+    path = save(
+        """saliency (float[1,3,64,64] image) => (float[1,1,64,64] out) {
+            out = ReduceMean<axes=[1], keepdims=1>(image)
+        }""",
+        tmp_path / "m.onnx",
+    )
+    image, truth = part()
+    assert overlap(fg.choose(f"onnx:{path}")(image, Path("x")), truth) > 0.95
+
+
+def test_sam_is_prompted_with_a_box_and_the_centre_and_the_best_believable_mask_is_taken(tmp_path):
+    """The decoder returns three masks: all of the image (best quality), the disc, nothing."""
+    encoder = save(
+        """enc (float[1,3,64,64] image) => (float[1,1,64,64] emb) {
+            emb = ReduceMean<axes=[1], keepdims=1>(image)
+        }""",
+        tmp_path / "e.onnx",
+    )
+    decoder = save(
+        """dec (float[1,1,64,64] image_embeddings, float[1,3,2] point_coords, float[1,3] point_labels,
+                float[1,1,256,256] mask_input, float[1] has_mask_input, float[2] orig_im_size)
+            => (float[1,3,64,64] masks, float[1,3] iou_predictions, float[1,3,2] seen, float[1,3] labels) {
+            zero = Constant<value = float {0.0}>()
+            none = Mul(image_embeddings, zero)
+            one = Constant<value = float {1.0}>()
+            all = Add(none, one)
+            nothing = Sub(none, one)
+            masks = Concat<axis=1>(all, image_embeddings, nothing)
+            iou_predictions = Constant<value = float[1,3] {0.9, 0.8, 0.1}>()
+            seen = Identity(point_coords)
+            labels = Identity(point_labels)
+        }""",
+        tmp_path / "d.onnx",
+    )
+    image, truth = part()
+    sam = fg.choose(f"sam:{encoder},{decoder}")
+    prompts = {}
+    run = sam._decoder.run
+
+    class Spy:
+        def run(self, names, feed):
+            prompts.update(feed)
+            return run(names, feed)
+
+        def get_outputs(self):
+            return decoder_session.get_outputs()
+
+    decoder_session = sam._decoder
+    sam._decoder = Spy()
+    assert overlap(sam(image, Path("x")), truth) > 0.95
+    np.testing.assert_allclose(prompts["point_coords"][0], [[32, 32], [3.2, 3.2], [60.8, 60.8]], atol=1e-4)
+    assert prompts["point_labels"].tolist() == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize("spec", ["", "grab", "mask:", "onnx:", "sam:a", "all:x"])
+def test_unknown_foreground_is_refused(spec):
+    with pytest.raises(ConfigError, match="foreground"):
+        fg.choose(spec)
+
+
+def test_missing_and_wrong_models_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no segmentation model"):
+        fg.choose(f"onnx:{tmp_path / 'x.onnx'}")
+    path = save("m (float[1,3] a) => (float[1,3] b) { b = Identity(a) }", tmp_path / "m.onnx")
+    with pytest.raises(ConfigError, match="not a segmentation model"):
+        fg.choose(f"onnx:{path}")
+    with pytest.raises(ConfigError, match="not a SAM mask decoder"):
+        fg.choose(f"sam:{path},{path}")
+
+
+def test_grid_masks_take_cells_that_are_at_least_half_part():
+    mask = np.zeros((8, 8), bool)
+    mask[:4, :3] = True
+    assert fg.to_grid(mask, 2).tolist() == [True, False, False, False]
+    assert fg.to_grid(None, 2).all()
+    assert fg.to_grid(np.zeros((8, 8), bool), 2).all()
+
+
+# -- the bank ----------------------------------------------------------------------------------------------------------
+
+
+def support(images=2, side=10, d=6, seed=0):
+    rng = np.random.default_rng(seed)
+    patches = [rng.standard_normal((side * side, d)).astype(np.float32) + 5 for _ in range(images)]
+    masks = [np.arange(side * side) < 40 for _ in range(images)]
+    return patches, masks
+
+
+def test_bank_selects_both_kinds_in_their_shares():
+    patches, masks = support()
+    bank = build_bank(patches, masks, BankSettings(100, 0.10, 0.075))
+    assert int(bank.foreground.sum()) == 8 and len(bank.rows) == 8 + 9
+    everything = np.concatenate(patches)
+    np.testing.assert_allclose(bank.center, everything.mean(0), rtol=1e-5)
+    for row, image, place, front in zip(bank.rows, bank.image, bank.place, bank.foreground, strict=True):
+        np.testing.assert_allclose(row + bank.center, patches[image][place], rtol=1e-4)
+        assert bool(front) == (place < 40)
+    assert (np.abs(bank.rows).sum(axis=1) > 0).all(), "selection, not multiplication by the mask"
+
+
+def test_more_support_than_capacity_is_thinned_in_proportion():
+    patches, masks = support()
+    bank = build_bank(patches, masks, BankSettings(50, 1.0, 1.0))
+    assert len(bank.rows) == 50 and int(bank.foreground.sum()) == 20
+    with pytest.raises(CalibrationError, match="does not fit"):
+        fill(bank, 40, 10)
+
+
+def test_all_foreground_has_no_background_rows():
+    patches, _ = support()
+    bank = build_bank(patches, [np.ones(100, bool)] * 2, BankSettings(100, 0.1, 0.075))
+    assert bank.foreground.all() and len(bank.rows) == 20
+    arrays = fill(bank, 30, 10)
+    assert arrays["bank"].shape == (40, 6) and arrays["valid"].sum() == 20 and not arrays["bank"][20:].any()
+
+
+def test_enrolled_navigator_lowers_the_objective_on_the_support():
+    from andon.runtime.enrolment.transport import costs, gradients
+
+    patches, masks = support(images=3, side=12, d=8)
+    masks = [np.ones(144, bool)] * 3
+    bank = build_bank(patches, masks, BankSettings(200, 0.3, 0.3))
+    settings = NavigatorSettings(dims=8, hidden=8, steps=200, lr=3e-3, stride=2)
+    before = enroll_navigator(bank, patches, NavigatorSettings(dims=8, hidden=8, steps=0, stride=2))
+    after = enroll_navigator(bank, patches, settings)
+    losses = []
+    for navigator in (before, after):
+        total = 0.0
+        for index, each in enumerate(patches):
+            query, rows = subsample(each, 2) - bank.center, bank.rows[bank.image != index]
+            total += gradients(navigator, query, rows, costs(query, rows), 0.5)[0]
+        losses.append(total)
+    assert losses[1] < 0.99 * losses[0]
+
+
+def test_support_is_the_first_images_or_a_seeded_draw(tmp_path):
+    for k in range(6):
+        cv2.imwrite(str(tmp_path / f"{k}.png"), np.full((10, 10, 3), k * 10, np.uint8))
+    size = Preprocess(height=8, width=8)
+    first = read_support(tmp_path, 2, size, 2, fg.everything)
+    assert [p.name for p in first.paths] == ["0.png", "1.png"] and first.frames.shape == (2, 8, 8, 3)
+    draws = {tuple(p.name for p in read_support(tmp_path, 2, size, 2, fg.everything, s).paths) for s in range(8)}
+    assert len(draws) > 3
+    with pytest.raises(ConfigError, match="not enough images"):
+        read_support(tmp_path, 7, size, 2, fg.everything)
+
+
+# -- a whole bundle ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory):
+    """A foct and a knn bundle on an untrained network, exported once from synthetic parts."""
+    from andon.cli import main
+
+    root = tmp_path_factory.mktemp("engines")
+    folder = root / "disc" / "good"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for k in range(5):
+        image, _ = part()
+        noisy = np.clip(image.astype(int) + rng.integers(-8, 8, image.shape), 0, 255).astype(np.uint8)
+        cv2.imwrite(str(folder / f"{k}.png"), noisy)
+    made = {}
+    for method in ("foct", "knn"):
+        from andon.train.config import default_config
+
+        text = default_config(method).read_text().replace("size: 224", "size: 64").replace("grid: 28", "grid: 8")
+        text = text.replace("id: tf_efficientnet_lite0", "id: tf_efficientnet_lite0\n  weights: random:0")
+        text = text.replace("alternatives: [0, 5, 100]", "alternatives: [0]").replace("coreset: 4000", "coreset: 320")
+        config = root / f"{method}.yaml"
+        config.write_text(text)
+        made[method] = root / method
+        arguments = ["--method", method, "--support", str(folder), "--shots", "3", "--config", str(config)]
+        assert main(["enroll", *arguments, "--out", str(made[method])]) == 0
+    return made, folder
+
+
+@pytest.mark.parametrize("method", ["foct", "knn"])
+def test_workstation_bundle_knows_its_product(engines, method):
+    made, _ = engines
+    with Bundle.load(made[method]) as bundle:
+        assert bundle.manifest.classes == ("disc",)
+        threshold = bundle.threshold("disc")
+        assert threshold.false_alarm_rate == 0.25 and threshold.samples == 3 and "provisional" in threshold.source
+        assert not [p for p in made[method].parent.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("method", ["foct", "knn"])
+def test_device_enrols_without_torch_and_onnx(engines, method, tmp_path):
+    """In a process where both are blocked; the result verifies and tells the part from a damaged one."""
+    made, folder = engines
+    target = tmp_path / "new"
+    code = textwrap.dedent(
+        f"""
+        import sys
+        for name in ("torch", "torchvision", "timm", "onnx"):
+            sys.modules[name] = None
+        from andon.cli import main
+        arguments = ["--method", "{method}", "--support", {str(folder)!r}, "--shots", "4", "--name", "other"]
+        assert main(["enroll", *arguments, "--backbone-bundle", {str(made[method])!r}, "--out", {str(target)!r}]) == 0
+        assert main(["verify", "--bundle", {str(target)!r}]) == 0
+        assert main(["enroll", *arguments, "--out", {str(tmp_path / "no")!r}]) == 1
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "torch is not installed" in done.stderr
+    from andon.runtime.detector import Detector
+
+    with Detector.open(target, backend="onnxruntime", threads=1) as detector:
+        good, _ = part()
+        damaged = good.copy()
+        cv2.rectangle(damaged, (80, 80), (130, 120), (0, 0, 255), -1)
+        assert detector.judge_image(good, "other").score < detector.judge_image(damaged, "other").score
+
+
+def test_both_ways_give_the_same_state(engines, tmp_path):
+    """Enrolling the same support again from the exported bundle changes nothing."""
+    from andon.cli import main
+
+    made, folder = engines
+    target = tmp_path / "again"
+    arguments = ["--method", "foct", "--support", str(folder), "--shots", "3", "--out", str(target)]
+    assert main(["enroll", *arguments, "--backbone-bundle", str(made["foct"])]) == 0
+    with Bundle.load(made["foct"]) as a, Bundle.load(target) as b:
+        for name, entry in a.manifest.state.items():
+            np.testing.assert_array_equal(a.array(entry), b.array(b.manifest.state[name]), err_msg=name)
+
+
+def test_refusals(engines, tmp_path, capsys):
+    from andon.cli import main
+
+    made, folder = engines
+    base = ["enroll", "--support", str(folder), "--out", str(tmp_path / "x"), "--backbone-bundle"]
+    assert main([*base, str(made["knn"]), "--method", "foct"]) == 1
+    assert "another method" in capsys.readouterr().err
+    assert main([*base, str(made["foct"]), "--method", "foct", "--shots", "9"]) == 1
+    assert "not enough images" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_warm_start_moves_phi_and_a_reset_takes_it_back(engines):
+    from andon.runtime.program import Program
+
+    made, _ = engines
+    with (
+        Bundle.load(made["foct"]) as bundle,
+        open_backend("onnxruntime", threads=1) as backend,
+        Program(bundle, backend) as program,
+    ):
+        before = program.read_state("w2")
+        program.frame[...] = cv2.resize(part()[0], (64, 64))
+        program.run(0)
+        first = program.read_state("w2")
+        program.run(0)
+        assert (before != first).any() and (first != program.read_state("w2")).any()
+        program.reset()
+        assert (program.read_state("w2") == before).all()
