@@ -148,19 +148,24 @@ def test_until_end_refuses_endless_sources(bundle: Path, make_line: Any) -> None
     assert "endless: cam0" in err
 
 
-def test_max_frames_and_a_camera_that_never_delivers(bundle: Path, make_line: Any) -> None:
+def test_max_frames_and_a_camera_that_never_delivers(
+    bundle: Path, broker: EmbeddedBroker, consumer: Any, make_line: Any
+) -> None:
     dead = {"kind": "gstreamer", "pipeline": "videotestsrc is-live=true ! valve drop=true"}
     cameras = {
         "dead": {"source": dead, "product": "mono", "stale_after": 0.5, "stale_verdict_every": 0.5},
         "good": {"source": LIVE, "product": "mono"},
     }
-    line = make_line(cameras, bundle=str(bundle))
+    line = make_line(cameras, bundle=str(bundle), broker=at(broker))
     summary, log = finish(andon_run(line, "--max-frames", "60"))
     assert sum(sum(row.values()) for row in summary["verdicts"].values()) == 60
     assert summary["unknown"]["camera_stale"] >= 2
     assert summary["cameras"]["dead"]["restarts"] >= 1 and summary["cameras"]["good"]["restarts"] == 0
     assert "camera dead: down (no frame for 0.5 s)" in log
-    assert summary["slots"]["good"]["dropped"] <= 2, "the other camera is not delayed"
+    consumer.until(lambda: any(status["source"] == "down" for status in consumer.of("status", "dead")))
+    kinds = {entry["kind"] for alarm in consumer.of("alarm", "dead") for entry in alarm["alarms"]}
+    assert "camera" in kinds and not any(alarm["alarms"] for alarm in consumer.of("alarm", "good"))
+    assert summary["slots"]["good"]["dropped"] < summary["slots"]["good"]["taken"], "the other camera is not held up"
 
 
 def test_hangup_takes_over_what_can_change(bundle: Path, broker: EmbeddedBroker, consumer: Any, make_line: Any) -> None:

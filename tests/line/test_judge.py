@@ -92,6 +92,23 @@ def test_not_a_number_is_unknown_and_the_next_frame_is_judged(
     assert judge.judge(frame(picture(20))).verdict.label == "OK"
 
 
+def test_not_a_number_in_the_map_alone_is_unknown(
+    make_judge: Callable[..., Judge], make_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    text = """judge (uint8[1,32,32,3] image) => (float[1,1,32,32] map, float[1] score) {
+        x = Cast<to=1>(image)
+        m = ReduceMean<axes=[3], keepdims=0>(x)
+        shape = Constant<value = int64[4] {1,1,32,32}>()
+        g = Reshape(m, shape)
+        map = Div(g, g)
+        score = ReduceMin<axes=[1,2,3], keepdims=0>(g)
+    }"""
+    judge = make_judge(make_bundle(tmp_path / "nan-map", text))
+    verdict = judge.judge(frame(picture(0))).verdict
+    assert (verdict.label, verdict.reason) == ("UNKNOWN", "not_a_number")
+    assert judge.judge(frame(picture(9))).verdict.label == "NG"
+
+
 def test_no_threshold_is_unknown(
     make_judge: Callable[..., Judge], make_bundle: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -236,7 +236,7 @@ class Flaky:
     """A source that delivers, falls silent, breaks or refuses to open, as its script says: one word per opening."""
 
     def __init__(self, script: list[str]):
-        self.script, self.opened, self.mode = script, 0, ""
+        self.script, self.opened, self.mode, self.count = script, 0, "", 0
 
     def check(self) -> str:
         return "flaky"
@@ -258,6 +258,10 @@ class Flaky:
             raise SourceError("cable pulled")
         if self.mode == "end":
             raise EndOfSource
+        if self.mode == "hesitant":
+            self.count += 1
+            if self.count % 2:
+                return None
         if self.mode == "once":
             self.mode = "silent"
         return Shot(load=lambda: np.zeros((4, 4, 3), np.uint8))
@@ -305,8 +309,10 @@ def test_a_camera_in_trouble_is_rebuilt_and_says_so(trouble: str, eventually: Ca
 
 
 def test_a_camera_that_never_delivers_is_stale_at_a_low_rate() -> None:
-    with Running(Flaky(["refuse"]), live()) as running:
+    source = Flaky(["refuse"])
+    with Running(source, live()) as running:
         items = running.items(1.9)
+    assert 4 <= source.opened <= 9, "pauses of about 0.25, 0.3, 0.3, ... seconds between the attempts"
     reasons = [item.reason for item in items if isinstance(item, Missed)]
     assert set(reasons) == {"camera_stale"} and len(items) == len(reasons)
     assert 2 <= len(reasons) <= 4, "at 0.3 s, then every 0.5 s"
@@ -339,6 +345,16 @@ def test_blocking_loses_nothing_and_a_slow_line_is_no_stall(tmp_path: Path, make
                 time.sleep(0.3 if len(parts) < 3 else 0)
     assert parts == [f"part{index:03d}" for index in range(30)]
     assert [state.state for state in running.states] == ["live", "ended"]
+
+
+def test_time_spent_waiting_for_room_is_not_silence() -> None:
+    source = Flaky(["hesitant"])
+    config = camera({"kind": "test"}, drop="block", stale_after=0.2)
+    with Running(source, config) as running:
+        for _ in range(3):
+            time.sleep(0.4)
+            assert running.slots.take(1) is not None
+    assert source.opened == 1 and running.camera.state.restarts == 0
 
 
 def test_a_file_that_breaks_is_failed_not_played_again() -> None:
