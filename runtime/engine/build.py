@@ -191,6 +191,8 @@ class PlanStore:
         with BuildProgress(trt, f"{stage} {variant}") as progress:
             progress.attach(config)
             serialized = builder.build_serialized_network(network, config)
+        if progress.interrupted:
+            raise KeyboardInterrupt
         if serialized is None:
             raise EngineError(
                 f"TensorRT cannot build stage {stage} ({name})",

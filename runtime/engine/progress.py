@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -29,6 +30,8 @@ class BuildProgress:
         self._lock = threading.Lock()
         self._phases: dict[str, Phase] = {}
         self._monitor: Any = None
+        #: True after Ctrl-C: the build is asked to end and gives no plan
+        self.interrupted = False
 
     def attach(self, config: Any) -> None:
         """Let a builder configuration report here."""
@@ -82,19 +85,26 @@ class Phase:
 
 def _make_monitor(trt: Trt, progress: BuildProgress) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
-        """Thread-safe, as TensorRT asks; returning True goes on building."""
+        """Thread-safe, as TensorRT asks; step_complete returning False ends the build."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            progress.start(phase_name, parent_phase, num_steps)
+            self._guarded(lambda: progress.start(phase_name, parent_phase, num_steps))
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            progress.step(phase_name)
-            return True
+            self._guarded(lambda: progress.step(phase_name))
+            return not progress.interrupted
 
         def phase_finish(self, phase_name: str) -> None:
-            progress.finish(phase_name)
+            self._guarded(lambda: progress.finish(phase_name))
+
+        def _guarded(self, action: Callable[[], None]) -> None:
+            """TensorRT calls back from C++, where Ctrl-C must not surface; it is raised once the build has ended."""
+            try:
+                action()
+            except KeyboardInterrupt:
+                progress.interrupted = True
 
     return Monitor()

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 
@@ -232,7 +233,7 @@ class TensorRTBackend:
         self._graphs = Graphs(self._cuda.stream) if graphs else None
         self._scratch = Scratch(self._cuda)
         self._engines: list[TensorRTEngine] = []
-        self._frames: list[FrameGraph] = []
+        self._frames: WeakSet[FrameGraph] = WeakSet()  # a closed program lets go of its contexts
         target = Target.of(self._trt, self._cuda.device)
         self.plans = PlanStore(self._trt, self._logger, cache or default_cache(), target, options or BuildOptions())
 
@@ -285,8 +286,9 @@ class TensorRTBackend:
     def sequence(self, launches: Sequence[Launch]) -> Launch:
         if self._graphs is None:
             return partial(_run_all, tuple(launches))
-        self._frames.append(FrameGraph(launches, self._graphs))
-        return self._frames[-1]
+        frame = FrameGraph(launches, self._graphs)
+        self._frames.add(frame)
+        return frame
 
     def synchronize(self) -> None:
         self._cuda.synchronize()
@@ -299,8 +301,8 @@ class TensorRTBackend:
             log.warning("the GPU was in an error state when it was closed: %s", error.found)
         if self._graphs is not None:
             self._graphs.close()
-        while self._frames:
-            self._frames.pop().close()
+        for frame in tuple(self._frames):
+            frame.close()
         while self._engines:
             self._engines.pop().close()
         self.plans.close()

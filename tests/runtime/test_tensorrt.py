@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable
 from itertools import pairwise
@@ -16,6 +18,7 @@ from andon.cli import main
 from andon.runtime.bundle import Bundle
 from andon.runtime.engine.base import Backend
 from andon.runtime.engine.build import BuildOptions, l4t_release
+from andon.runtime.engine.cuda import CudaPython
 from andon.runtime.engine.onnxruntime import OnnxRuntimeBackend
 from andon.runtime.engine.tensorrt import TensorRTBackend
 from andon.runtime.errors import EngineError
@@ -243,6 +246,37 @@ def test_an_interrupted_build_goes_on_at_the_next_stage(
     world.interrupt_build_of = ""
     assert [bool(b.seconds) for b in open_all(bundle, cache)] == [False, True]
     assert not list(cache.glob("*.tmp"))
+
+
+def test_ctrl_c_ends_a_build_without_passing_through_tensorrt(
+    world: trtdouble.World, make_bundle: MakeBundle, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: Any, name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("andon.runtime.engine.progress.BuildProgress.step", interrupt)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        open_all(Bundle.load(make_bundle()), cache)
+    assert "trtdouble" not in str(caught.traceback[-1].path) and not list(cache.glob("*.plan"))
+
+
+def test_a_closed_program_leaves_no_contexts(world: trtdouble.World, make_bundle: MakeBundle, cache: Path) -> None:
+    with Bundle.load(make_bundle()) as bundle, TensorRTBackend(cache) as backend:
+        for _ in range(3):
+            with Program(bundle, backend) as program:
+                for _ in range(3):
+                    program.run(0)
+            del program
+            assert len(backend._frames) == 0
+
+
+def test_cuda_pythons_names_exist_in_the_real_module() -> None:
+    driver = pytest.importorskip("cuda.bindings.driver", reason="NOT RUN: cuda-python is not installed here")
+    source = inspect.getsource(CudaPython)
+    names = set(re.findall(r'self\._call\(\s*"(cu\w+)"', source)) | set(re.findall(r"attributes\.(\w+)", source))
+    assert len(names) > 15
+    missing = [n for n in names if not hasattr(driver, n) and not hasattr(driver.CUdevice_attribute, n)]
+    assert not missing
 
 
 def test_precision_flags_of_each_version(

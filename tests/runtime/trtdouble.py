@@ -346,7 +346,8 @@ class Builder:
             monitor = config.progress_monitor
             monitor.phase_start("Building", None, 2)
             monitor.phase_start("Timing", "Building", 4)
-            assert all(monitor.step_complete("Timing", i) for i in range(4))
+            if not all(monitor.step_complete("Timing", i) for i in range(4)):
+                return None
             monitor.phase_finish("Timing")
             assert monitor.step_complete("Building", 0)
             monitor.phase_finish("Building")
