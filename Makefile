@@ -19,7 +19,7 @@ lint: setup-test
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check -q .
 	@.venv/bin/lint-imports
-	@mkdir -p .lint && ln -sfn .. .lint/andon && MYPYPATH=.lint .venv/bin/mypy -p andon
+	@mkdir -p .lint && ln -sfn .. .lint/andon && MYPYPATH=.lint .venv/bin/mypy -p andon.calib -p andon.runtime -p andon.train -p andon.export -m andon.cli
 
 test: lint
 	@OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest
