@@ -22,7 +22,7 @@ from andon.runtime.regions import clip_roi, find_regions
 from andon.runtime.slot import missed
 from andon.runtime.types import UNKNOWN_REASONS, Frame
 from andon.runtime.verdict import Ids
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
@@ -232,6 +232,7 @@ def test_regions_are_sorted_by_peak_and_bounded() -> None:
     assert len(find_regions(anomaly_map, 0.5, (0, 0, 40, 80), min_area=17)) == 0
 
 
+@settings(deadline=None)
 @given(
     cells=st.lists(st.tuples(st.integers(0, 13), st.integers(0, 13)), min_size=1, max_size=40),
     box=st.tuples(st.integers(0, 50), st.integers(0, 50), st.integers(1, 300), st.integers(1, 300)),

@@ -53,6 +53,7 @@ def test_odd_widths_keep_every_pixel(tmp_path: Path, size: tuple[int, int], play
     np.testing.assert_array_equal(loaded, image[:, :, ::-1])
 
 
+@settings(deadline=None)
 @given(
     width=st.integers(1, 40), height=st.integers(1, 20), padding=st.integers(0, 9), offset=st.integers(0, 7),
     short=st.booleans(),
