@@ -15,7 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "enroll": ("andon.export.enroll", "make a bundle for a new product from 1 to 4 good images, no training"),
     "export": ("andon.export.command", "cut the newest checkpoint into verified ONNX stages and write a bundle"),
     "build": ("andon.runtime.commands.build", "build TensorRT engines from a bundle on this device"),
-    "verify": ("andon.runtime.commands.verify", "replay a bundle's golden set and decision gate on this machine's engines"),
+    "verify": ("andon.runtime.commands.verify", "replay a bundle's golden set and decisions on this machine's engines"),
     "calibrate": ("andon.runtime.commands.calibrate", "set the thresholds of a bundle from held-out good images"),
     "run": ("andon.runtime.commands.run", "run a line: cameras, verdicts, alarms, delivery over MQTT"),
     "check": ("andon.runtime.commands.check", "validate a line configuration and its bundle without running it"),
