@@ -59,7 +59,10 @@ class EmbeddedBroker:
         log = (folder / "mosquitto.log").open("wb")
         with log:
             self._process = subprocess.Popen(
-                [program, "-c", str(folder / "mosquitto.conf")], stdout=log, stderr=subprocess.STDOUT
+                [program, "-c", str(folder / "mosquitto.conf")],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for the line, which still has verdicts to deliver
             )
         self._wait(folder)
         return self
