@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: Seconds without progress, while something waits, after which the judging thread counts as stuck.
-STUCK = 10.0
+#: Seconds without progress, while something waits, after which the judging thread counts as stuck: at least this, or
+#: five times the longest that a frame has taken; before the first frame, which warms the engines up, more.
+STUCK, FIRST, SLOWER = 10.0, 300.0, 5.0
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,20 @@ class Progress:
 
     Args:
         ask: (judged so far, waiting now).
-        limit: seconds after which waiting without judging means stuck.
+        limit, first: seconds after which waiting without judging means stuck, and before the first judged item.
     """
 
     def __init__(
         self,
         ask: Callable[[], tuple[int, int]],
         limit: float = STUCK,
+        first: float = FIRST,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._ask, self._limit, self._clock = ask, limit, clock
-        self._judged = -1
+        self._ask, self._limit, self._first, self._clock = ask, limit, first, clock
+        self._judged = 0
         self._good_at = clock()
+        self._longest = 0.0
         self._lock = threading.Lock()
 
     def check(self) -> Check:
@@ -50,10 +53,13 @@ class Progress:
         judged, waiting = self._ask()
         now = self._clock()
         with self._lock:
+            if judged != self._judged:
+                self._longest = max(self._longest, now - self._good_at)
             if judged != self._judged or waiting == 0:
                 self._judged, self._good_at = judged, now
             idle = now - self._good_at
-        if idle >= self._limit:
+            limit = max(self._limit, SLOWER * self._longest) if self._judged else self._first
+        if idle >= limit:
             return Check("judging", False, f"{waiting} frames wait and none was judged for {idle:.0f} s")
         return Check("judging", True, f"{judged} judged, {waiting} waiting")
 

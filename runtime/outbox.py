@@ -105,6 +105,7 @@ class Outbox:
         self._tail_dropped = 0
         self._said_dropped = 0
         self._stopping = False
+        self._due_at = 0.0
         self._thread: threading.Thread | None = None
 
     # -- life ------------------------------------------------------------------------------------------------------
@@ -271,28 +272,38 @@ class Outbox:
     # -- the writer thread -----------------------------------------------------------------------------------------
 
     def _write(self) -> None:
-        housekeeping = time.monotonic() + _HOUSEKEEPING
+        self._due_at = time.monotonic() + _HOUSEKEEPING
         while True:
-            with self._lock:
-                self._await_work(housekeeping)
-                batch = self._next_batch()
-                states, acked = dict(self._states), set(self._acked)
-                last_id = max((message.id for message in batch), default=None)
-                stopping = self._stopping
-            due = time.monotonic() >= housekeeping
-            if batch or states or acked or due:
-                if self._commit(batch, states, acked, last_id, due):
-                    self._settle(batch, states, acked)
-                elif stopping:
+            try:
+                if self._turn():
                     return
-                else:
-                    self._pause()
-            if due:
-                if not self._degraded:
-                    self._file.reserve()
-                housekeeping = time.monotonic() + _HOUSEKEEPING
-            if stopping and not self._tail and not self._acked and not self._states:
-                return
+            except Exception as error:
+                log.exception("the outbox's writer")
+                self._set_degraded(f"{type(error).__name__}: {error}")
+                if self._stopping:
+                    return
+                self._pause()
+
+    def _turn(self) -> bool:
+        """One transaction, if there is anything to write. True when it was the last."""
+        with self._lock:
+            self._await_work(self._due_at)
+            batch = self._next_batch()
+            states, acked = dict(self._states), set(self._acked)
+            stopping = self._stopping
+        due = time.monotonic() >= self._due_at
+        if batch or states or acked or due:
+            if self._commit(batch, states, acked, due):
+                self._settle(batch, states, acked)
+            elif stopping:
+                return True
+            else:
+                self._pause()
+        if due:
+            if not self._degraded:
+                self._file.reserve()
+            self._due_at = time.monotonic() + _HOUSEKEEPING
+        return stopping and not (self._tail or self._acked or self._states)
 
     def _next_batch(self) -> list[Stored]:
         batch: list[Stored] = []
@@ -316,9 +327,8 @@ class Outbox:
                 return
             self._lock.wait(until - moment)
 
-    def _commit(
-        self, batch: list[Stored], states: dict[str, bytes], acked: set[int], last_id: str | None, due: bool
-    ) -> bool:
+    def _commit(self, batch: list[Stored], states: dict[str, bytes], acked: set[int], due: bool) -> bool:
+        last_id = max((message.id for message in batch), default=None)
         rows = [(m.key, m.camera, m.kind, m.id, m.payload) for m in batch if m.key > self._file.last_key]
         try:
             if self._degraded and acked:

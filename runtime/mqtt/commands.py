@@ -148,7 +148,7 @@ class Commands:
         if len(payload) > MAX_COMMAND:
             raise AndonError("the command is too large", found=f"{len(payload)} bytes, at most {MAX_COMMAND}")
         try:
-            document = json.loads(payload or b"{}")
+            document = json.loads(payload or b"{}", parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
             raise AndonError("the command is not JSON", found=str(error)[:200]) from error
         problem = best_match(self._validators[name].iter_errors(document))
@@ -220,6 +220,10 @@ class Commands:
     def _count(self, outcome: str) -> None:
         with self._lock:
             self.counts[outcome] += 1
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _answer(camera: str, name: str, identifier: str | None, **fields: Any) -> bytes:

@@ -145,6 +145,9 @@ class Publisher:
                 self._down(str(lost))
             except AndonError as error:  # a certificate or password file that is gone: mended by hand, then retried
                 self._down(error.what + (f" ({error.found})" if error.found is not None else ""))
+            except Exception as error:  # what a broker sends may be anything; the next connection starts afresh
+                log.exception("%s", self._client_id)
+                self._down(f"internal error: {type(error).__name__}: {error}")
             if self._state.connects > connects and not self._short:
                 pause = _FIRST_PAUSE
             # Full jitter keeps a plant's stations from returning all at once.

@@ -11,6 +11,7 @@ import hmac
 import ipaddress
 import json
 import logging
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from ..errors import AndonError, DeliveryError
 from ..health import Check
 from ..metrics import CONTENT_TYPE
-from ..verdict import dumps
+from ..verdict import dumps, number
 
 log = logging.getLogger("andon.web")
 
@@ -97,6 +98,14 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 32
     backend: Backend
     token: str | None
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that has gone is no news; anything else is logged, the server goes on."""
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            log.debug("%s: %s", client_address, error)
+        else:
+            log.error("%s: %s", client_address, error, exc_info=error)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -220,7 +229,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._json(HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE, document)
 
     def _json(self, status: HTTPStatus, document: dict[str, Any]) -> None:
-        self._send(status, "application/json", dumps(document))
+        try:
+            body = dumps(document)
+        except ValueError:  # a score that is not a number
+            body = dumps(_finite(document))
+        self._send(status, "application/json", body)
 
     def _send(self, status: HTTPStatus, kind: str, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -241,6 +254,15 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Requests are not worth a line each."""
         log.debug(format, *args)
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for every number that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return number(value) if isinstance(value, float) else value
 
 
 def _is_loopback(host: str) -> bool:

@@ -123,20 +123,32 @@ def test_readiness() -> None:
 
 def test_stuck_is_waiting_without_judging() -> None:
     now, counts = [0.0], [0, 0]
-    progress = Progress(lambda: (counts[0], counts[1]), limit=10, clock=lambda: now[0])
-    now[0] = 100
-    assert progress.check().ok, "nothing waits: a line without parts is alive"
-    counts[1] = 3
-    now[0] = 105
-    assert progress.check().ok
-    counts[0] = 1
-    now[0] = 109
-    assert progress.check().ok, "one was judged"
-    now[0] = 120
-    stuck = progress.check()
-    assert not stuck.ok and "3 frames wait" in stuck.detail
-    counts[0] = 2
-    assert progress.check().ok
+    progress = Progress(lambda: (counts[0], counts[1]), limit=10, first=60, clock=lambda: now[0])
+
+    def at(moment: float, judged: int, waiting: int) -> bool:
+        now[0], counts[:] = moment, [judged, waiting]
+        return progress.check().ok
+
+    assert at(100, 0, 0), "nothing waits: a line without parts is alive"
+    assert at(150, 0, 3) and not at(160, 0, 3), "the first frame may take long, but not for ever"
+    assert at(161, 1, 2) and at(162, 1, 0), "one was judged"
+    fresh = Progress(lambda: (counts[0], counts[1]), limit=10, first=60, clock=lambda: now[0])
+    progress = fresh
+    assert at(163, 2, 1) and at(172, 2, 1)
+    assert not at(173, 2, 1) and "1 frames wait" in progress.check().detail
+    assert at(174, 3, 1), "it got on"
+
+
+def test_slow_frames_are_not_stuck() -> None:
+    now, counts = [0.0], [0, 1]
+    progress = Progress(lambda: (counts[0], counts[1]), limit=10, first=60, clock=lambda: now[0])
+    for frame in range(1, 5):
+        now[0], counts[0] = frame * 20.0, frame
+        assert progress.check().ok
+    now[0] = 80 + 99.0
+    assert progress.check().ok, "frames take 20 s here"
+    now[0] = 80 + 101.0
+    assert not progress.check().ok
 
 
 # -- systemd -----------------------------------------------------------------------------------------------------------
@@ -212,16 +224,17 @@ def test_watchdog_is_not_fed_while_frames_wait_unjudged(
 
     monkeypatch.setenv("NOTIFY_SOCKET", str(systemd.path))
     monkeypatch.setenv("WATCHDOG_USEC", "400000")
-    monkeypatch.setattr(health.Progress.__init__, "__defaults__", (1.0, time.monotonic))
+    monkeypatch.setattr(health.Progress.__init__, "__defaults__", (1.0, 1.0, time.monotonic))
     camera = {"source": {"kind": "test", "width": 64, "height": 48, "fps": 10}, "product": "mono"}
     app = LineApp(Options(config=make_line({"cam0": camera}, bundle=str(bundle), broker=None), backend="onnxruntime"))
     thread = threading.Thread(target=app.run)
     thread.start()
     try:
         assert any("READY" in message for message in systemd.listen(30, "READY"))
+        systemd.listen(1.0)
         hang = threading.Event()
-        stuck = app.worker.post(lambda: hang.wait(20))
-        systemd.listen(2.5)
+        stuck = app.worker.post(lambda: hang.wait(30))
+        systemd.listen(4.0)
         assert not [m for m in systemd.listen(1.5) if "WATCHDOG" in m], "fed although nothing is judged"
         hang.set()
         assert stuck.result(5) and any("WATCHDOG" in message for message in systemd.listen(5, "WATCHDOG"))

@@ -273,6 +273,8 @@ def test_command_repeated_by_id_is_answered_but_not_executed(commanded: Any) -> 
         ("trigger", b'{"part":"A"}', "schema"),
         ("trigger", b"[]", "schema"),
         ("memory", b'{"action":"freeze"}', "does not take"),
+        ("threshold", b'{"threshold":NaN}', "not JSON"),
+        ("threshold", b'{"threshold":1e999}', "schema"),
         ("selfdestruct", b"{}", "unknown command"),
         ("product", b'{"product":"cat"}', "no such product"),
         ("rebuild", b"", "internal error"),

@@ -179,6 +179,21 @@ def test_damage_while_running_loses_nothing_that_can_be_read(tmp_path: Path) -> 
         assert [what for what, _ in events] == ["set_aside"] and len(waiting(outbox)) == 23
 
 
+def test_defect_of_the_writer_is_said_and_survived(tmp_path: Path, eventually: Callable[..., None]) -> None:
+    with Outbox(tmp_path / "o.db") as outbox:
+        commit = outbox._file.commit
+
+        def broken(*_: object) -> None:
+            raise ZeroDivisionError("oh")
+
+        outbox._file.commit = broken  # type: ignore[method-assign]
+        key = outbox.put("cam0", "verdict", Ids().next(), b"{}")
+        eventually(lambda: "ZeroDivisionError" in (outbox.stats().degraded or ""))
+        assert [m.key for m in waiting(outbox)] == [key]
+        outbox._file.commit = commit  # type: ignore[method-assign]
+        assert outbox.wait(key, 5) and outbox.stats().degraded is None
+
+
 @pytest.fixture
 def small_disk() -> Iterator[Path]:
     """A file system of 4 MiB."""

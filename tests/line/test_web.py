@@ -209,6 +209,31 @@ def test_readiness_means_it(line: LineApp, broker: EmbeddedBroker, eventually: C
         eventually(lambda: ask(port, "/readyz")[0] == 200)
 
 
+def test_a_score_that_is_not_a_number_does_not_break_the_page(
+    nan_bundle: Path, make_line: Any, eventually: Any
+) -> None:
+    dark = {**LIVE, "pattern": "black"}
+    config = make_line(
+        {"cam0": {"source": dark, "product": "mono"}}, bundle=str(nan_bundle), broker=None, web={"port": 0}
+    )
+    with running(config) as app:
+        eventually(lambda: state(app)["cameras"]["cam0"]["labels"].get("UNKNOWN", 0) > 2)
+        verdict = state(app)["cameras"]["cam0"]["verdict"]
+        assert (verdict["reason"], verdict["score"]) == ("not_a_number", None)
+    with WebServer("127.0.0.1", 0, backend(state=lambda: {"a": [(float("nan"), 1.5, float("-inf"))]}), None) as server:
+        assert json.loads(ask(server.port, "/api/state")[1]) == {"a": [[None, 1.5, None]]}
+
+
+def test_a_broken_backend_does_not_end_the_server() -> None:
+    def broken() -> dict[str, Any]:
+        raise RuntimeError("oh")
+
+    with WebServer("127.0.0.1", 0, backend(state=broken), None) as server:
+        with pytest.raises(http.client.RemoteDisconnected):
+            ask(server.port, "/api/state")
+        assert ask(server.port, "/healthz")[0] == 200
+
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
