@@ -213,15 +213,19 @@ def _plain(value: object) -> object:
     raise TypeError(f"{type(value).__name__} does not belong in report.json")
 
 
-def variant_bytes(root: Path, manifest: Manifest) -> dict[str, int]:
-    """Size of what each variant needs on the device: its stage files, state and tables."""
-    shared = {e.file for e in manifest.state.values()} | {e.file for e in manifest.tables.values()}
-    return {
-        variant: sum(
-            (root / file).stat().st_size for file in shared | {s.files[variant] for s in manifest.stages.values()}
-        )
-        for variant in manifest.variants
-    }
+def variant_bytes(root: Path, manifest: Manifest) -> dict[str, dict[str, int]]:
+    """Bytes that each variant takes on the device: stages (backbone and heads), and the whole with state and tables.
+
+    State is float32 in every variant: it is what calibration changes.
+    """
+    state = {e.file for e in manifest.state.values()} | {e.file for e in manifest.tables.values()}
+    shared = sum((root / file).stat().st_size for file in state)
+    sizes: dict[str, dict[str, int]] = {}
+    for variant in manifest.variants:
+        files = {stage.files[variant] for stage in manifest.stages.values()}
+        stages = sum((root / file).stat().st_size for file in files)
+        sizes[variant] = {"stages": stages, "total": stages + shared}
+    return sizes
 
 
 def pack(bundle: Path) -> Path:

@@ -136,7 +136,8 @@ def _say(text: str) -> None:
 def _summary(export: Export, seconds: float, packed: Path | None) -> None:
     sizes = export.report["bytes"]
     for variant, size in sizes.items():
-        _say(f"{variant}: {size / 1e6:.2f} MB, {size / sizes['fp32']:.0%} of fp32")
+        share = {key: f"{size[key] / 1e6:.2f} MB ({size[key] / sizes['fp32'][key]:.0%} of fp32)" for key in size}
+        _say(f"{variant}: stages {share['stages']}, with state {share['total']}")
     for variant, entry in export.report["variants"].items():
         for stage, reason in entry["fallbacks"].items():
             _say(f"{variant}: stage {stage} fell back to a wider precision: {reason}")

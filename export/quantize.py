@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 
 from .onnx import IR_VERSION
 from .precision import MOVES, Fp16Graph, to_fp16
+from .qdq import copy_of, quantise_tables, split_tables, with_one_quantised
 from .ranges import Range, open_session
 from .walk import Array
 
@@ -65,7 +65,7 @@ def sensitivity(
     reference = [session.run(names, dict(inputs)) for inputs in samples]
     found = {}
     for node in nodes:
-        probe = open_session(_with_one_quantised(model, node, ranges))
+        probe = open_session(with_one_quantised(model, node, ranges))
         outputs = [probe.run(names, dict(inputs)) for inputs in samples]
         found[node] = max(_relative_rms([o[i] for o in outputs], [r[i] for r in reference]) for i in range(len(names)))
     return found
@@ -77,7 +77,7 @@ def select(model: onnx.ModelProto, errors: Mapping[str, float], budget: float) -
     The first layers of a network usually cost the most accuracy and hold the fewest weights, so they stay FP16.
     """
     sizes = {t.name: int(np.prod(t.dims)) for t in model.graph.initializer}
-    weights = {node.name: sizes[node.input[1]] for node in model.graph.node if node.name in errors}
+    weights = {n.name: sum(sizes.get(i, 0) for i in n.input[1:]) for n in model.graph.node if n.name in errors}
     chosen, spent = [], 0.0
     for node in sorted(errors, key=lambda name: errors[name] ** 2 / weights[name]):
         if spent + errors[node] ** 2 <= budget**2:
@@ -92,67 +92,6 @@ def _relative_rms(values: Sequence[Array], references: Sequence[Array]) -> float
     return float(np.sqrt(difference / max(power, 1e-30)))
 
 
-def _with_one_quantised(model: onnx.ModelProto, name: str, ranges: Mapping[str, Range]) -> onnx.ModelProto:
-    """Weights of one node rounded to INT8 per channel, its input through Q and DQ."""
-    probe = _copy(model)
-    graph = probe.graph
-    index = next(i for i, node in enumerate(graph.node) if node.name == name)
-    node = graph.node[index]
-    tensor = next(t for t in graph.initializer if t.name == node.input[1])
-    weights = numpy_helper.to_array(tensor)
-    axis = _channel_axis(node, weights.ndim)
-    others = tuple(a for a in range(weights.ndim) if a != axis)
-    scale = np.maximum(np.abs(weights).max(others, keepdims=True) / 127, 1e-30)
-    rounded = (np.round(weights / scale) * scale).astype(np.float32)
-    step = np.float32(max(ranges[node.input[0]].largest / 127, 1e-30))
-    graph.initializer.extend(
-        [
-            numpy_helper.from_array(rounded, "probe_weights"),
-            numpy_helper.from_array(np.array(step), "probe_scale"),
-            numpy_helper.from_array(np.array(0, np.int8), "probe_zero"),
-        ]
-    )
-    scales = ["probe_scale", "probe_zero"]
-    pair = [
-        helper.make_node("QuantizeLinear", [node.input[0], *scales], ["probe_q"]),
-        helper.make_node("DequantizeLinear", ["probe_q", *scales], ["probe_dq"]),
-    ]
-    node.input[0], node.input[1] = "probe_dq", "probe_weights"
-    nodes = [*graph.node[:index], *pair, *graph.node[index:]]
-    copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
-    del graph.node[:]
-    graph.node.extend(copies)
-    return probe
-
-
-def _channel_axis(node: onnx.NodeProto, rank: int) -> int:
-    """Axis of the output channels in a product's weights."""
-    transposed = any(a.name == "transB" and a.i for a in node.attribute)
-    return 0 if node.op_type == "Conv" or transposed else rank - 1
-
-
-def _split_tables(model: onnx.ModelProto, chosen: Sequence[str]) -> onnx.ModelProto:
-    """A linear layer that adds a whole table (a folded position code) as layer and addition: the table can be FP16."""
-    split = _copy(model)
-    graph = split.graph
-    tables = {t.name for t in graph.initializer if len(t.dims) == 2 and t.dims[0] > 1}
-    nodes = []
-    for node in graph.node:
-        if node.op_type == "Gemm" and node.name in chosen and len(node.input) == 3 and node.input[2] in tables:
-            table, output = node.input[2], node.output[0]
-            product = f"{output}_product"
-            nodes.append(node)
-            nodes.append(helper.make_node("Add", [product, table], [output], name=f"{node.name}/Table"))
-            del node.input[2:]
-            node.output[0] = product
-        else:
-            nodes.append(node)
-    copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
-    del graph.node[:]
-    graph.node.extend(copies)
-    return onnx.shape_inference.infer_shapes(split, strict_mode=True, data_prop=True)
-
-
 def to_int8(
     model: onnx.ModelProto, keep: Mapping[str, str], samples: Sequence[Mapping[str, Array]], chosen: Sequence[str]
 ) -> Fp16Graph:
@@ -165,13 +104,13 @@ def to_int8(
     """
     if not chosen:
         raise ValueError("no node to quantise")  # an empty list would mean all of them to onnxruntime
-    model = _split_tables(model, chosen)
+    model = split_tables(model, chosen)
     with tempfile.TemporaryDirectory(prefix="andon-int8-") as folder:
         path = Path(folder) / "int8.onnx"
         logging.getLogger().addFilter(_no_preprocessing_advice)
         try:
             quantize_static(
-                model_input=_copy(model),
+                model_input=copy_of(model),
                 model_output=str(path),
                 calibration_data_reader=_Samples(samples),
                 quant_format=QuantFormat.QDQ,
@@ -190,7 +129,7 @@ def to_int8(
             )
         finally:
             logging.getLogger().removeFilter(_no_preprocessing_advice)
-        quantised = onnx.load(str(path))
+        quantised = quantise_tables(onnx.load(str(path)))
     quantised.ir_version = IR_VERSION
     quantised.producer_name, quantised.producer_version = "andon", ""
     quantised = onnx.shape_inference.infer_shapes(quantised, strict_mode=True, data_prop=True)
@@ -200,12 +139,6 @@ def to_int8(
 def _no_preprocessing_advice(record: logging.LogRecord) -> bool:
     """The graph has been simplified and shape-inferred already (export/onnx.py)."""
     return "pre-processing before quantization" not in record.getMessage()
-
-
-def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    return copy
 
 
 def _between(model: onnx.ModelProto, chosen: set[str]) -> dict[str, str]:
