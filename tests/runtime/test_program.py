@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from andon.runtime.bundle import Bundle
 from andon.runtime.engine.onnxruntime import OnnxRuntimeBackend
-from andon.runtime.errors import ConfigError, EngineError
+from andon.runtime.errors import BundleError, ConfigError, EngineError
 from andon.runtime.program import Program
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from .conftest import ENCODE, build  # type: ignore[import-not-found]
+from .conftest import ENCODE, SCORE, build  # type: ignore[import-not-found]
 
 #: Two carries that feed each other, two tables, one per-class state; `aux` is not carried.
 STEP = """step (float[1,3] u, float[2,2] v, float[3] coef, float[1] gain, float[1,3] w, float[1,3] h)
@@ -50,7 +50,9 @@ TABLES = {
 }
 
 
-def looped(root: Path, count: int, *, persist: bool, counter: bool, read_old: bool) -> Bundle:
+def looped(
+    root: Path, count: int, *, persist: bool, counter: bool, read_old: bool, final_u: str = "step.u_next"
+) -> Bundle:
     """encode -> step x count -> score. read_old: score also reads the persistent state as it was before the frame."""
     step = {
         "loop": "step",
@@ -62,7 +64,7 @@ def looped(root: Path, count: int, *, persist: bool, counter: bool, read_old: bo
         "counter": "t" if counter else None,
     }
     sources = {"u": "carry", "v": "carry", "coef": "table", "gain": "table", "w": "class:w", "h": "encode.u"}
-    final = {"u": "step.u_next", "v": "step.v_next", "old": "state:u0" if read_old else "encode.u"}
+    final = {"u": final_u, "v": "step.v_next", "old": "state:u0" if read_old else "encode.u"}
     path = build(
         root,
         stages={"encode": (ENCODE, {"image": "frame"}), "step": (STEP, sources), "score": (FINAL, final)},
@@ -253,3 +255,119 @@ def test_what_cannot_be_asked_is_refused(tmp_path: Path) -> None:
         program.run(0)
         with pytest.raises(EngineError, match=r"no output encode\.x"):
             program.read("encode.x")
+
+
+SWAP = """swap (float[1,3] p, float[1,3] q, float[1,3] h) => (float[1,3] p_next, float[1,3] q_next) {
+    k = Constant<value = float {0.5}>()
+    pk = Mul(p, k)
+    p_next = Add(pk, h)
+    q_next = Sub(q, pk)
+}"""
+TAIL = """tail (float[1,3] r, float[1,3] h) => (float[1,3] r_next, float[1,3] seen) {
+    seen = Sub(r, h)
+    r_next = Add(r, h)
+}"""
+SUM = """score (float[1,3] p, float[1,3] q, float[1,3] r) => (float[1,1,1,3] map, float[1] score) {
+    pq = Add(p, q)
+    s = Add(pq, r)
+    shape = Constant<value = int64[4] {1,1,1,3}>()
+    map = Reshape(s, shape)
+    score = ReduceMax<axes=[1], keepdims=0>(s)
+}"""
+
+
+#: A loop of 0 steps may keep its own state only; test_wiring_of_loops has the refusal.
+CHAINS = [(n, m, crossed) for n in range(5) for m in range(4) for crossed in (False, True) if n or not crossed]
+
+
+@pytest.mark.parametrize(("first", "second", "crossed"), CHAINS)
+def test_two_loops_in_a_chain_that_persist_each_others_values(
+    tmp_path: Path, first: int, second: int, crossed: bool
+) -> None:
+    """Crossed: p starts from x and is kept in y, q the other way round. The second loop starts from x too, after the
+    first has possibly written it: it must see the value from before the frame."""
+    kept = {"p": "y", "q": "x"} if crossed else {"p": "x", "q": "y"}
+    state = {name: np.full((1, 3), value, np.float32) for name, value in (("x", 0.25), ("y", -0.75))}
+    loops: list[dict[str, Any]] = [
+        {
+            "loop": "swap",
+            "count": first,
+            "carry": {"p_next": "p", "q_next": "q"},
+            "init": {"p": "state:x", "q": "state:y"},
+            "persist": kept,
+        },
+        {"loop": "tail", "count": second, "carry": {"r_next": "r"}, "init": {"r": "state:x"}},
+    ]
+    path = build(
+        tmp_path / "bundle",
+        stages={
+            "encode": (ENCODE, {"image": "frame"}),
+            "swap": (SWAP, {"p": "carry", "q": "carry", "h": "encode.u"}),
+            "tail": (TAIL, {"r": "carry", "h": "encode.u"}),
+            "score": (SUM, {"p": "swap.p_next", "q": "swap.q_next", "r": "tail.r_next"}),
+        },
+        program=[{"run": "encode"}, *loops, {"run": "score"}],
+        state=state,
+    )
+    x, y = state["x"], state["y"]
+    with OnnxRuntimeBackend(threads=1) as backend, Program(Bundle.load(path), backend) as program:
+        for level in (10, 90, 200):
+            program.frame.fill(level)
+            result = program.run(0)
+            h, p, q, r = np.float32(level * 0.01), x, y, x
+            for _ in range(first):
+                p, q = p * np.float32(0.5) + h, q - p * np.float32(0.5)
+            for _ in range(second):
+                r = r + h
+            np.testing.assert_allclose(result.map[0], (p + q + r)[0], rtol=1e-5, atol=1e-6)
+            x, y = (q, p) if crossed else (p, q)
+            np.testing.assert_allclose(program.read_state("x"), x, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(program.read_state("y"), y, rtol=1e-5, atol=1e-6)
+
+
+WIRED: dict[str, Any] = {
+    "loop": "swap",
+    "count": 2,
+    "carry": {"p_next": "p", "q_next": "q"},
+    "init": {"p": "state:x", "q": "state:y"},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"count": 0, "persist": {"p": "y"}}, "a loop of 0 steps over swap persists another state's value"),
+        ({"persist": {"p": "x", "q": "x"}}, "two loops persist in one state"),
+        ({"persist": {"h": "x"}}, "persists but is not carried"),
+        ({"persist": {"p": "z"}}, "persists in an unknown state"),
+        ({"carry": {"p_next": "p", "q_next": "p"}}, "does not bind its carries"),
+        ({"carry": {"nothing": "p", "q_next": "q"}}, "carries an unknown output"),
+        ({"init": {"p": "state:x"}}, "does not bind its init"),
+        ({"init": {"p": "state:x", "q": "carry"}}, "cannot start from a carry"),
+        ({"counter": "t"}, "counts steps but has no table"),
+    ],
+)
+def test_wiring_of_loops(tmp_path: Path, change: dict[str, Any], match: str) -> None:
+    with pytest.raises(BundleError, match=match):
+        Bundle.load(
+            build(
+                tmp_path / "bundle",
+                stages={
+                    "encode": (ENCODE, {"image": "frame"}),
+                    "swap": (SWAP, {"p": "carry", "q": "carry", "h": "encode.u"}),
+                    "score": (SCORE, {"u": "swap.p_next"}),
+                },
+                program=[{"run": "encode"}, {**WIRED, **change}, {"run": "score"}],
+                state={name: np.zeros((1, 3), np.float32) for name in "xy"},
+            )
+        )
+
+
+def test_a_loop_of_0_steps_has_no_outputs_but_its_carries(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="a loop of 0 steps never writes"):
+        looped(tmp_path / "bundle", 0, persist=False, counter=False, read_old=False, final_u="step.aux")
+
+
+def test_a_table_must_have_a_row_for_every_step(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="table coef has too few rows"):
+        looped(tmp_path / "bundle", 10, persist=False, counter=False, read_old=False)
