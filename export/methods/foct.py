@@ -83,6 +83,7 @@ def cut(model: AnomalyModel, options: Mapping[str, Any]) -> StagedModel:
             "beta": c.beta,
             "perplexity": n.perplexity,
             "rho": n.rho,
+            "lr": n.lr,
             "stride": float(n.stride),
             "enroll_steps": float(n.enroll_steps),
             "enroll_lr": n.enroll_lr,

@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from ..evaluation import Evaluated, confusion_table, evaluate, latency_table, percentiles
 from ..quality import mean_metrics, table
 from ..recorded import from_verdicts, read_verdicts
-from . import options
+from . import fewshot, options
 
 #: Where the workstation side offers the study of all methods (export/study.py), which the device side cannot import.
 STUDY = "andon.study"
@@ -47,6 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--report", type=Path, metavar="HTML", help="write a report with heatmaps, histograms and ROC")
 
+    fewshot.configure(parser)
     for point in entry_points(group=STUDY):
         point.load().configure(parser)
 
@@ -60,6 +61,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if getattr(args, "all", None) is not None:
         study: dict[str, Any] = next(iter(entry_points(group=STUDY))).load().main(args)
         return study
+    if args.few_shot is not None:
+        return fewshot.main(args)
     if args.bundle is None or args.data is None:
         raise ConfigError(
             "what shall be evaluated?",

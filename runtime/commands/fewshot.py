@@ -1,0 +1,154 @@
+"""`andon eval --few-shot`: support draws, frozen and online, as tables and as records of docs/results.json."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..bundle import Bundle
+from ..dataset import open_dataset
+from ..engine.select import open_backend
+from ..enrolment.fewshot import FeatureCache, Steps, draw_support, enroll_draw, frozen
+from ..enrolment.foreground import choose
+from ..enrolment.stream import SETTINGS, Gain, Setting, baseline, plan_stream, run_stream
+from ..errors import ConfigError
+from ..results import merge_results
+from . import options
+
+RESULTS = Path("docs/results.json")
+Record = dict[str, Any]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options of the few-shot evaluation."""
+    group = parser.add_argument_group("few-shot evaluation (--few-shot)")
+    group.add_argument(
+        "--few-shot", type=_integers, metavar="K,K", help="support sizes, e.g. 1,2,4, with a foct bundle's engines"
+    )
+    group.add_argument("--seeds", type=int, default=5, metavar="N", help="support draws 0 to N-1 (5)")
+    group.add_argument("--orders", type=int, default=3, metavar="N", help="stream orders of what depends on them (3)")
+    group.add_argument("--ct-steps", type=_integers, default=(0, 10), metavar="N,N", help="CT steps a frame (0,10)")
+    group.add_argument(
+        "--online", type=_numbers, metavar="P,P", help="also online calibration, with these shares of anomalies (0.1)"
+    )
+    group.add_argument(
+        "--settings", choices=("default", "all"), default="default", help="online: the default rule, or the whole table"
+    )
+    group.add_argument("--foreground", default="auto", metavar="HOW", help="as in andon enroll (auto)")
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Run it.
+
+    Raises:
+        AndonError: bundle, data set or settings cannot be used.
+    """
+    if args.bundle is None or args.data is None:
+        raise ConfigError(
+            "the few-shot evaluation needs engines and images",
+            found=f"--bundle {args.bundle}, --data {args.data}",
+            expected="a foct bundle and a data set",
+            next_step="andon eval --bundle FOCT-BUNDLE --data elpv --few-shot 1,2,4",
+        )
+    with Bundle.load(args.bundle) as bundle, open_backend("onnxruntime", threads=args.threads) as backend:
+        dataset = open_dataset(args.data)
+        with options.progress(len(dataset), "features") as bar:
+            cache = FeatureCache(bundle, backend, dataset, bar.update)
+    name = "elpv" if args.data == "elpv" else Path(args.data).resolve().name
+    base = {"set": name, "command": shlex.join(["andon", *sys.argv[1:]])}
+    products = args.products or dataset.products
+    records: list[Record] = []
+    with options.progress(0, "scores") as bar:
+        for product in products:
+            for shots in args.few_shot:
+                for seed in range(args.seeds):
+                    keys = {**base, "product": product, "shots": shots, "seed": seed, "metric": "image_auroc"}
+                    records += _draw(cache, args, keys, bar.update)
+    records += _means(records)
+    _print(records)
+    target = getattr(args, "results", RESULTS)
+    if target.parent.is_dir():
+        merge_results(target, records)
+        print(f"{len(records)} records merged into {target}")
+    return {"ok": True, "records": records}
+
+
+def _draw(cache: FeatureCache, args: argparse.Namespace, keys: Mapping[str, Any], progress: Any) -> list[Record]:
+    """Everything that is measured with one support draw."""
+    product, shots, seed = keys["product"], keys["shots"], keys["seed"]
+    support = draw_support(cache, product, shots, seed)
+    memory = enroll_draw(cache, support, choose(args.foreground), seed)
+    lr = cache.manifest.constants["lr"]
+    by_setting: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for method, steps, _, value in frozen(cache, memory, product, Steps(args.ct_steps, lr, args.orders), progress):
+        by_setting[method, f"frozen, ct.steps {steps}" if method == "foct" else "frozen"].append(value)
+    records = [{**keys, "method": m, "setting": s, "value": _mean(v)} for (m, s), v in by_setting.items()]
+    for rate in args.online or ():
+        chosen = SETTINGS if args.settings == "all" else SETTINGS[:1]
+        gains: dict[str, list[Gain]] = {setting.name: [] for setting in chosen}
+        for order in range(args.orders):
+            plan = plan_stream(cache, product, support, rate, seed, order)
+            before = {t: baseline(cache, memory, plan, t, progress) for t in {s.transport for s in chosen}}
+            for setting in chosen:
+                gains[setting.name].append(
+                    run_stream(cache, memory, plan, setting, before[setting.transport], progress)
+                )
+        for setting in chosen:
+            records += _online(keys, setting, rate, gains[setting.name])
+    return records
+
+
+def _online(keys: Mapping[str, Any], setting: Setting, rate: float, gains: list[Gain]) -> list[Record]:
+    """Records of one setting, the mean over orders."""
+    title = f"online, {setting.name}, {rate:.0%} anomalies"
+    shared = {**keys, "method": "foct" if setting.transport else "knn", "setting": title}
+    values = {
+        "image_auroc": [g.online for g in gains],
+        "image_auroc_frozen": [g.frozen for g in gains],
+        "gain": [g.online - g.frozen for g in gains],
+        "stream_gain": [g.stream_online - g.stream_frozen for g in gains],
+        "bad_insertions": [g.bad for g in gains],
+        "admitted": [g.admitted for g in gains],
+    }
+    return [{**shared, "metric": m, "value": _mean(v)} for m, v in values.items() if not np.isnan(_mean(v))]
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
+
+
+def _means(records: list[Record]) -> list[Record]:
+    """One record per product, shots and setting over the seeds (seed None), with sd and n."""
+    groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
+    for record in records:
+        groups[record["product"], record["shots"], record["method"], record["setting"], record["metric"]].append(record)
+    means = []
+    for group in groups.values():
+        values = [record["value"] for record in group]
+        spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+        means.append({**group[0], "seed": None, "value": _mean(values), "sd": spread, "n": len(values)})
+    return means
+
+
+def _print(records: list[Record]) -> None:
+    """The means, one line each."""
+    print(f"{'product':12} {'shots':>5} {'method':5} {'setting':60} {'metric':20} {'mean':>7} {'sd':>6}")
+    for r in records:
+        if r["seed"] is None:
+            line = f"{r['product']:12} {r['shots']:5} {r['method']:5} {r['setting']:60} {r['metric']:20}"
+            print(f"{line} {r['value']:7.4f} {r['sd']:6.4f}")
