@@ -25,7 +25,12 @@ def closing_summary(app: LineApp) -> dict[str, Any]:
         "unknown": app.state.reasons(),
         "latency_ms": snapshot["latency_ms"],
         "cameras": {
-            name: {"state": camera.state.state, "restarts": camera.state.restarts, "skipped": camera.state.skipped}
+            name: {
+                "state": camera.state.state,
+                "restarts": camera.state.restarts,
+                "skipped": camera.state.skipped,
+                "verdicts": sum(snapshot["cameras"][name]["labels"].values()),
+            }
             for name, camera in app.cameras.items()
         },
         "slots": snapshot["slots"],
