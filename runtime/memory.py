@@ -29,6 +29,7 @@ from .memoryconfig import MemoryConfig
 from .program import Program
 from .types import Frame
 from .verdict import timestamp
+from .warmstart import WarmStart
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def open_memory(config: LineConfig, detector: Detector, folder: Path) -> LineMem
         CalibrationError: see :class:`LineMemory`.
     """
     learns = config.memory.enabled and detector.bundle.manifest.memory is not None
-    if not learns and not config.memory.drift.enabled:
+    if not learns and not config.memory.drift.enabled and not WarmStart(detector.program).active:
         return None
     return LineMemory(detector.program, config.memory, folder / "memory")
 
@@ -72,6 +73,7 @@ class LineMemory:
         self._classes = program.bundle.manifest.classes
         self._memory = program.bundle.manifest.memory if config.enabled else None
         self._calibrators = _calibrators(program.bundle, self._memory, config) if self._memory else ()
+        self._warm_start = WarmStart(program)
         self._drift: dict[str, DriftMonitor] = {}
         self._warnings: dict[str, str] = {}
         self._broken: dict[int, str] = {}
@@ -102,8 +104,11 @@ class LineMemory:
         if scored is None or scored.score is None or not np.isfinite(scored.score):
             return
         self._watch(frame.camera, scored.product or "", scored.score)
+        if scored.class_index is None:
+            return
+        self._warm_start.after_frame(program, scored.class_index)
         memory = self._memory
-        if memory is None or scored.class_index is None:
+        if memory is None:
             return
         index = scored.class_index if memory.per_class else 0
         if index in self._broken:
