@@ -119,8 +119,8 @@ def _watch(args: argparse.Namespace, line: Line, broker: EmbeddedBroker, consume
             latency = consumer.latency(last, now)
             samples.append(Sample(at, **line.look(), system=busy, verdicts=consumer.count(), latency=latency))
             last = now
-            bar.n = round(at)
-            bar.set_postfix_str(f"{samples[-1].rss:.0f} MB, {samples[-1].verdicts} verdicts")
+            bar.set_postfix_str(f"{samples[-1].rss:.0f} MB, {samples[-1].verdicts} verdicts", refresh=False)
+            bar.update(round(at) - bar.n)
             following = [began + args.every * len(samples), began + seconds, *(began + each[0] for each in pending)]
             time.sleep(max(0.0, min(following) - time.monotonic()))
     return samples

@@ -18,9 +18,9 @@ def page(measured: dict[str, Any]) -> str:
     minutes, outage = measured["minutes"], measured["outage"]
     parts = [
         "# Soak",
-        f"Four cameras at 5 frames per second (test picture, folder, data set through a pipeline, RTSP) for {minutes:g} "
-        f"minutes, a bundle of `{measured['method']}` on onnxruntime with {measured['threads']} thread(s), a mosquitto "
-        f"that is stopped for {outage:g} s in the middle, a consumer that dedupes by id. Repeat it with",
+        f"Four cameras at 5 frames per second (test picture, folder, data set through a pipeline, RTSP) for "
+        f"{minutes:g} minutes, a bundle of `{measured['method']}` on onnxruntime with {measured['threads']} thread(s), "
+        f"a mosquitto that is stopped for {outage:g} s in the middle, a consumer that dedupes by id. Repeat it with",
         f"    make soak MINUTES={minutes:g}",
         f"{machine()}; {software()}. {_others(measured)}",
         "## Does it grow, does it slow down",

@@ -20,8 +20,8 @@ class Trend:
 def trend(times: ArrayLike, values: ArrayLike) -> Trend:
     """Least-squares slope of ``values`` over ``times``.
 
-    Memory moves in steps, so neighbouring samples repeat each other and the usual standard error is far too small. It is
-    widened by the lag-1 autocorrelation r of the residuals: n samples are worth n (1 - r) / (1 + r)
+    Memory moves in steps, so neighbouring samples repeat each other and the usual standard error is far too small. It
+    is widened by the lag-1 autocorrelation r of the residuals: n samples are worth n (1 - r) / (1 + r)
     (Santer et al. 2000, eq. 6).
 
     Raises:
