@@ -13,9 +13,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
+import hypothesis
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
+# A property holds or it does not; how long an example takes says more about the machine than about the code.
+hypothesis.settings.register_profile("andon", deadline=None)
+hypothesis.settings.load_profile("andon")
 
 SIDE = 96
 PRODUCTS = ("grain", "grid", "stripes")
