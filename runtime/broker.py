@@ -59,7 +59,7 @@ class EmbeddedBroker:
         log = (folder / "mosquitto.log").open("wb")
         with log:
             self._process = subprocess.Popen(
-                [program, "-c", str(folder / "mosquitto.conf")],
+                [*_bound_to_us(), program, "-c", str(folder / "mosquitto.conf")],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for the line, which still has verdicts to deliver
@@ -129,6 +129,12 @@ class EmbeddedBroker:
             expected="a free port and a mosquitto that runs",
             next_step="set broker.port: 0 for a free port",
         )
+
+
+def _bound_to_us() -> list[str]:
+    """Words before the command that make the kernel end it when we are killed; none where setpriv is missing."""
+    setpriv = shutil.which("setpriv")
+    return [] if setpriv is None else [setpriv, "--pdeathsig", "TERM", "--"]
 
 
 def _bindable(port: int) -> int:

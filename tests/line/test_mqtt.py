@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
@@ -153,8 +157,6 @@ def test_broker_that_is_not_there_is_said_and_does_not_stop_the_line(
 
 
 def test_unanswered_port_is_said(line: Any, eventually: Any) -> None:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         threading.Thread(target=lambda: deaf.accept()[0].close(), daemon=True).start()
         with line(deaf.getsockname()[1]) as running:
@@ -342,6 +344,26 @@ def test_token_bucket() -> None:
 def test_port_in_use_is_said(broker: EmbeddedBroker) -> None:
     with pytest.raises(DeliveryError, match=r"(?s)did not start.*in use"):
         EmbeddedBroker(broker.port).start()
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="THE END OF AN ORPHANED BROKER IS NOT TESTED: no setpriv")
+def test_broker_ends_with_a_process_that_is_killed(eventually: Any) -> None:
+    script = (
+        "import os, signal\n"
+        "from andon.runtime.broker import EmbeddedBroker\n"
+        "broker = EmbeddedBroker().start()\n"
+        "print(broker.port, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=False)
+    port = int(killed.stdout)
+
+    def gone() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) != 0
+
+    assert killed.returncode == -9
+    eventually(gone)
 
 
 def test_missing_mosquitto_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
