@@ -19,13 +19,15 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from .onnx import IR_VERSION
 from .precision import MOVES, Fp16Graph, to_fp16
 from .qdq import copy_of, quantise_tables, split_tables, with_one_quantised
-from .ranges import Range, open_session
+from .ranges import Range
+from .sensitivity import node_errors
 from .walk import Array
 
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
 #: Constants above this many values are worth storing as FP16
 _SMALL = 4096
-_BETWEEN = MOVES | {"Clip", "Relu", "LeakyRelu", "HardSwish", "Sigmoid", "Mul", "Add", "MaxPool"}
+#: Elementwise operators that stay as wide as what they read
+BETWEEN = MOVES | frozenset(("Clip", "Relu", "LeakyRelu", "HardSwish", "Sigmoid", "Mul", "Add", "MaxPool"))
 
 
 class _Samples(CalibrationDataReader):  # type: ignore[misc]
@@ -50,46 +52,14 @@ def quantisable(model: onnx.ModelProto, keep: Mapping[str, str]) -> list[str]:
     ]
 
 
-def sensitivity(
-    model: onnx.ModelProto,
-    nodes: Sequence[str],
-    ranges: Mapping[str, Range],
-    samples: Sequence[Mapping[str, Array]],
+def int8_errors(
+    model: onnx.ModelProto, nodes: Sequence[str], ranges: Mapping[str, Range], samples: Sequence[Mapping[str, Array]]
 ) -> dict[str, float]:
-    """What quantising one node alone does to the stage: largest relative RMS error over its float outputs.
+    """What INT8 in one node alone costs the stage (export/sensitivity.py).
 
     ranges: of the stage's tensors on good images (export/ranges.py); their largest magnitude sets the input's scale.
     """
-    session = open_session(model)
-    names = [o.name for o in model.graph.output if o.type.tensor_type.elem_type == onnx.TensorProto.FLOAT]
-    reference = [session.run(names, dict(inputs)) for inputs in samples]
-    found = {}
-    for node in nodes:
-        probe = open_session(with_one_quantised(model, node, ranges))
-        outputs = [probe.run(names, dict(inputs)) for inputs in samples]
-        found[node] = max(_relative_rms([o[i] for o in outputs], [r[i] for r in reference]) for i in range(len(names)))
-    return found
-
-
-def select(model: onnx.ModelProto, errors: Mapping[str, float], budget: float) -> list[str]:
-    """The nodes to quantise: most bytes saved per error first, while the errors' root sum of squares is in `budget`.
-
-    The first layers of a network usually cost the most accuracy and hold the fewest weights, so they stay FP16.
-    """
-    sizes = {t.name: int(np.prod(t.dims)) for t in model.graph.initializer}
-    weights = {n.name: sum(sizes.get(i, 0) for i in n.input[1:]) for n in model.graph.node if n.name in errors}
-    chosen, spent = [], 0.0
-    for node in sorted(errors, key=lambda name: errors[name] ** 2 / weights[name]):
-        if spent + errors[node] ** 2 <= budget**2:
-            spent += errors[node] ** 2
-            chosen.append(node)
-    return chosen
-
-
-def _relative_rms(values: Sequence[Array], references: Sequence[Array]) -> float:
-    difference = sum(float(np.square(v - r, dtype=np.float64).sum()) for v, r in zip(values, references, strict=True))
-    power = sum(float(np.square(r, dtype=np.float64).sum()) for r in references)
-    return float(np.sqrt(difference / max(power, 1e-30)))
+    return node_errors(model, nodes, lambda name: with_one_quantised(model, name, ranges), samples)
 
 
 def to_int8(
@@ -151,7 +121,7 @@ def _between(model: onnx.ModelProto, chosen: set[str]) -> dict[str, str]:
         data = [name for name in node.input if name and name not in constants]
         quantised = node.op_type in ("QuantizeLinear", "DequantizeLinear") or node.name in chosen
         small = all(sizes.get(name, 0) <= _SMALL for name in node.input)
-        if quantised or (node.op_type in _BETWEEN and small and data and all(name in inside for name in data)):
+        if quantised or (node.op_type in BETWEEN and small and data and all(name in inside for name in data)):
             keep[node.name] = "int8" if quantised else "between int8 products"
             inside.update(node.output)
     return keep

@@ -14,8 +14,9 @@ from . import bundle, verify
 from .frames import Evidence
 from .onnx import StageGraph
 from .precision import Fp16Graph, keep_fp32, simulate, to_fp16
-from .quantize import quantisable, select, sensitivity, to_int8
+from .quantize import BETWEEN, int8_errors, quantisable, to_int8
 from .ranges import RangeReport, measure
+from .sensitivity import followers, fp16_errors, root_sum_square, select
 from .stage import StageDef, StagedModel
 from .verify import Check, Scored
 from .walk import Array, Walk, torch_call
@@ -28,6 +29,8 @@ RANKING_FRAMES = 24
 #: INT8: error that quantisation may cost a stage's outputs (relative RMS), loosest first, and calls it is measured on
 BUDGETS = (0.08, 0.04, 0.02)
 SENSITIVITY_CALLS = 4
+#: FP16: share of its error that may be left; below 1 the products that cost most per byte stay FP32
+SHARES = (1.0, 0.5, 0.2)
 #: Where the graphs that round on the CPU as a GPU does lie while the bundle is built
 ROUNDED = "rounded"
 
@@ -41,6 +44,7 @@ class Reduced:
     graphs: dict[str, Fp16Graph] = field(default_factory=dict)
     ranges: dict[str, RangeReport] = field(default_factory=dict)
     quantised: dict[str, dict[str, Any]] = field(default_factory=dict)
+    widened: dict[str, dict[str, Any]] = field(default_factory=dict)
     tried: list[dict[str, Any]] = field(default_factory=list)
 
     def record(self) -> dict[str, Any]:
@@ -51,6 +55,7 @@ class Reduced:
             "clipped_constants": {name: list(g.clipped) for name, g in self.graphs.items() if g.clipped},
             "ranges": {name: r.record() for name, r in self.ranges.items()},
             "quantised": self.quantised,
+            "widened": self.widened,
             "tried": self.tried,
         }
 
@@ -76,6 +81,7 @@ class Reducer:
         self._samples = self._record()
         self._ranges = {name: measure(graphs[name].model, calls) for name, calls in self._samples.items()}
         self._errors: dict[str, dict[str, float]] = {}
+        self._fp16_errors: dict[str, dict[str, float]] = {}
 
     def _record(self) -> dict[str, list[dict[str, Array]]]:
         """Stage inputs on good frames; of more calls than SAMPLES (loops) an even choice."""
@@ -98,12 +104,13 @@ class Reducer:
     def add(self, manifest: Manifest, variant: Variant, full: Scored, threshold: Array) -> tuple[Manifest, Reduced]:
         """Make the variant's files and let the gate judge them, widening stage by stage where it fails.
 
-        INT8 is tried with ever smaller error budgets first: fewer products of a stage are quantised.
+        Ever smaller error budgets are tried first: fewer products of a stage are narrow.
         Returns the manifest with the variant, and what happened; its checks may fail even with all fall-backs.
         """
         reduced = Reduced(ranges=dict(self._ranges))
-        for budget in BUDGETS if variant == "int8" else (0.0,):
-            self._say(f"{variant}: converting" + (f", error budget {budget:g} a stage" if budget else ""))
+        for budget in BUDGETS if variant == "int8" else SHARES:
+            what = "error budget" if variant == "int8" else "share of the error left"
+            self._say(f"{variant}: converting, {what} {budget:g}")
             stages = dict(manifest.stages)
             for stage in self._staged.stages:
                 stages[stage.name] = self._convert(stage, stages[stage.name], variant, budget, reduced)
@@ -156,6 +163,8 @@ class Reducer:
             return _entry(entry, variant, entry.files["fp32"], len(graph.model.graph.node), why)
         chosen = self._chosen(stage, keep, budget, reduced) if variant == "int8" else []
         half = variant == "int8" and not chosen
+        if variant == "fp16" and budget < 1:
+            keep |= self._widened(stage.name, keep, budget, reduced)
         if half and "fp16" in entry.files:
             why = entry.fallback.get("fp16") or "nothing to quantise here: FP16"
             return _entry(entry, variant, entry.files["fp16"], entry.fp32_nodes.get("fp16", 0), why)
@@ -179,9 +188,8 @@ class Reducer:
         if not candidates:
             return []
         if stage.name not in self._errors:
-            calls = self._samples[stage.name]
-            some = calls[:: max(1, len(calls) // SENSITIVITY_CALLS)][:SENSITIVITY_CALLS]
-            self._errors[stage.name] = sensitivity(model, candidates, self._ranges[stage.name].tensors, some)
+            some = self._few(stage.name)
+            self._errors[stage.name] = int8_errors(model, candidates, self._ranges[stage.name].tensors, some)
         errors = self._errors[stage.name]
         chosen = select(model, errors, budget)
         reduced.quantised[stage.name] = {
@@ -191,6 +199,21 @@ class Reducer:
             "left_in_fp16": {name: round(errors[name], 5) for name in candidates if name not in chosen},
         }
         return chosen
+
+    def _widened(self, stage: str, keep: Mapping[str, str], share: float, reduced: Reduced) -> dict[str, str]:
+        """Products that stay FP32 so that only a share of FP16's error is left, and what follows them."""
+        model = self._graphs[stage].model
+        if stage not in self._fp16_errors:
+            self._fp16_errors[stage] = fp16_errors(model, keep, self._few(stage))
+        errors = self._fp16_errors[stage]
+        narrow = select(model, errors, share * root_sum_square(errors))
+        wide = {name: f"FP16 alone costs {errors[name]:.1e}" for name in errors if name not in narrow}
+        reduced.widened[stage] = {"share": share, "nodes": wide}
+        return {**wide, **followers(model, {**keep, **wide}, BETWEEN)}
+
+    def _few(self, stage: str) -> list[dict[str, Array]]:
+        calls = self._samples[stage]
+        return calls[:: max(1, len(calls) // SENSITIVITY_CALLS)][:SENSITIVITY_CALLS]
 
     def _judge(self, manifest: Manifest, variant: Variant, full: Scored, threshold: Array) -> list[Check]:
         """The gate on all labelled frames with GPU rounding, and the shipped files beside it on a few."""

@@ -9,8 +9,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 from andon.export.precision import FP16_MAX, keep_fp32, simulate, to_fp16
-from andon.export.quantize import quantisable, select, sensitivity, to_int8
+from andon.export.quantize import int8_errors, quantisable, to_int8
 from andon.export.ranges import measure
+from andon.export.sensitivity import followers, fp16_errors, root_sum_square, select
 from andon.runtime.errors import ConfigError
 from onnx import TensorProto, helper, numpy_helper
 
@@ -210,7 +211,33 @@ def test_sensitivity_names_the_layer_that_quantisation_hurts() -> None:
     calls = samples()
     for call in calls:
         call["x"][:, 0] = 500
-    errors = sensitivity(model, ["/a", "/y"], measure(model, calls).tensors, calls)
+    errors = int8_errors(model, ["/a", "/y"], measure(model, calls).tensors, calls)
     assert errors["/a"] > 10 * errors["/y"]
     assert select(model, errors, budget=0.05) == ["/y"]
     assert select(model, errors, budget=100) == ["/y", "/a"] and select(model, errors, budget=0) == []
+
+
+def test_fp16_widens_the_product_that_costs_most_and_what_follows_it() -> None:
+    """Layer one gives large numbers whose rounding survives the subtraction after it; layer two is harmless."""
+    rng = np.random.default_rng(0)
+    w1 = rng.normal(size=(8, 8)).astype(np.float32)
+    nodes = [
+        node("Gemm", ["x", "w1", "big"], "a"),
+        node("Relu", ["a"], "b"),
+        node("Sub", ["b", "big"], "c"),
+        node("MatMul", ["c", "w2"], "y"),
+    ]
+    big, w2 = np.full(8, 3000, np.float32), rng.normal(size=(8, 8)).astype(np.float32)
+    model = graph(nodes, {"x": [4, 8]}, {"y": [4, 8]}, w1=w1, w2=w2, big=big)
+    calls = samples()
+    errors = fp16_errors(model, {}, calls)
+    assert errors["/a"] > 100 * errors["/y"]
+    narrow = select(model, errors, 0.5 * root_sum_square(errors))
+    assert narrow == ["/y"]
+    follow = followers(model, {"/a": "wide"}, frozenset({"Relu", "Sub"}))
+    assert set(follow) == {"/b", "/c"}
+    x, reference = calls[0]["x"], run(model, **calls[0])
+    error = [
+        np.abs(run(simulate(to_fp16(model, keep).model), x=x) - reference).max() for keep in ({}, {"/a": "", **follow})
+    ]
+    assert error[1] < 0.05 * error[0]
