@@ -18,6 +18,8 @@ from ..stage import StageDef, StagedModel
 from .knn import CentredPatches
 
 PHI = ("w1", "b1", "w2")
+#: What every step of a frame reads, as ct_cost gives it and a siamese step takes it.
+STEP_FIXED = ("some", "some_r", "rows", "rows_r", "rows_mask", "weight", "some_cost", "some_cost_t")
 
 
 class ProjectedPatches(nn.Module):
@@ -132,22 +134,21 @@ def _stages(foct: Foct) -> tuple[StageDef, ...]:
         "ct_cost",
         foct.cost,
         {"patches": patches, "bank": bank, "valid": "class:valid", "projection": projection},
-        ("cost", "mask", "weight", "bank_r", "some", "some_r", "some_cost", "some_cost_t"),
+        ("cost", "mask", "bank_r", *STEP_FIXED),
         fp32=("",),
         int8=False,
         # The root of a rounding error: a patch at (nearly) no distance to its row keeps few digits of it.
         tolerance=1e-3,
     )
     made = {name: f"ct_cost.{name}" for name in cost.outputs}
-    pairs = ("some_r", "bank_r", "some_cost", "mask", "weight")
+    pairs = ("some_r", "rows_r", "rows_mask", "weight", "some_cost")
     step_inputs = {name: made[name] for name in pairs}
     score_inputs = {"patches": patches, "bank_r": made["bank_r"], "cost": made["cost"], "mask": made["mask"]}
     score_inputs["projection"] = projection
     if siamese:
         known = made | {"patches": patches, "bank": bank, "projection": projection, "inv_tau": "class:inv_tau"}
-        step_names = ("some", "some_r", "bank", "bank_r", "some_cost", "some_cost_t", "mask", "weight", "inv_tau")
         score_names = ("patches", "bank", "bank_r", "cost", "mask", "projection", "inv_tau")
-        step_inputs = {name: known[name] for name in step_names}
+        step_inputs = {name: known[name] for name in (*STEP_FIXED, "inv_tau")}
         score_inputs = {name: known[name] for name in score_names}
     step_inputs |= {"adam": "table"} | dict.fromkeys(CARRIED, "carry")
     score_inputs |= {name: f"ct_step.{name}_next" for name in PHI}

@@ -22,6 +22,7 @@ class NavigatorConfig(Config):
     hidden: int = Field(default=128, gt=0, description="Hidden width")
     perplexity: float = Field(default=3.0, gt=1, description="Memory rows a support patch spreads over; sets tau")
     stride: int = Field(default=2, gt=0, description="Every how many-th row and column of patches CT steps see")
+    thin: int = Field(default=1, gt=0, description="Every how many-th episodic row CT steps see; the score sees all")
     steps: int = Field(default=10, ge=0, description="CT steps a frame in the default program")
     alternatives: tuple[int, ...] = Field(default=(0, 5, 100), description="Step counts of the other programs")
     warm: bool = Field(

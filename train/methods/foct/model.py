@@ -60,7 +60,7 @@ class Foct(AnomalyModel):
         self.features = PatchFeatures(config.backbone, config.patches)
         raw = self.features.dim
         self.dim = raw if config.pca is None else min(config.pca, raw)
-        self.cost = CtCost(grid, n.stride)
+        self.cost = CtCost(grid, n.stride, config.semantic, n.thin)
         siamese = n.kind == "siamese"
         self.step: nn.Module = SiameseStep(n.rho) if siamese else PairStep(n.rho)
         self.score = (SiameseScore if siamese else PairScore)(grid, config.size, config.sigma)
@@ -116,9 +116,7 @@ class Foct(AnomalyModel):
         n = self.config.navigator
         bank, projection = self.row("bank", index), self.row("projection", index)
         patches = self.patches(raw, index)
-        cost, mask, weight, bank_r, some, some_r, some_cost, some_cost_t = self.cost(
-            patches, bank, self.row("valid", index), projection
-        )
+        cost, mask, bank_r, *fixed = self.cost(patches, bank, self.row("valid", index), projection)
         phi = [self.row(name, index) for name in ("w1", "b1", "w2")]
         carried = [*phi, *(torch.zeros_like(w) for _ in range(2) for w in phi)]
         cold = not n.warm or steps > max(10, n.steps)
@@ -126,11 +124,10 @@ class Foct(AnomalyModel):
         inv_tau = self.row("inv_tau", index)
         for k in range(steps):
             if n.kind == "siamese":
-                out = self.step(
-                    some, some_r, bank, bank_r, some_cost, some_cost_t, mask, weight, inv_tau, table[k], *carried
-                )
+                out = self.step(*fixed, inv_tau, table[k], *carried)
             else:
-                out = self.step(some_r, bank_r, some_cost, mask, weight, table[k], *carried)
+                some_r, rows_r, rows_mask, weight, some_cost = (fixed[i] for i in (1, 3, 4, 5, 6))
+                out = self.step(some_r, rows_r, rows_mask, weight, some_cost, table[k], *carried)
             carried = list(out[: len(CARRIED)])
         if n.kind == "siamese":
             return self.score(patches, bank, bank_r, cost, mask, projection, inv_tau, *carried[:3])

@@ -1,8 +1,9 @@
 """Conditional transport as stage modules: cost, one Adam step with hand-derived gradients, score (METHODS.md 5.3-5.7).
 
-Shapes: m queries, q of them in CT steps, n memory rows, d features, p projected, h hidden. Queries are rows and memory
-columns, so the forward map is a softmax over the last axis; the backward map works on its own transposed product, so
-no large matrix is transposed. Empty memory rows have mask -1e4 in the forward map and weight 0 in the backward one.
+Shapes: m queries, q of them in CT steps, n memory rows, r of them in CT steps, d features, p projected, h hidden.
+Queries are rows and memory columns, so the forward map is a softmax over the last axis; the backward map works on its
+own transposed product, so no large matrix is transposed. Empty memory rows have mask -1e4 in the forward map and weight
+0 in the backward one.
 
 The logits of a pair come straight from one MatMul of augmented vectors: terms that are constant along the softmax
 drop out, |u - v|^2 = |u|^2 + |v|^2 - 2 u.v.
@@ -25,27 +26,51 @@ CARRIED = ("w1", "b1", "w2", "m_w1", "m_b1", "m_w2", "v_w1", "v_b1", "v_w2")
 class CtCost(nn.Module):
     """Once a frame: distances, and the parts of CT steps that do not change with phi.
 
-    patches [m, d], bank [n, d], valid [n], projection [p, d] -> cost [m, n], mask [n], weight [n] (1 / number of valid
-    rows, or 0), bank_r [n, p], some [q, d], some_r [q, p], some_cost [q, n], some_cost_t [n, q].
+    patches [m, d], bank [n, d], valid [n], projection [p, d] -> cost [m, n], mask [n], bank_r [n, p]; and for the
+    steps some [q, d], some_r [q, p], rows [r, d], rows_r [r, p], rows_mask [r], weight [r] (1 / number of valid rows,
+    or 0), some_cost [q, r], some_cost_t [r, q].
+
+    Args:
+        grid: side of the patch grid.
+        stride: steps see every stride-th row and column of it.
+        semantic: memory rows that steps see all of; of those behind them every `thin`-th.
     """
 
-    def __init__(self, grid: int, stride: int) -> None:
+    def __init__(self, grid: int, stride: int, semantic: int = 0, thin: int = 1) -> None:
         super().__init__()
-        self.grid, self.stride = grid, stride
+        self.grid, self.stride, self.semantic, self.thin = grid, stride, semantic, thin
 
     def forward(self, patches: Tensor, bank: Tensor, valid: Tensor, projection: Tensor) -> tuple[Tensor, ...]:
         cost = torch.sqrt(squared_distances(patches, bank) + 1e-12)
-        mask, weight = (1.0 - valid) * MASK, valid / torch.sum(valid)
+        mask, bank_r = (1.0 - valid) * MASK, torch.matmul(bank, projection.T)
         some = self._every(patches)
-        bank_r, some_r = torch.matmul(bank, projection.T), torch.matmul(some, projection.T)
-        some_cost = self._every(cost)
-        return cost, mask, weight, bank_r, some, some_r, some_cost, some_cost.T.contiguous()
+        rows, rows_valid = self._rows(bank), self._rows(valid)
+        some_cost = torch.sqrt(squared_distances(some, rows) + 1e-12)
+        return (
+            cost,
+            mask,
+            bank_r,
+            some,
+            torch.matmul(some, projection.T),
+            rows,
+            torch.matmul(rows, projection.T),
+            (1.0 - rows_valid) * MASK,
+            rows_valid / torch.sum(rows_valid),
+            some_cost,
+            some_cost.T.contiguous(),
+        )
 
-    def _every(self, rows: Tensor) -> Tensor:
-        """Every stride-th row and column of the patch grid; rows: [m, k] -> [q, k]."""
+    def _every(self, patches: Tensor) -> Tensor:
+        """Every stride-th row and column of the patch grid: [m, d] -> [q, d]."""
         first = self.stride // 2
-        grid = rows.reshape(self.grid, self.grid, rows.shape[1])
-        return grid[first :: self.stride, first :: self.stride].reshape(-1, rows.shape[1])
+        grid = patches.reshape(self.grid, self.grid, patches.shape[1])
+        return grid[first :: self.stride, first :: self.stride].reshape(-1, patches.shape[1])
+
+    def _rows(self, memory: Tensor) -> Tensor:
+        """The memory rows that steps see: [n, ...] -> [r, ...]."""
+        if self.thin == 1:
+            return memory
+        return torch.cat([memory[: self.semantic], memory[self.semantic :: self.thin]])
 
 
 class Siamese(nn.Module):
@@ -83,12 +108,12 @@ class SiameseStep(Siamese):
         self,
         some: Tensor,
         some_r: Tensor,
-        bank: Tensor,
-        bank_r: Tensor,
+        rows: Tensor,
+        rows_r: Tensor,
+        rows_mask: Tensor,
+        weight: Tensor,
         some_cost: Tensor,
         some_cost_t: Tensor,
-        mask: Tensor,
-        weight: Tensor,
         inv_tau: Tensor,
         adam: Tensor,
         w1: Tensor,
@@ -97,9 +122,9 @@ class SiameseStep(Siamese):
         *moments: Tensor,
     ) -> tuple[Tensor, ...]:
         queries = some.shape[0]
-        a, hid_bank, open_bank = self.embed(bank, bank_r, w1, b1, w2)
+        a, hid_rows, open_rows = self.embed(rows, rows_r, w1, b1, w2)
         b, hid_some, open_some = self.embed(some, some_r, w1, b1, w2)
-        p = torch.softmax(self.logits(b, a, inv_tau, mask), dim=1)
+        p = torch.softmax(self.logits(b, a, inv_tau, rows_mask), dim=1)
         q = torch.softmax(self.logits(a, b, inv_tau), dim=1)
         s = torch.sum(p * some_cost, dim=1, keepdim=True)
         r = torch.sum(q * some_cost_t, dim=1, keepdim=True)
@@ -115,10 +140,10 @@ class SiameseStep(Siamese):
         weighted = back * a
         db = front * torch.matmul(forward_map, a) + torch.matmul(backward_map.T, weighted)
         db = db - b * torch.matmul(backward_map.T, back)
-        g_w2 = torch.matmul(da.T, hid_bank) + torch.matmul(db.T, hid_some)
-        d_bank, d_some = torch.matmul(da, w2) * open_bank, torch.matmul(db, w2) * open_some
-        g_w1 = torch.matmul(d_bank.T, bank) + torch.matmul(d_some.T, some)
-        g_b1 = torch.sum(d_bank, dim=0) + torch.sum(d_some, dim=0)
+        g_w2 = torch.matmul(da.T, hid_rows) + torch.matmul(db.T, hid_some)
+        d_rows, d_some = torch.matmul(da, w2) * open_rows, torch.matmul(db, w2) * open_some
+        g_w1 = torch.matmul(d_rows.T, rows) + torch.matmul(d_some.T, some)
+        g_b1 = torch.sum(d_rows, dim=0) + torch.sum(d_some, dim=0)
         return (*adam_update((w1, b1, w2), (g_w1, g_b1, g_w2), moments, adam), loss.reshape(1))
 
 
@@ -143,10 +168,10 @@ class PairStep(nn.Module):
     def forward(
         self,
         some_r: Tensor,
-        bank_r: Tensor,
-        some_cost: Tensor,
-        mask: Tensor,
+        rows_r: Tensor,
+        rows_mask: Tensor,
         weight: Tensor,
+        some_cost: Tensor,
         adam: Tensor,
         w1: Tensor,
         b1: Tensor,
@@ -154,10 +179,10 @@ class PairStep(nn.Module):
         *moments: Tensor,
     ) -> tuple[Tensor, ...]:
         queries, memory = some_cost.shape
-        pre = self.hidden(some_r, bank_r, w1, b1)
+        pre = self.hidden(some_r, rows_r, w1, b1)
         active = torch.relu(pre)
         negative = -torch.matmul(w2, active.reshape(w2.shape[1], -1)).reshape(queries, memory)
-        p = torch.softmax(negative + mask, dim=1)
+        p = torch.softmax(negative + rows_mask, dim=1)
         q = torch.softmax(negative, dim=0)
         s = torch.sum(p * some_cost, dim=1, keepdim=True)
         r = torch.sum(q * some_cost, dim=0, keepdim=True)
@@ -166,8 +191,8 @@ class PairStep(nn.Module):
         g_w2 = -torch.matmul(active.reshape(w2.shape[1], -1), g.reshape(-1, 1)).T
         d_pre = -g[None] * w2[0, :, None, None] * (pre > 0).to(g.dtype)
         by_query, by_memory = torch.sum(d_pre, dim=2), torch.sum(d_pre, dim=1)
-        g_w1 = torch.matmul(by_query, some_r * some_r) + torch.matmul(by_memory, bank_r * bank_r)
-        g_w1 = g_w1 - 2.0 * torch.sum(torch.matmul(d_pre, bank_r) * some_r[None], dim=1)
+        g_w1 = torch.matmul(by_query, some_r * some_r) + torch.matmul(by_memory, rows_r * rows_r)
+        g_w1 = g_w1 - 2.0 * torch.sum(torch.matmul(d_pre, rows_r) * some_r[None], dim=1)
         g_b1 = torch.sum(by_query, dim=1)
         return (*adam_update((w1, b1, w2), (g_w1, g_b1, g_w2), moments, adam), loss.reshape(1))
 
