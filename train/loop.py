@@ -94,7 +94,7 @@ class _Trainer:
     ):
         self.model, self.data, self.device, self.log, self.resume = model, data, device, log, resume
         self.progress = progress and distributed.is_main()
-        self.schedule = model.config.schedule
+        self.schedule = bounded(model.config.schedule, len(data))
         self.step = 0
         self.seconds = 0.0
         self.last: dict[str, float] = {}
@@ -211,6 +211,14 @@ class _Trainer:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.scaler.load_state_dict(state["scaler"])
+
+
+def bounded(schedule: Schedule, images: int) -> Schedule:
+    """The schedule with the steps that `max_epochs` allows for this many training images."""
+    if schedule.max_epochs is None:
+        return schedule
+    most = math.ceil(schedule.max_epochs * images / (schedule.batch * distributed.world()))
+    return schedule.model_copy(update={"steps": min(schedule.steps, most)})
 
 
 def lr_factor(schedule: Schedule, step: int, seconds: float) -> float:

@@ -52,6 +52,9 @@ class Schedule(Config):
     amp: str = Field(default="auto", description="auto | off | bf16 | fp16 autocast of the training step")
     ema: float | None = Field(default=None, description="Decay of a weight average used for evaluation and export")
     max_seconds: float | None = Field(default=None, description="Stop early after this much training time")
+    max_epochs: float | None = Field(
+        default=None, gt=0, description="Fewer steps where the training set is small: at most this many passes over it"
+    )
 
     @field_validator("amp", mode="before")
     @classmethod
