@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 from numpy.typing import NDArray
 
+from . import heatmap
 from .lineconfig import EvidenceConfig
 from .regions import Box
 from .types import Verdict
@@ -35,20 +35,11 @@ class _Job:
 
 
 def overlay(image: Array, anomaly_map: Array, box: Box, threshold: float | None) -> Array:
-    """The picture with the map over its region of interest, red where it is highest; uint8 [h, w, 3] RGB.
-
-    The map's colours run from its minimum to its maximum, or to twice `threshold` where that is higher, so that an
-    unremarkable part does not glow.
-    """
+    """The picture with the map over its region of interest, hot above the pixel threshold; uint8 [h, w, 3] RGB."""
     x, y, width, height = box
-    low = float(anomaly_map.min())
-    high = max(float(anomaly_map.max()), low + 1e-12, 2 * threshold if threshold is not None else low)
-    scaled = ((anomaly_map - low) / (high - low) * 255).clip(0, 255).astype(np.uint8)
-    level = cv2.resize(scaled, (width, height), interpolation=cv2.INTER_LINEAR)
-    colors = cv2.cvtColor(cv2.applyColorMap(level, cv2.COLORMAP_TURBO), cv2.COLOR_BGR2RGB)
     drawn = image.copy()
     area = drawn[y : y + height, x : x + width]
-    area[:] = cv2.addWeighted(area, 0.6, colors, 0.4, 0)
+    area[:] = heatmap.overlay(area, anomaly_map, *heatmap.scale(anomaly_map, threshold))
     return drawn
 
 

@@ -9,26 +9,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from ..heatmap import overlay
+
 SIDE = 256
-
-
-def overlay(image: NDArray[Any], score_map: NDArray[Any], low: float, high: float) -> NDArray[Any]:
-    """Blend an anomaly map over an image.
-
-    Args:
-        image: uint8 [h, w, 3] RGB.
-        score_map: float [h', w'], any resolution.
-        low: map value shown as transparent (typical of good parts).
-        high: map value shown as fully hot.
-
-    Returns:
-        uint8 [h, w, 3] RGB. Values at or below `low` leave the image as it is, so that heat always means evidence.
-    """
-    heat = cv2.resize(np.asarray(score_map, np.float32), image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-    heat = np.clip((heat - low) / max(high - low, 1e-12), 0, 1)
-    colours = cv2.applyColorMap((heat * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)[:, :, ::-1]
-    alpha = (0.8 * heat**0.8)[..., None]
-    return np.asarray(image * (1 - alpha) + colours * alpha, np.uint8)
 
 
 def data_uri(image: NDArray[Any], side: int = SIDE, quality: int = 82) -> str:
