@@ -49,6 +49,8 @@ def small_model(kind: str = "flat", prediction: str = "v") -> Vpdm:
     model = Vpdm(config, ("a", "b")).eval()
     model.prototypes.data.normal_()
     model.standardize.mean.normal_()
+    model.scoring.mean.normal_()
+    model.scoring.spread.uniform_(0.5, 2)
     model.standardize.std.uniform_(0.5, 2)
     for parameter in model.denoiser.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)

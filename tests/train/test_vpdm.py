@@ -12,11 +12,11 @@ import ot
 import pytest
 import torch
 import yaml
-from andon.runtime.errors import ConfigError
+from andon.runtime.errors import CalibrationError, ConfigError
 from andon.train.method import Batch
 from andon.train.methods.vpdm.config import DenoiserConfig, VpdmConfig
 from andon.train.methods.vpdm.denoiser import FlatDenoiser, UNet
-from andon.train.methods.vpdm.model import Update, Vpdm, prediction_target, roll
+from andon.train.methods.vpdm.model import ResidualScore, Update, Vpdm, prediction_target, roll
 from andon.train.methods.vpdm.prototypes import initial_prototypes, rms_distance, sinkhorn, temperature_for
 from andon.train.methods.vpdm.samplers import NoiseSchedule, Sampler, coefficients, find_sampler, samplers
 from torch import Tensor
@@ -373,6 +373,31 @@ def test_score_of_a_frame_is_its_own() -> None:
         alone = model(images[1:2], torch.tensor([0])).score
     torch.testing.assert_close(alone, together[1:2], rtol=1e-4, atol=1e-5)
     assert together.std() > 0
+
+
+def test_calibration_by_position() -> None:
+    """Held-out images come out with mean 0 and deviation 1 at each position, the less so the more the prior counts."""
+    scoring = ResidualScore(small_config())
+    usual = torch.linspace(1, 5, 16).reshape(1, 1, 4, 4)
+    norms = usual * (1 + 0.2 * torch.randn(200, 1, 4, 4))
+    scoring.calibrate(norms, prior=1e-9)
+    z = (norms - scoring.mean) / scoring.spread
+    torch.testing.assert_close(z.mean(0), torch.zeros(1, 4, 4), rtol=0, atol=1e-5)
+    torch.testing.assert_close(z.std(0, correction=0), torch.ones(1, 4, 4))
+    scoring.calibrate(norms, prior=1e9)
+    torch.testing.assert_close(scoring.mean, norms.mean().expand(1, 1, 4, 4))
+    torch.testing.assert_close(scoring.spread, norms.std(correction=0).expand(1, 1, 4, 4))
+
+
+def test_finalize_calibrates_when_asked() -> None:
+    for asked in (False, True):
+        model = Vpdm(small_config(score={"space": "std", "mode": "max", "by_position": asked}), ("a",))
+        data = feature_data(model, 12)
+        model.prepare(data)
+        model.finalize(data)
+        assert bool((model.scoring.mean != 0).all()) == asked
+    with pytest.raises(CalibrationError, match="held-out"):
+        model.finalize(Data({"features": data.features["features"][:0]}, data.class_ids[:0]))
 
 
 @pytest.mark.slow

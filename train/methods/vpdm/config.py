@@ -68,6 +68,12 @@ class ScoreConfig(Config):
     space: Literal["raw", "std"] = Field(default="raw", description="Residual in feature units, or standardised")
     mode: ScoreMode = Field(default="pool", description="Image score from the map")
     sigma: float = Field(default=0.0, ge=0, description="Gaussian blur of the map, in pixels")
+    by_position: bool = Field(
+        default=False,
+        description="Residuals in standard deviations of held-out good images at that position (not in the paper); "
+        "measured with the default sampler",
+    )
+    prior: float = Field(default=10.0, gt=0, description="by_position: images that all positions together count for")
 
 
 class VpdmConfig(MethodConfig):
@@ -85,6 +91,8 @@ class VpdmConfig(MethodConfig):
     def _check(self) -> VpdmConfig:
         if self.features.grid % self.prototypes.grid:
             raise ValueError("features.grid must be a multiple of prototypes.grid")
+        if self.score.by_position and self.holdout == 0:
+            raise ValueError("score.by_position needs held-out images: holdout must be above 0")
         depth = len(self.denoiser.multipliers) - 1
         if self.denoiser.kind == "unet" and self.features.grid % 2**depth:
             raise ValueError(f"features.grid must be divisible by {2**depth} for a U-Net of {depth + 1} levels")

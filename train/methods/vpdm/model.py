@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ....runtime.errors import CalibrationError
 from ....runtime.manifest import Preprocess
 from ...align import AlignedFeatures, Standardize
 from ...method import AnomalyModel, Batch, Scores, TrainingData
@@ -85,21 +86,39 @@ def roll(noise: Tensor) -> Tensor:
 class ResidualScore(nn.Module):
     """x0, yhat, u0 [B, C, g, g] -> map [B, 1, S, S] and score [B]: norm over channels of what was not restored.
 
-    std: [1, C, 1, 1], weighs channels by their feature units when `score.space` is raw.
+    std: [1, C, 1, 1] weighs channels by their feature units when `score.space` is raw. mean, spread: [1, 1, g, g], what
+    the norm is on good images by position; 0 and 1 unless calibrated.
     """
+
+    mean: Tensor
+    spread: Tensor
 
     def __init__(self, config: VpdmConfig) -> None:
         super().__init__()
-        s = config.score
+        s, grid = config.score, config.features.grid
         self.raw = s.space == "raw"
-        self.map = ScoreMap(config.features.grid, config.size, align_corners=False, sigma=s.sigma, mode=s.mode)
+        self.map = ScoreMap(grid, config.size, align_corners=False, sigma=s.sigma, mode=s.mode)
+        self.register_buffer("mean", torch.zeros(1, 1, grid, grid))
+        self.register_buffer("spread", torch.ones(1, 1, grid, grid))
 
-    def forward(self, x0: Tensor, yhat: Tensor, u0: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    def norm(self, x0: Tensor, yhat: Tensor, u0: Tensor, std: Tensor) -> Tensor:
+        """[B, 1, g, g]."""
         residual = x0 - yhat - u0
         if self.raw:
             residual = residual * std
-        map_, score = self.map((residual * residual).sum(1, keepdim=True).sqrt())
+        return (residual * residual).sum(1, keepdim=True).sqrt()
+
+    def forward(self, x0: Tensor, yhat: Tensor, u0: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        map_, score = self.map((self.norm(x0, yhat, u0, std) - self.mean) / self.spread)
         return map_, score
+
+    def calibrate(self, norms: Tensor, prior: float) -> None:
+        """Set mean and spread from good images [n, 1, g, g]; all positions together count for `prior` more images."""
+        n = len(norms)
+        mean = norms.mean(0, keepdim=True)
+        squares = (norms - mean).square().sum(0, keepdim=True)
+        self.mean.copy_((n * mean + prior * norms.mean()) / (n + prior))
+        self.spread.copy_(((squares + prior * norms.var(correction=0)) / (n + prior)).sqrt().clamp_min(1e-6))
 
 
 class Vpdm(AnomalyModel):
@@ -194,6 +213,28 @@ class Vpdm(AnomalyModel):
             square = (self.prototypes * self.prototypes).sum(1)
             distance = rms_distance(rows.to(square.device), self.prototypes, square)
             self.temperature.fill_(temperature_for(distance, p.perplexity))
+
+    @torch.no_grad()
+    def finalize(self, holdout: TrainingData) -> None:
+        """What residual is usual where, from held-out good images of all products, if the configuration asks for it.
+
+        Raises:
+            CalibrationError: there are no held-out images.
+        """
+        if not self.config.score.by_position:
+            return
+        sampler, std, norms = find_sampler(self.config, self.config.sampler), self.standardize.std, []
+        for batch in holdout.batches(16):
+            x0, yhat, _ = self.conditioned(batch.features[_FEATURE].to(std.device))
+            norms.append(self.scoring.norm(x0, yhat, self.restored(x0, yhat, sampler), std))
+        if not any(len(n) for n in norms):
+            raise CalibrationError(
+                "no held-out good image to calibrate on",
+                found=0,
+                expected="at least one",
+                next_step="raise `holdout` or set score.by_position=false",
+            )
+        self.scoring.calibrate(torch.cat(norms), self.config.score.prior)
 
     def _rows(self, data: TrainingData) -> Iterator[Tensor]:
         for batch in data.batches(64):
