@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 #: name -> (module with `configure(parser)` and `main(args) -> dict`, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -26,10 +26,23 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
+class _UsageError(Exception):
+    """Wrong usage, already explained on stderr."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Leaves the exit to :func:`main`, which says wrong usage in JSON, too, where that was asked for."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise _UsageError(message)
+
+
 def _parser(selected: str | None) -> argparse.ArgumentParser:
     from . import __version__
 
-    parser = argparse.ArgumentParser(prog="andon", description="Visual anomaly detection for the factory line.")
+    parser = _Parser(prog="andon", description="Visual anomaly detection for the factory line.")
     parser.add_argument("--version", action="version", version=f"andon {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, help_line) in COMMANDS.items():
@@ -44,23 +57,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Exit code 0 only on success, 1 on a refusal or failed gate, 2 on wrong usage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     selected = next((a for a in arguments if not a.startswith("-")), None)
-    parser = _parser(selected)
-    args = parser.parse_args(arguments)
+    as_json = "--json" in arguments
     from .runtime.errors import AndonError
 
     try:
+        args = _parser(selected).parse_args(arguments)
         result: dict[str, Any] = import_module(COMMANDS[args.command][0]).main(args)
+    except _UsageError as error:
+        help_of = f"andon {selected} --help" if selected in COMMANDS else "andon --help"
+        return _failed(2, as_json, str(error), next_step=help_of)
     except AndonError as error:
-        print(f"andon {args.command}: {error}", file=sys.stderr)
-        if args.json:
-            print(json.dumps({"ok": False, "error": error.what, "found": str(error.found), "next": error.next_step}))
-        return 1
+        print(f"andon {selected}: {error}", file=sys.stderr)
+        return _failed(1, as_json, error.what, error.found, error.expected, error.next_step)
+    except OSError as error:  # a full disk, a folder without permission: the operator's to mend, not a traceback's
+        refusal = AndonError("the operating system refuses", found=error, next_step="check path, permissions and space")
+        print(f"andon {selected}: {refusal}", file=sys.stderr)
+        return _failed(1, as_json, refusal.what, error, None, refusal.next_step)
     except KeyboardInterrupt:
-        print(f"andon {args.command}: interrupted", file=sys.stderr)
-        return 130
-    if args.json:
+        print(f"andon {selected}: interrupted", file=sys.stderr)
+        return _failed(130, as_json, "interrupted")
+    if as_json:
         print(json.dumps(result, default=str, allow_nan=False))
     return 0 if result.get("ok", True) else 1
+
+
+def _failed(
+    code: int, as_json: bool, what: str, found: object = None, expected: object = None, next_step: str | None = None
+) -> int:
+    """Print a failure as the JSON object that was asked for; the exit code."""
+    if as_json:
+        said = {"found": found, "expected": expected, "next": next_step}
+        print(json.dumps({"ok": False, "error": what, **{k: None if v is None else str(v) for k, v in said.items()}}))
+    return code
 
 
 if __name__ == "__main__":

@@ -27,13 +27,18 @@ def load(path: Path, model: type[M]) -> M:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: the configuration cannot be read", found=error) from error
+        raise ConfigError(
+            f"{path}: the configuration cannot be read",
+            found=getattr(error, "strerror", None) or error,
+            expected="a YAML file",
+            next_step="check the path; configs/ holds examples",
+        ) from error
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         lines = dict(_positions(root, (), path))
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML", found=error) from error
+        raise ConfigError(f"{path}: not YAML", found=error, next_step=f"mend {path} at the line named") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: the configuration is empty", found=type(data).__name__, expected="keys and values")
     try:

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import nn
 
 from .. import __version__
 from ..runtime.dataset import Dataset, Sample, open_dataset, split_readable
-from ..runtime.errors import ConfigError
+from ..runtime.errors import ConfigError, SourceError
 from ..runtime.quality import Metrics, mean_metrics, table
 from . import distributed
 from .backbones import backbones_in
@@ -119,6 +120,7 @@ def train(request: Request) -> dict[str, Any]:
     device = _device(request.device)
     data = open_dataset(request.data).select(products=request.products)
     kept, skipped = split_readable(data.samples, request.on_corrupt)
+    _check_masks(kept)
     fitting, holdout = split_holdout([s for s in kept if s.split == "train" and s.good], config.holdout)
     _say(f"{request.method}, preset {config.preset or 'unnamed'}, seed {config.seed}, on {_where(device)} -> {folder}")
     _say(data.describe())
@@ -151,17 +153,47 @@ def train(request: Request) -> dict[str, Any]:
         _say("no image held out: calibration constants keep their defaults")
     _say(f"{fitted.steps} steps in {fitted.seconds:.0f} s" + (" (time limit)" if fitted.stopped_early else ""))
 
-    tests = [s for s in kept if s.split == "test"]
-    metrics = evaluate(model, tests, device) if request.evaluate and tests else {}
+    # Weights first: a test image that cannot be read must not cost the training.
     _write(folder, model, request, data, fitted, [s.key for s in holdout], len(fitting), [s.key for s in skipped])
-    summary = _metrics(metrics, fitted, model)
-    save_json(folder / METRICS, summary)
     resume.remove()
     (folder / _REQUEST).unlink()
+    print(f"checkpoint {folder}")
+    tests = [s for s in kept if s.split == "test"]
+    metrics = evaluate(model, tests, device) if request.evaluate and tests else {}
+    summary = _metrics(metrics, fitted, model)
+    save_json(folder / METRICS, summary)
     if metrics:
         print(table(metrics))
-    print(f"checkpoint {folder}\nnext: andon export --method {config.method}")
+    print(f"next: andon export --method {config.method}")
     return {"ok": True, "checkpoint": str(folder), **summary}
+
+
+def _check_masks(samples: Sequence[Sample]) -> None:
+    """Refuse a mask of another size before the training, not minutes later; only the files' heads are read.
+
+    Raises:
+        SourceError: naming the mask.
+    """
+    for sample in samples:
+        if sample.mask_path is None:
+            continue
+        try:
+            with Image.open(sample.path) as image, Image.open(sample.mask_path) as mask:
+                found, expected = mask.size, image.size
+        except OSError as error:
+            raise SourceError(
+                f"cannot decode {sample.path} or its mask",
+                found=error,
+                expected="intact image files",
+                next_step="replace or remove the files, or train with --on-corrupt skip",
+            ) from error
+        if sorted(found) != sorted(expected):  # sorted: a camera may have noted that the picture is to be turned
+            raise SourceError(
+                f"mask {sample.mask_path} is not of its image's size",
+                found=f"{found[0]}x{found[1]}",
+                expected=f"{expected[0]}x{expected[1]}",
+                next_step="export the mask at the image's resolution",
+            )
 
 
 def split_holdout(samples: Sequence[Sample], share: float) -> tuple[list[Sample], list[Sample]]:

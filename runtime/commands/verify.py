@@ -61,7 +61,7 @@ def _table(checks: dict[str, list[Check]]) -> str:
     for variant, group in checks.items():
         width = max(len(check.subject) for check in group)
         for check in group:
-            limit = "" if check.limit is None else f"limit {check.limit:g}"
+            limit = "" if check.limit is None else f"limit {check.limit:.3g}"
             verdict = "ok" if check.ok else "FAILED"
             lines.append(
                 f"{variant}  {check.subject:<{width}}  {check.what:<27}  {check.value:<10.3g}  {limit:<13}  {verdict}"

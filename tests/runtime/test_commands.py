@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 from andon.cli import main
 from andon.runtime.bundle import Bundle
+from andon.runtime.engine.onnxruntime import OnnxRuntimeBackend
+from andon.runtime.program import Program
+from andon.runtime.replay import replay_gate
 
 from .conftest import ENCODE, SCORE  # type: ignore[import-not-found]
 
@@ -109,7 +112,13 @@ def test_calibrate_refuses_before_it_works_and_says_how_many_images_it_takes(
     root = make_bundle(report={"holdout": held()})
     code, result, text = run(capsys, "calibrate", "--bundle", root, "--data", data, *ENGINE)
     assert code == 1 and "too few good images for a false-alarm rate of 0.01" in text and "at least 99" in text
-    assert result == {"ok": False, "error": result["error"], "found": "19 images", "next": result["next"]}
+    assert result == {
+        "ok": False,
+        "error": result["error"],
+        "found": "19 images",
+        "expected": "at least 99",
+        "next": result["next"],
+    }
     assert Bundle.load(root).threshold("a") is None
     (data / "a/train/good/000.png").unlink()
     code, _, text = run(capsys, "calibrate", "--bundle", root, "--data", data, *ENGINE)
@@ -184,6 +193,22 @@ def test_verify_replays_golden_set_and_gate(make_bundle: MakeBundle, capsys: pyt
         code, result, text = run(capsys, "verify", "--bundle", make_bundle(npz=npz), *ENGINE)
         assert code == 1 and not result["ok"] and "NOT verified" in text
         assert [check["subject"] for check in result["checks"]["fp32"] if not check["ok"]] == [subject]
+
+
+@pytest.mark.parametrize("worse", [False, True], ids=["a near tie", "a worse engine"])
+def test_a_pair_that_rounding_swaps_is_no_lost_auroc(make_bundle: MakeBundle, worse: bool) -> None:
+    """One pair of 400 weighs 0.0025, more than FP16's limit of 0.002: that alone must not fail a device."""
+    good, bad = [*range(10, 29), 60], [61, *range(80, 99)]
+    npz = gate([*good, *bad], 0.5) | {"labels": np.repeat(np.array([0, 1], np.int32), 20)}
+    order = np.arange(40)
+    order[[19, 20]] = 20, 19
+    npz["frames"] = npz["frames"][order[::-1] if worse else order]  # beside the scores of the export
+    path = make_bundle(npz={"golden/gate.npz": npz})
+    with Bundle.load(path) as bundle, OnnxRuntimeBackend(threads=1) as backend, Program(bundle, backend) as program:
+        program.variant = "fp16"
+        found = {check.subject: check for check in replay_gate(program)}["a"]
+    assert found.ok is not worse, found
+    assert worse or found.value == pytest.approx(1 / 400)
 
 
 def test_verify_without_a_golden_set_is_refused(make_bundle: MakeBundle, capsys: pytest.CaptureFixture[str]) -> None:

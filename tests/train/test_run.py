@@ -6,6 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from andon.cli import main
@@ -209,6 +211,29 @@ def test_corrupt_image_stops_or_is_skipped_and_recorded(
     assert any("skipped 1 undecodable" in line for line in out)
     assert read_provenance(tmp_path / "b").skipped == ("grid/train/good/004.png",)
     assert json.loads(out[-1])["ok"] is True and "next: andon export --method hvq" in out
+
+
+def test_mask_of_another_size_is_refused_before_the_training(
+    synthetic_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(synthetic_data / "grid", data / "grid")
+    mask = data / "grid" / "ground_truth" / "patch" / "002_mask.png"
+    assert cv2.imwrite(str(mask), np.zeros((48, 40), np.uint8))
+    monkeypatch.setattr(run, "fit", lambda *a, **k: pytest.fail("it has trained"))
+    said = refusal(capsys, "--method", "hvq", "--data", str(data), "--out", str(tmp_path / "run"), *SETS)
+    assert str(mask) in said and "40x48" in said and "96x96" in said
+
+
+def test_unreadable_test_image_does_not_cost_the_training(
+    synthetic_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(synthetic_data / "grid", data / "grid")
+    broken = data / "grid" / "test" / "good" / "003.png"
+    broken.write_bytes(broken.read_bytes()[:300])
+    assert str(broken) in refusal(capsys, "--method", "hvq", "--data", str(data), "--out", str(out), *SETS)
+    assert load_checkpoint(out).config.method == "hvq"
 
 
 def test_interrupt_says_how_to_go_on(

@@ -1,0 +1,57 @@
+"""What holds for every command: help without the workstation's libraries, and refusals as exit code and JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from andon import cli
+
+
+def last_line(text: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(text.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_imports_no_heavy_library(command: str) -> None:
+    code = (
+        "import sys\nfrom andon import cli\n"
+        "try: cli.main([sys.argv[1], '--help'])\n"
+        "except SystemExit as e: assert e.code == 0\n"
+        "heavy = {'torch', 'torchvision', 'timm', 'onnx', 'onnxruntime', 'sklearn', 'scipy', 'matplotlib'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "--json" in done.stdout
+
+
+@pytest.mark.parametrize("command", [*cli.COMMANDS, "nosuch"])
+def test_wrong_usage_is_said_in_json_too(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--nosuch", "--json"]) == 2
+    captured = capsys.readouterr()
+    said = last_line(captured.out)
+    assert said["ok"] is False and said["next"].startswith("andon ") and said["next"].endswith("--help")
+    assert "usage: andon" in captured.err and said["error"] in captured.err
+
+
+def test_a_refusal_has_what_found_expected_and_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", "--config", str(tmp_path / "line.yaml"), "--json"]) == 1
+    said = last_line(capsys.readouterr().out)
+    assert set(said) == {"ok", "error", "found", "expected", "next"} and all(v is not None for v in said.values())
+
+
+def test_the_operating_systems_refusal_is_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("in the way")
+    support = tmp_path / "support" / "part" / "good"
+    support.mkdir(parents=True)
+    arguments = ["train", "--method", "knn", "--data", "elpv", "--out", str(tmp_path / "file" / "run"), "--json"]
+    assert cli.main(arguments) == 1
+    captured = capsys.readouterr()
+    assert last_line(captured.out)["ok"] is False and "Not a directory" in captured.err
