@@ -17,8 +17,9 @@ from ..dataset import open_dataset
 from ..engine.select import open_backend
 from ..enrolment.fewshot import FeatureCache, Steps, draw_support, enroll_draw, frozen
 from ..enrolment.foreground import choose
-from ..enrolment.stream import SETTINGS, Gain, Setting, baseline, plan_stream, run_stream
+from ..enrolment.stream import SETTINGS, Gain, Setting, baseline, plan_stream, run_stream, view_stream
 from ..errors import ConfigError
+from ..report.memory import write_memory_report
 from ..results import merge_results
 from . import options
 
@@ -81,11 +82,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                     records += _draw(cache, args, keys, bar.update)
     records += _means(records)
     _print(records)
+    report = _report(cache, args, products, records) if args.report else None
     target = getattr(args, "results", RESULTS)
     if target.parent.is_dir():
         merge_results(target, records)
         print(f"{len(records)} records merged into {target}")
-    return {"ok": True, "records": records}
+    return {"ok": True, "records": records, "report": None if report is None else str(report)}
 
 
 def _draw(cache: FeatureCache, args: argparse.Namespace, keys: Mapping[str, Any], progress: Any) -> list[Record]:
@@ -111,6 +113,21 @@ def _draw(cache: FeatureCache, args: argparse.Namespace, keys: Mapping[str, Any]
         for setting in chosen:
             records += _online(keys, setting, rate, gains[setting.name])
     return records
+
+
+def _report(cache: FeatureCache, args: argparse.Namespace, products: Iterable[str], records: list[Record]) -> Path:
+    """The memory page: the default rule on draw 0 of every product, and all means."""
+    views = []
+    for product in products:
+        for rate in args.online or (0.1,):
+            support = draw_support(cache, product, args.few_shot[0], 0)
+            memory = enroll_draw(cache, support, choose(args.foreground), 0)
+            plan = plan_stream(cache, product, support, rate, 0, 0)
+            before = baseline(cache, memory, plan, SETTINGS[0].transport, lambda n: None)
+            title = f"{product}, {args.few_shot[0]} shot, {rate:.0%} anomalies, {SETTINGS[0].name}"
+            views.append(view_stream(cache, memory, plan, SETTINGS[0], before, title))
+    fields = ("product", "shots", "method", "setting", "metric", "value", "sd")
+    return write_memory_report(args.report, views, [[r[f] for f in fields] for r in records if r["seed"] is None])
 
 
 def _online(keys: Mapping[str, Any], setting: Setting, rate: float, gains: list[Gain]) -> list[Record]:

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from ...calib.calibrator import Observation, OnlineCalibrator
 from ...calib.distance import nearest
+from ...calib.errors import CalibrationError
 from ...calib.guard import GuardPolicy
 from ...calib.memory import MemoryPolicy
+from ..report.memory import MemoryView
 from .fewshot import FeatureCache, Memory, Progress, rank
 from .transport import score
 
@@ -114,10 +116,27 @@ def baseline(cache: FeatureCache, memory: Memory, plan: Plan, transport: bool, p
     )
 
 
+@dataclass
+class Trace:
+    """What happened along a stream, for the report: per frame score, reason and episodic rows; the calibrator."""
+
+    scores: list[float] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    admitted: list[int] = field(default_factory=list)
+    calibrator: OnlineCalibrator | None = None
+
+
 def run_stream(
-    cache: FeatureCache, memory: Memory, plan: Plan, setting: Setting, before: Baseline, progress: Progress
+    cache: FeatureCache,
+    memory: Memory,
+    plan: Plan,
+    setting: Setting,
+    before: Baseline,
+    progress: Progress,
+    trace: Trace | None = None,
 ) -> Gain:
-    """Teach a fresh calibrator with the stream and measure what it changed."""
+    """Teach a fresh calibrator with the stream and measure what it changed; `trace` is filled if given."""
     calibrator = _calibrator(memory, setting)
     scores = np.empty(len(plan.stream))
     inserted = wrong = admitted = 0
@@ -127,11 +146,19 @@ def run_stream(
         scores[position] = seen.score
         if setting.literal:
             scores[position] = _observe(cache, memory, calibrator.memory.rows, int(index), setting.transport).score
+        if trace is not None:
+            trace.scores.append(float(scores[position]))
+            trace.reasons.append(outcome.decision.reason)
+            trace.rows.append(calibrator.memory.length)
         if outcome.change is not None:
+            if trace is not None:
+                trace.admitted.append(position)
             admitted += 1
             inserted += outcome.change.added
             wrong += outcome.change.added * int(plan.anomalous[position])
         progress(1)
+    if trace is not None:
+        trace.calibrator = calibrator
     held = np.array([not cache.dataset.samples[i].good for i in plan.held_out])
     after = _image_scores(cache, memory, calibrator.memory.rows, plan.held_out, setting.transport, progress)
     return Gain(
@@ -141,6 +168,37 @@ def run_stream(
         rank(plan.anomalous, scores),
         wrong / inserted if inserted else 0.0,
         admitted / len(plan.stream),
+    )
+
+
+def view_stream(
+    cache: FeatureCache, memory: Memory, plan: Plan, setting: Setting, before: Baseline, title: str
+) -> MemoryView:
+    """One stream as the report shows it."""
+    trace = Trace()
+    gain = run_stream(cache, memory, plan, setting, before, lambda n: None, trace)
+    if trace.calibrator is None:
+        raise CalibrationError("the stream has no frame", found=len(plan.stream), expected="at least one")
+    held = trace.calibrator.memory
+    wrong = plan.anomalous[np.array(trace.admitted, int)] if trace.admitted else np.zeros(0, bool)
+    level = [float(np.median(nearest(cache[int(i)] - memory.center, memory.rows)[0])) for i in plan.stream]
+    return MemoryView(
+        title,
+        memory.rows,
+        held.episodic,
+        wrong[held.origin[: held.length] - 1] if len(wrong) else np.zeros(0, bool),
+        before.stream,
+        np.array(trace.scores),
+        plan.anomalous,
+        np.array(level),
+        np.array(trace.rows),
+        trace.reasons,
+        {
+            "image AUROC, memory as enrolled": gain.frozen,
+            "image AUROC, calibrated": gain.online,
+            "inserted rows from anomalous frames": gain.bad,
+            "frames that taught": gain.admitted,
+        },
     )
 
 
