@@ -251,6 +251,8 @@ class LineApp:
             finally:
                 self._stop_line()
                 self.delivery.stop()
+                if self.broker is not None and (waiting := self.outbox.stats().messages):
+                    log.warning("%d messages wait in the outbox; they are delivered after the next start", waiting)
         finally:
             self._stop_line()
         if self.worker.failure is not None:

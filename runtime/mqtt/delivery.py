@@ -113,6 +113,7 @@ class Delivery:
         self._count = 0
         self._count_lock = threading.Lock()
         self._publishers: dict[str, Publisher] = {}
+        self._last: dict[str, LinkState] = {}
         self._dropped = 0
         self._set_aside: str | None = None
         self._loss = (-_LOSS_SHOWN, "")
@@ -146,6 +147,7 @@ class Delivery:
         if self._commands is not None:
             self._commands.stop()
         self._outbox.wait(self._outbox.next_key - 1, drain)
+        self._last = {camera: publisher.state for camera, publisher in self._publishers.items()}
         stoppers = [threading.Thread(target=each.stop, args=(drain,)) for each in self._publishers.values()]
         for thread in stoppers:
             thread.start()
@@ -194,8 +196,8 @@ class Delivery:
                 publisher.announce()
 
     def health(self) -> DeliveryHealth:
-        """How delivery stands."""
-        links = {camera: publisher.state for camera, publisher in self._publishers.items()}
+        """How delivery stands; after the end, how the connections were when it came."""
+        links = {camera: publisher.state for camera, publisher in self._publishers.items()} or self._last
         stats = self._outbox.stats()
         now = time.monotonic()
         if stats.dropped > self._dropped:

@@ -116,6 +116,7 @@ def test_without_a_broker_the_run_goes_on_and_the_verdicts_come_later(
     line = make_line(cameras, bundle=str(bundle), broker={"host": "127.0.0.1", "port": 1})
     summary, log = finish(andon_run(line, "--until-end"))
     assert summary["delivery"]["outbox"]["messages"] >= 3 and "nothing listens there" in log
+    assert summary["delivery"]["connected"] is False and "messages wait in the outbox; they are delivered" in log
     finish(andon_run(line, "--until-end", "--broker", f"127.0.0.1:{broker.port}"))
     verdicts = consumer.wait_for("verdict", 6)
     assert [verdict["replayed"] for verdict in verdicts[:3]] == [True] * 3
