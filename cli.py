@@ -24,6 +24,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("andon.runtime.commands.doctor", "say what this machine can do, what is missing and how to get it"),
     "watch": ("andon.runtime.commands.watch", "print verdicts, alarms and status as they arrive over MQTT"),
 }
+#: Packages that a device does without (the extra `workstation`)
+WORKSTATION = ("torch", "torchvision", "timm", "onnx", "onnxslim", "safetensors", "PIL", "matplotlib")
 
 
 class _UsageError(Exception):
@@ -73,6 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         refusal = AndonError("the operating system refuses", found=error, next_step="check path, permissions and space")
         print(f"andon {selected}: {refusal}", file=sys.stderr)
         return _failed(1, as_json, refusal.what, error, None, refusal.next_step)
+    except ModuleNotFoundError as error:
+        if (missing := (error.name or "").partition(".")[0]) not in WORKSTATION:
+            raise
+        print(f"andon {selected}: {missing} is not installed; this command is the workstation's", file=sys.stderr)
+        mend = 'pip install "andon[workstation]", or run it on the workstation and copy the bundle here'
+        print(f"  next:     {mend}", file=sys.stderr)
+        return _failed(1, as_json, f"{missing} is not installed", None, "the workstation's packages", mend)
     except KeyboardInterrupt:
         print(f"andon {selected}: interrupted", file=sys.stderr)
         return _failed(130, as_json, "interrupted")

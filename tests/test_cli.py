@@ -47,10 +47,24 @@ def test_a_refusal_has_what_found_expected_and_next(tmp_path: Path, capsys: pyte
     assert set(said) == {"ok", "error", "found", "expected", "next"} and all(v is not None for v in said.values())
 
 
+@pytest.mark.parametrize("arguments", [["train", "--method", "knn", "--data", "elpv"], ["export", "--method", "knn"]])
+def test_on_a_device_the_workstations_commands_say_what_is_missing(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom andon import cli\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in cli.WORKSTATION:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "sys.exit(cli.main([*sys.argv[1:], '--json']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "andon[workstation]" in last_line(done.stdout)["next"] and "is not installed" in done.stderr
+
+
 def test_the_operating_systems_refusal_is_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("in the way")
-    support = tmp_path / "support" / "part" / "good"
-    support.mkdir(parents=True)
     arguments = ["train", "--method", "knn", "--data", "elpv", "--out", str(tmp_path / "file" / "run"), "--json"]
     assert cli.main(arguments) == 1
     captured = capsys.readouterr()
