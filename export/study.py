@@ -48,15 +48,16 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     for data in args.all:
         for method in methods:
             for seed in range(1 if args.untrained else args.study_seeds):
-                merge_results(args.results, _one(method, data, seed, args))
+                merge_results(args.results, _one(method, data, seed, args, cost=seed == 0 and data == args.all[0]))
     records = load_results(args.results)
     page = write_page(records, args.results.with_suffix(".md"))
     print(f"{len(records)} records in {args.results}, page {page}")
     return {"ok": True, "records": len(records), "page": str(page)}
 
 
-def _one(method: str, data: str, seed: int, args: argparse.Namespace) -> Iterator[Record]:
-    """Records of one run: quality of the torch model; for seed 0 also cost and quality of the engines."""
+def _one(method: str, data: str, seed: int, args: argparse.Namespace, *, cost: bool) -> Iterator[Record]:
+    """Records of one run: quality of the torch model, and what a frame costs the engines if asked (it is the same
+    for every set and seed)."""
     name = data if data == "elpv" else Path(data).resolve().name
     shown = data if data == "elpv" else f"$ANDON_DATA/{name}"
     options = ["--set", "backbone.weights=random:0"] if args.untrained else []
@@ -64,12 +65,14 @@ def _one(method: str, data: str, seed: int, args: argparse.Namespace) -> Iterato
     out = args.runs / f"{method}-{name}-{seed}{'-untrained' if args.untrained else ''}"
     command = ["train", "--method", method, "--data", data, "--seed", str(seed), *options]
     if not (out / "metrics.json").is_file():
+        if args.no_train:
+            return
         _andon([*command, "--out", str(out)])
     text = " ".join(["andon", *command]).replace(data, shown)
     base = {"method": method, "set": name, "shots": None, "seed": seed, **setting}
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))["products"]
     yield from _quality(metrics, {**base, "command": text})
-    if seed == 0 and not args.untrained:
+    if cost and not args.untrained:
         yield from _engines(
             method, data, out, {**base, "command": f"{text}; andon export --method {method}; andon bench"}
         )
