@@ -99,6 +99,7 @@ class LineWorker:
         try:
             return future.result(CALL_TIMEOUT)
         except FutureTimeout as error:
+            future.cancel()  # what was refused must not happen later
             raise EngineError(f"the line did not get to it within {CALL_TIMEOUT:g} s", found="a busy engine") from error
 
     def post(self, function: Callable[[], T]) -> Future[T]:
@@ -118,7 +119,7 @@ class LineWorker:
         Nothing is judged meanwhile, on TensorRT for minutes. If it fails the line ends with that failure.
         """
         self.judge = self.memory = None
-        self._close()
+        self._shut()
         self._open_engines(rebuild=True)
 
     def alarm(self, camera: str, events: Iterable[AlarmEvent]) -> None:
@@ -145,7 +146,7 @@ class LineWorker:
             self.failure = EngineError(f"the line's thread failed: {type(error).__name__}", found=error)
         finally:
             self._refuse_calls()
-            self._close()
+            self._shut()
             self._on_finished()
 
     def _open_engines(self, rebuild: bool) -> None:
@@ -156,6 +157,16 @@ class LineWorker:
         except Exception as error:
             log.exception("the engines cannot be opened")
             self.failure = EngineError(f"the engines cannot be opened: {type(error).__name__}", found=error)
+
+    def _shut(self) -> None:
+        """Close memory and engines. What cannot be written then is the run's failure, and the line still ends."""
+        try:
+            self._close()
+        except AndonError as error:
+            self.failure = self.failure or error
+        except Exception as error:
+            log.exception("memory or engines cannot be closed")
+            self.failure = self.failure or EngineError(f"they cannot be closed: {type(error).__name__}", found=error)
 
     def _serve(self) -> None:
         while True:
@@ -221,4 +232,6 @@ class LineWorker:
         with self._closing:
             self._closed = True
         while self._calls:
-            self._calls.popleft()[1].set_exception(EngineError("the line is stopping"))
+            future = self._calls.popleft()[1]
+            if future.set_running_or_notify_cancel():
+                future.set_exception(EngineError("the line is stopping"))
