@@ -40,7 +40,7 @@ class GuardPolicy:
     """
 
     gate: bool = True
-    quantile: float = 0.8
+    quantile: float = 0.5
     window: int = 50
     warmup: int = 10
     local_bound: float = 1.5

@@ -16,7 +16,7 @@ class GuardConfig(Settings):
     """Which frames may teach the memory (calib/guard.py says why)."""
 
     gate: bool = Field(default=True, description="false: the paper's rule, every frame teaches; learns defects")
-    quantile: float = Field(default=0.8, gt=0, le=1, description="A frame teaches if its score is in this lower share")
+    quantile: float = Field(default=0.5, gt=0, le=1, description="A frame teaches if its score is in this lower share")
     window: int = Field(default=50, ge=5, description="Frames the share is taken over, and of the anchors' baseline")
     warmup: int = Field(default=10, ge=1, description="Frames seen before the first may teach")
     local_bound: float = Field(

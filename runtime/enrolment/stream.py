@@ -44,15 +44,15 @@ NEAREST = MemoryPolicy(selection="transport")
 OPEN = GuardPolicy(gate=False)
 #: The default first; then the guard's parts taken away, the paper's choices, and both together.
 SETTINGS = (
-    Setting("farthest, guard q=.8"),
-    Setting("farthest, guard q=.5", guard=GuardPolicy(quantile=0.5)),
-    Setting("farthest, q=.8 without anchors", guard=GuardPolicy(local_bound=1e9, global_bound=1e9)),
+    Setting("farthest, guard q=.5"),
+    Setting("farthest, guard q=.8", guard=GuardPolicy(quantile=0.8)),
+    Setting("farthest, q=.5 without anchors", guard=GuardPolicy(local_bound=1e9, global_bound=1e9)),
     Setting("farthest, gate off", guard=OPEN),
-    Setting("paper's selection L=800, guard q=.8", NEAREST, transport=True),
-    Setting("paper's selection L=100, guard q=.8", PAPER, transport=True),
+    Setting("paper's selection L=800, guard q=.5", NEAREST, transport=True),
+    Setting("paper's selection L=100, guard q=.5", PAPER, transport=True),
     Setting("paper: selection L=100, gate off", PAPER, OPEN, transport=True),
     Setting("paper, scored after the update", PAPER, OPEN, transport=True, literal=True),
-    Setting("foct, farthest, guard q=.8", transport=True),
+    Setting("foct, farthest, guard q=.5", transport=True),
 )
 
 
