@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -40,7 +38,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--online", type=_numbers, metavar="P,P", help="also online calibration, with these shares of anomalies (0.1)"
     )
     group.add_argument(
-        "--settings", choices=("default", "all"), default="default", help="online: the default rule, or the whole table"
+        "--settings",
+        choices=("default", "others", "all"),
+        default="default",
+        help="online: the default rule, the rest of the table, or all of it",
     )
     group.add_argument("--foreground", default="auto", metavar="HOW", help="as in andon enroll (auto)")
 
@@ -71,7 +72,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         with options.progress(len(dataset), "features") as bar:
             cache = FeatureCache(bundle, backend, dataset, bar.update)
     name = "elpv" if args.data == "elpv" else Path(args.data).resolve().name
-    base = {"set": name, "command": shlex.join(["andon", *sys.argv[1:]])}
+    base = {"set": name, "command": _command(args, name)}
     products = args.products or dataset.products
     records: list[Record] = []
     with options.progress(0, "scores") as bar:
@@ -90,6 +91,21 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     return {"ok": True, "records": records, "report": None if report is None else str(report)}
 
 
+def _command(args: argparse.Namespace, data: str) -> str:
+    """The command to measure again with; folders by name only, for the record is read on other machines."""
+    words = ["andon", "eval", "--bundle", "BUNDLE", "--data", data, "--few-shot", _commas(args.few_shot)]
+    words += ["--seeds", str(args.seeds), "--orders", str(args.orders), "--ct-steps", _commas(args.ct_steps)]
+    if args.online:
+        words += ["--online", _commas(args.online), "--settings", args.settings]
+    if args.foreground != "auto":
+        words += ["--foreground", args.foreground]
+    return " ".join(words)
+
+
+def _commas(values: Iterable[float]) -> str:
+    return ",".join(f"{value:g}" for value in values)
+
+
 def _draw(cache: FeatureCache, args: argparse.Namespace, keys: Mapping[str, Any], progress: Any) -> list[Record]:
     """Everything that is measured with one support draw."""
     product, shots, seed = keys["product"], keys["shots"], keys["seed"]
@@ -101,7 +117,7 @@ def _draw(cache: FeatureCache, args: argparse.Namespace, keys: Mapping[str, Any]
         by_setting[method, f"frozen, ct.steps {steps}" if method == "foct" else "frozen"].append(value)
     records = [{**keys, "method": m, "setting": s, "value": _mean(v)} for (m, s), v in by_setting.items()]
     for rate in args.online or ():
-        chosen = SETTINGS if args.settings == "all" else SETTINGS[:1]
+        chosen = {"default": SETTINGS[:1], "others": SETTINGS[1:], "all": SETTINGS}[args.settings]
         gains: dict[str, list[Gain]] = {setting.name: [] for setting in chosen}
         for order in range(args.orders):
             plan = plan_stream(cache, product, support, rate, seed, order)
