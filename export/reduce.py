@@ -26,11 +26,10 @@ CALIBRATION_FRAMES = 32
 SAMPLES = 64
 #: Frames next to the threshold that candidates for a fall-back are ranked on
 RANKING_FRAMES = 24
-#: INT8: error that quantisation may cost a stage's outputs (relative RMS), loosest first, and calls it is measured on
-BUDGETS = (0.08, 0.04, 0.02)
+#: Error that narrow products may cost a stage's outputs (relative RMS), loosest first; None: whatever it is
+BUDGETS: Mapping[Variant, tuple[float | None, ...]] = {"fp16": (None, 0.004, 0.0015), "int8": (0.08, 0.04, 0.02)}
+#: Calls of a stage that the error is measured on
 SENSITIVITY_CALLS = 4
-#: FP16: share of its error that may be left; below 1 the products that cost most per byte stay FP32
-SHARES = (1.0, 0.5, 0.2)
 #: Where the graphs that round on the CPU as a GPU does lie while the bundle is built
 ROUNDED = "rounded"
 
@@ -108,9 +107,8 @@ class Reducer:
         Returns the manifest with the variant, and what happened; its checks may fail even with all fall-backs.
         """
         reduced = Reduced(ranges=dict(self._ranges))
-        for budget in BUDGETS if variant == "int8" else SHARES:
-            what = "error budget" if variant == "int8" else "share of the error left"
-            self._say(f"{variant}: converting, {what} {budget:g}")
+        for budget in BUDGETS[variant]:
+            self._say(f"{variant}: converting" + (f", error budget {budget:g} a stage" if budget else ""))
             stages = dict(manifest.stages)
             for stage in self._staged.stages:
                 stages[stage.name] = self._convert(stage, stages[stage.name], variant, budget, reduced)
@@ -120,7 +118,13 @@ class Reducer:
         return self._fall_back(made, variant, full, threshold, reduced), reduced
 
     def _gate(
-        self, manifest: Manifest, variant: Variant, budget: float, full: Scored, threshold: Array, reduced: Reduced
+        self,
+        manifest: Manifest,
+        variant: Variant,
+        budget: float | None,
+        full: Scored,
+        threshold: Array,
+        reduced: Reduced,
     ) -> bool:
         self._say(f"{variant}: decisions on {len(self._evidence.labelled)} frames")
         reduced.checks = self._judge(manifest, variant, full, threshold)
@@ -143,11 +147,13 @@ class Reducer:
             self._say(f"{variant}: stage {name} falls back to {_precision_of(files[variant])}")
             reduced.fallbacks[name] = reason
             manifest = _with_files(manifest, name, files, variant, reason)
-            if self._gate(manifest, variant, 0.0, full, threshold, reduced):
+            if self._gate(manifest, variant, None, full, threshold, reduced):
                 break
         return manifest
 
-    def _convert(self, stage: StageDef, entry: Stage, variant: Variant, budget: float, reduced: Reduced) -> Stage:
+    def _convert(
+        self, stage: StageDef, entry: Stage, variant: Variant, budget: float | None, reduced: Reduced
+    ) -> Stage:
         """The stage's entry with a file of this variant, which may be a wider one by design."""
         graph = self._graphs[stage.name]
         ranges = self._ranges[stage.name].nodes if stage.name in self._ranges else {}
@@ -161,9 +167,9 @@ class Reducer:
             why = "no program runs this stage, so its ranges are not known"
         if why:
             return _entry(entry, variant, entry.files["fp32"], len(graph.model.graph.node), why)
-        chosen = self._chosen(stage, keep, budget, reduced) if variant == "int8" else []
+        chosen = self._chosen(stage, keep, budget, reduced) if variant == "int8" and budget is not None else []
         half = variant == "int8" and not chosen
-        if variant == "fp16" and budget < 1:
+        if variant == "fp16" and budget is not None:
             keep |= self._widened(stage.name, keep, budget, reduced)
         if half and "fp16" in entry.files:
             why = entry.fallback.get("fp16") or "nothing to quantise here: FP16"
@@ -200,15 +206,15 @@ class Reducer:
         }
         return chosen
 
-    def _widened(self, stage: str, keep: Mapping[str, str], share: float, reduced: Reduced) -> dict[str, str]:
-        """Products that stay FP32 so that only a share of FP16's error is left, and what follows them."""
+    def _widened(self, stage: str, keep: Mapping[str, str], budget: float, reduced: Reduced) -> dict[str, str]:
+        """Products that stay FP32 so that FP16 costs the stage no more than the budget, and what follows them."""
         model = self._graphs[stage].model
         if stage not in self._fp16_errors:
             self._fp16_errors[stage] = fp16_errors(model, keep, self._few(stage))
         errors = self._fp16_errors[stage]
-        narrow = select(model, errors, share * root_sum_square(errors))
+        narrow = select(model, errors, budget)
         wide = {name: f"FP16 alone costs {errors[name]:.1e}" for name in errors if name not in narrow}
-        reduced.widened[stage] = {"share": share, "nodes": wide}
+        reduced.widened[stage] = {"budget": budget, "error": root_sum_square(errors), "nodes": wide}
         return {**wide, **followers(model, {**keep, **wide}, BETWEEN)}
 
     def _few(self, stage: str) -> list[dict[str, Array]]:
