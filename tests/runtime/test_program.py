@@ -5,6 +5,7 @@ from __future__ import annotations
 import tracemalloc
 from itertools import pairwise
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -280,12 +281,13 @@ SUM = """score (float[1,3] p, float[1,3] q, float[1,3] r) => (float[1,1,1,3] map
 CHAINS = [(n, m, crossed) for n in range(5) for m in range(4) for crossed in (False, True) if n or not crossed]
 
 
+@pytest.mark.parametrize("swap_first", [True, False])
 @pytest.mark.parametrize(("first", "second", "crossed"), CHAINS)
 def test_two_loops_in_a_chain_that_persist_each_others_values(
-    tmp_path: Path, first: int, second: int, crossed: bool
+    tmp_path: Path, first: int, second: int, crossed: bool, swap_first: bool
 ) -> None:
-    """Crossed: p starts from x and is kept in y, q the other way round. The second loop starts from x too, after the
-    first has possibly written it: it must see the value from before the frame."""
+    """Crossed: p starts from x and is kept in y, q the other way round. The loop `tail` starts from x too, before or
+    after the other may have written it, and with 0 steps hands it on: the score must see the value from before."""
     kept = {"p": "y", "q": "x"} if crossed else {"p": "x", "q": "y"}
     state = {name: np.full((1, 3), value, np.float32) for name, value in (("x", 0.25), ("y", -0.75))}
     loops: list[dict[str, Any]] = [
@@ -306,7 +308,7 @@ def test_two_loops_in_a_chain_that_persist_each_others_values(
             "tail": (TAIL, {"r": "carry", "h": "encode.u"}),
             "score": (SUM, {"p": "swap.p_next", "q": "swap.q_next", "r": "tail.r_next"}),
         },
-        program=[{"run": "encode"}, *loops, {"run": "score"}],
+        program=[{"run": "encode"}, *(loops if swap_first else loops[::-1]), {"run": "score"}],
         state=state,
     )
     x, y = state["x"], state["y"]
@@ -371,3 +373,35 @@ def test_a_loop_of_0_steps_has_no_outputs_but_its_carries(tmp_path: Path) -> Non
 def test_a_table_must_have_a_row_for_every_step(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="table coef has too few rows"):
         looped(tmp_path / "bundle", 10, persist=False, counter=False, read_old=False)
+
+
+def test_timings_are_of_the_last_frame_alone(tmp_path: Path) -> None:
+    bundle = looped(tmp_path / "bundle", 4, persist=False, counter=False, read_old=False)
+    with OnnxRuntimeBackend(threads=1) as backend, Program(bundle, backend) as program:
+        for _ in range(50):
+            start = perf_counter()
+            program.run(0)
+            wall = (perf_counter() - start) * 1e3
+            assert 0 < sum(program.stage_ms.values()) <= wall
+        assert list(program.stage_ms) == ["encode", "step", "score"]
+
+
+def test_a_classifier_that_needs_to_know_the_class_is_none(tmp_path: Path) -> None:
+    """`auto` runs the steps up to the logits first: a per-class state before them would have to be guessed."""
+    encode = ENCODE.replace("image) =>", "image, float[1,3] w) =>").replace(
+        "u = Mul(m, k)", "mk = Mul(m, k)\n    u = Add(mk, w)"
+    )
+    path = build(
+        tmp_path / "bundle",
+        stages={
+            "encode": (encode, {"image": "frame", "w": "class:w"}),
+            "score": (SCORE, {"u": "encode.u"}),
+        },
+        program=[{"run": "encode"}, {"run": "score"}],
+        state={"w": STATE["w"]},
+        class_bound=("w",),
+    )
+    with OnnxRuntimeBackend(threads=1) as backend, Program(Bundle.load(path), backend) as program:
+        assert program.run(0).logits is None
+        with pytest.raises(ConfigError, match="cannot tell the product by itself"):
+            program.run(None)
