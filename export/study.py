@@ -31,6 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--methods", nargs="+", metavar="NAME", help="only these; default: all that train")
     group.add_argument("--study-seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (default: 3)")
+    group.add_argument("--no-train", action="store_true", help="record the finished runs in --runs, train none")
     group.add_argument(
         "--untrained", action="store_true", help="the control: the same with a random backbone, one seed"
     )
