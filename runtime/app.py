@@ -74,7 +74,7 @@ class LineApp:
         self.state = LineState({name: camera.product for name, camera in cameras.items()})
         self.slots = Slots(
             {
-                name: LanePolicy(camera.drop, camera.queue, camera.trigger is not None and camera.trigger.only)
+                name: LanePolicy(camera.drop_policy, camera.queue, camera.trigger is not None and camera.trigger.only)
                 for name, camera in cameras.items()
             }
         )

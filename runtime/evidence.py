@@ -101,7 +101,7 @@ class EvidenceStore:
                 if broken:
                     log.info("evidence is written again")
                 broken = ""
-            except (OSError, cv2.error) as error:
+            except Exception as error:  # noqa: BLE001 - a picture that cannot be drawn must not end the others
                 self.failed += 1
                 if str(error) != broken:
                     log.error("evidence cannot be written: %s", error)

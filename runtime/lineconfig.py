@@ -168,8 +168,10 @@ class CameraConfig(Settings):
         default=None, description="Region of interest [x, y, width, height] in camera pixels; null: the whole picture"
     )
     max_fps: float | None = Field(default=None, gt=0, description="Frames above this rate are skipped")
-    drop: Literal["latest", "block"] = Field(
-        default="latest", description="latest: newer frames replace waiting ones (counted); block: the source waits"
+    drop: Literal["latest", "block"] | None = Field(
+        default=None,
+        description="latest: newer frames replace waiting ones (counted); block: the source waits; "
+        "null: block for a folder or data set without fps, whose pictures come as fast as they are taken, else latest",
     )
     queue: int = Field(default=1, ge=1, le=64, description="Frames that may wait for judgement")
     stale_after: Seconds | None = Field(
@@ -193,6 +195,13 @@ class CameraConfig(Settings):
         if roi is not None and (min(roi[:2]) < 0 or min(roi[2:]) < 1):
             raise ValueError("x and y are 0 or more, width and height 1 or more")
         return roi
+
+    @property
+    def drop_policy(self) -> Literal["latest", "block"]:
+        """What happens to a frame that finds the queue full."""
+        if self.drop is not None:
+            return self.drop
+        return "block" if isinstance(self.source, PlaybackSource) and self.source.fps is None else "latest"
 
     @property
     def endless(self) -> bool:

@@ -213,9 +213,9 @@ class LineWorker:
             memory.after_frame(judge.detector.program, judgement, frame)
             drift = memory.drift(frame.camera)
             self.alarm(frame.camera, self._boards[frame.camera].condition("drift", drift is not None, drift or ""))
-        except AndonError as error:
+        except Exception as error:  # whatever it is, the next part must be judged
             if str(error) != self._memory_trouble:
-                log.error("memory: %s", error)
+                log.error("memory: %s", error, exc_info=not isinstance(error, AndonError))
             self._memory_trouble = str(error)
 
     def _answer_calls(self) -> None:

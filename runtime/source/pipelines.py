@@ -84,7 +84,7 @@ def camera_source(name: str, camera: CameraConfig, has: Has = has_element) -> Gs
         ConfigError: the password's variable or file is missing.
     """
     source = camera.source
-    keep_all = camera.drop == "block"
+    keep_all = camera.drop_policy == "block"
     if isinstance(source, GstreamerSource):
         return GstreamerCamera(source.pipeline, live=source.live, keep_all=keep_all or not source.live)
     if isinstance(source, PatternSource):

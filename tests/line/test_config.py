@@ -10,7 +10,7 @@ import pytest
 import yaml
 from andon.runtime.configfile import secret
 from andon.runtime.errors import ConfigError
-from andon.runtime.lineconfig import LineConfig, load_line, schema
+from andon.runtime.lineconfig import CameraConfig, LineConfig, load_line, schema
 from jsonschema import Draft202012Validator
 
 ROOT = Path(__file__).parents[2]
@@ -116,3 +116,14 @@ def undescribed(model: Any, at: str = "") -> list[str]:
 
 def test_every_key_is_described() -> None:
     assert undescribed(LineConfig) == []
+
+
+def test_a_folder_waits_for_the_judge_unless_it_has_a_rate() -> None:
+    def policy(**camera: object) -> str:
+        return CameraConfig.model_validate(camera).drop_policy
+
+    folder = {"kind": "folder", "path": "parts"}
+    assert policy(source=folder) == "block"
+    assert policy(source={**folder, "fps": 5}) == "latest"
+    assert policy(source={"kind": "test"}) == "latest"
+    assert policy(source=folder, drop="latest") == "latest"

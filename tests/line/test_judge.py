@@ -304,3 +304,15 @@ def test_the_overlay_touches_only_the_region_of_interest() -> None:
     assert changed[26, 26] and not changed[:16].any() and not changed[48:].any()
     assert not changed[40:48, 40:48].any(), "what is normal is left as the camera saw it"
     assert drawn.shape == image.shape and image.min() == 100
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_end_the_others(
+    make_judge: Callable[..., Judge], tmp_path: Path
+) -> None:
+    bad = make_judge().judge(frame(picture(250)))
+    assert bad.verdict.label == "NG"
+    with EvidenceStore(EvidenceConfig(), tmp_path / "evidence") as store:
+        store.keep(bad.verdict, "no picture at all", bad.scored.map, bad.box, 0.5)  # type: ignore[arg-type]
+        kept = store.keep(bad.verdict, picture(250), bad.scored.map, bad.box, 0.5)
+    assert (store.failed, store.written) == (1, 1)
+    assert kept is not None and Path(kept).is_file()
