@@ -11,6 +11,8 @@ from .trend import trend
 
 #: Rows of the course table.
 ROWS = 12
+#: The slope is shown once more for what comes after this share of the run, when the outage is over as well.
+LATE = 0.6
 
 
 def page(measured: dict[str, Any]) -> str:
@@ -43,10 +45,10 @@ _LABELS = ["OK", "NG", "UNKNOWN"]
 _COURSE = ["minute", "MB", "descriptors", "threads", "outbox", "verdicts", "judging p50, p99 ms", "through p50, p99 ms"]
 
 
-def _steady(measured: dict[str, Any]) -> list[dict[str, Any]]:
-    """Samples after the warm-up."""
+def _after(measured: dict[str, Any], share: float) -> list[dict[str, Any]]:
+    """Samples after that share of the run."""
     samples: list[dict[str, Any]] = measured["samples"]
-    return [sample for sample in samples if sample["at"] >= measured["warm_up"] * measured["minutes"] * 60]
+    return [sample for sample in samples if sample["at"] >= share * measured["minutes"] * 60]
 
 
 def _others(measured: dict[str, Any]) -> str:
@@ -62,19 +64,18 @@ def _others(measured: dict[str, Any]) -> str:
 
 
 def _growth(measured: dict[str, Any]) -> list[list[str]]:
-    steady = _steady(measured)
-    hours = [sample["at"] / 3600 for sample in steady]
-    memory = trend(hours, [sample["rss"] for sample in steady])
+    warm = measured["warm_up"]
+    steady = _after(measured, warm)
     rss = [sample["rss"] for sample in steady]
-    rows = [
-        [
-            "resident memory, slope",
-            f"{memory.slope:+.2f} ± {memory.error:.2f} MB/h",
-            f"least squares over {len(steady)} samples after a warm-up of {measured['warm_up']:.0%}; standard error "
-            "widened for autocorrelation",
-        ],
-        ["resident memory", f"{min(rss):.1f} to {max(rss):.1f} MB", "lowest and highest after the warm-up"],
-    ]
+    rows = []
+    for part, when in (
+        (steady, f"after a warm-up of {warm:.0%}"),
+        (_after(measured, LATE), f"in the last {1 - LATE:.0%}"),
+    ):
+        memory = trend([sample["at"] / 3600 for sample in part], [sample["rss"] for sample in part])
+        how = f"least squares, {len(part)} samples; standard error widened for autocorrelation"
+        rows.append([f"slope of resident memory {when}", f"{memory.slope:+.1f} ± {memory.error:.1f} MB/h", how])
+    rows.append(["resident memory", f"{min(rss):.1f} to {max(rss):.1f} MB", "lowest and highest after the warm-up"])
     for name in ("descriptors", "threads"):
         first, last = (np.median([s[name] for s in part]) for part in (steady[:12], steady[-12:]))
         top = max(sample[name] for sample in steady)
