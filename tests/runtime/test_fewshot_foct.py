@@ -1,0 +1,150 @@
+"""The few-shot evaluation: numpy scores equal the engines', streams are what they say, records are complete."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from andon.calib.guard import GuardPolicy
+from andon.calib.memory import MemoryPolicy
+from andon.cli import main
+from andon.runtime.bundle import Bundle
+from andon.runtime.dataset import open_dataset
+from andon.runtime.engine.select import open_backend
+from andon.runtime.enrolment import fewshot, stream
+from andon.runtime.enrolment.foreground import everything
+from andon.runtime.program import Program
+from andon.runtime.results import load_results
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, synthetic_data):
+    """A small foct bundle on an untrained network, enrolled from the synthetic set, and its folder."""
+    from andon.train.config import default_config
+
+    root = tmp_path_factory.mktemp("fewshot")
+    text = default_config("foct").read_text().replace("size: 224", "size: 64").replace("grid: 28", "grid: 8")
+    text = text.replace("id: tf_efficientnet_lite0", "id: tf_efficientnet_lite0\n  weights: random:0")
+    text = text.replace("alternatives: [0, 5, 100]", "alternatives: [0]").replace("episodic: 800", "episodic: 60")
+    (root / "foct.yaml").write_text(text)
+    support = synthetic_data / "grid" / "train" / "good"
+    arguments = ["--support", str(support), "--shots", "2", "--config", str(root / "foct.yaml"), "--foreground", "all"]
+    assert main(["enroll", "--method", "foct", *arguments, "--out", str(root / "foct")]) == 0
+    return root / "foct"
+
+
+@pytest.fixture(scope="module")
+def cache(small, synthetic_data):
+    with Bundle.load(small) as bundle, open_backend("onnxruntime", threads=1) as backend:
+        yield fewshot.FeatureCache(bundle, backend, open_dataset(synthetic_data))
+
+
+def test_numpy_scores_equal_the_programs(small, cache, synthetic_data, tmp_path):
+    """Enroll a draw as a bundle and judge test images with its engines: 0 and 10 warm CT steps."""
+    from andon.runtime.enrolment.enroll import enroll
+    from andon.runtime.enrolment.support import Support
+    from andon.runtime.images import read_rgb
+    from andon.runtime.preprocess import resize
+
+    drawn = fewshot.draw_support(cache, "grid", 2, 3)
+    memory = fewshot.enroll_draw(cache, drawn, everything, 0)
+    samples = [cache.dataset.samples[i] for i in drawn]
+    frames = np.stack([resize(read_rgb(s.path), cache.manifest.preprocess) for s in samples])
+    support = Support(tuple(s.path for s in samples), frames, np.ones((2, 64), bool))
+    test = cache.select("grid", split="test")[:4]
+    with Bundle.load(small) as source, open_backend("onnxruntime", threads=1) as backend:
+        bundle = enroll(source, backend, "grid", support, tmp_path / "grid")
+        for name, count in (("ct0", 0), ("default", 10)):
+            navigator, moments = memory.navigator, fewshot.Moments.zeros(memory.navigator)
+            with Program(bundle, backend, program=name) as program:
+                for index in test:
+                    program.frame[...] = resize(read_rgb(cache.dataset.samples[index].path), cache.manifest.preprocess)
+                    found = program.run(0).score
+                    patches = cache[int(index)] - memory.center
+                    some = fewshot.subsample(patches, 4)
+                    cost = fewshot.costs(some, memory.rows)
+                    for _ in range(count):
+                        navigator, moments, _ = fewshot.step(navigator, moments, some, memory.rows, cost, 1e-4)
+                    expected = fewshot.score(navigator, patches, memory.rows)
+                    # float16 features in the cache
+                    assert found == pytest.approx(float(expected.score.max()), rel=5e-3), (name, index)
+                    assert program.read("ct_score.nearest").max() == pytest.approx(expected.nearest.max(), rel=5e-3)
+
+
+def test_draws_are_nested_and_differ_by_seed(cache):
+    one, two = (fewshot.draw_support(cache, "grid", k, 0) for k in (1, 2))
+    assert one[0] == two[0]
+    assert len({tuple(fewshot.draw_support(cache, "grid", 2, s)) for s in range(6)}) > 3
+    samples = [cache.dataset.samples[i] for i in two]
+    assert all(s.good and s.split == "train" and s.product == "grid" for s in samples)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.5])
+def test_a_stream_has_the_share_of_anomalies_it_says_and_nothing_is_used_twice(cache, rate):
+    support = fewshot.draw_support(cache, "grid", 1, 0)
+    plan = stream.plan_stream(cache, "grid", support, rate, 0, 0)
+    bad = np.array([not cache.dataset.samples[i].good for i in plan.stream])
+    assert (bad == plan.anomalous).all()
+    assert plan.anomalous.mean() == pytest.approx(rate, abs=0.5 / len(plan.stream) + 1e-9)
+    used = [*support, *plan.stream, *plan.held_out]
+    assert len(used) == len(set(map(int, used)))
+    other = stream.plan_stream(cache, "grid", support, rate, 0, 1)
+    assert sorted(other.stream) == sorted(plan.stream) and (other.held_out == plan.held_out).all()
+
+
+def test_stream_teaches_and_counts_what_came_from_anomalies(cache):
+    support = fewshot.draw_support(cache, "grid", 1, 0)
+    memory = fewshot.enroll_draw(cache, support, everything, 0)
+    plan = stream.plan_stream(cache, "grid", support, 0.2, 0, 0)
+    open_guard = stream.Setting("open", MemoryPolicy(capacity=60, per_frame=5), GuardPolicy(gate=False))
+    before = stream.baseline(cache, memory, plan, False, lambda n: None)
+    gain = stream.run_stream(cache, memory, plan, open_guard, before, lambda n: None)
+    assert gain.admitted == 1.0 and gain.bad == pytest.approx(plan.anomalous.mean())
+    closed = replace(open_guard, guard=GuardPolicy(warmup=50))
+    gain = stream.run_stream(cache, memory, plan, closed, before, lambda n: None)
+    assert gain.admitted == 0 and gain.online == gain.frozen and gain.stream_online == gain.stream_frozen
+
+
+def test_the_papers_order_scores_a_frame_with_its_own_patches(cache):
+    """Scored after the update, a frame whose patches were all taken is at (nearly) no distance."""
+    support = fewshot.draw_support(cache, "grid", 1, 0)
+    memory = fewshot.enroll_draw(cache, support, everything, 0)
+    plan = stream.plan_stream(cache, "grid", support, 0.2, 0, 0)
+    plan = replace(plan, stream=plan.stream[:5], anomalous=plan.anomalous[:5])
+    take_all = MemoryPolicy(capacity=1000, per_frame=64)
+    traces = {}
+    for literal in (False, True):
+        setting = stream.Setting("x", take_all, GuardPolicy(gate=False), literal=literal)
+        traces[literal] = stream.Trace()
+        before = stream.baseline(cache, memory, plan, False, lambda n: None)
+        stream.run_stream(cache, memory, plan, setting, before, lambda n: None, traces[literal])
+    assert max(traces[True].scores) < 0.2 * min(traces[False].scores)
+
+
+def test_command_prints_writes_records_and_a_page(small, synthetic_data, tmp_path, capsys):
+    results, page = tmp_path / "docs" / "results.json", tmp_path / "memory.html"
+    results.parent.mkdir()
+    code = main(
+        [
+            "eval",
+            *("--bundle", str(small), "--data", str(synthetic_data), "--products", "grid", "--foreground", "all"),
+            *("--few-shot", "1,2", "--seeds", "2", "--orders", "1", "--ct-steps", "0,2", "--online", "0.2"),
+            *("--threads", "1", "--results", str(results), "--report", str(page), "--json"),
+        ]
+    )
+    out = capsys.readouterr().out
+    assert code == 0
+    printed = json.loads(out.splitlines()[-1])
+    kept = load_results(results)
+    assert len(kept) == len(printed["records"])
+    settings = {(r["method"], r["setting"]) for r in kept}
+    assert {("knn", "frozen"), ("foct", "frozen, ct.steps 0"), ("foct", "frozen, ct.steps 2")} <= settings
+    assert any(s.startswith("online") for _, s in settings)
+    assert {r["seed"] for r in kept} == {0, 1, None} and {r["shots"] for r in kept} == {1, 2}
+    assert all(str(tmp_path) not in r["command"] and r["command"].startswith("andon eval") for r in kept)
+    text = page.read_text()
+    assert "<svg" in text and "<script" not in text and "grid, 1 shot" in text
+    again = main(["eval", "--data", str(synthetic_data), "--few-shot", "1"])
+    assert again == 1 and "needs engines" in capsys.readouterr().err
