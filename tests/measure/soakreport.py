@@ -107,7 +107,10 @@ def _cameras(measured: dict[str, Any]) -> list[list[str]]:
 def _dropped(measured: dict[str, Any]) -> str:
     dropped = ", ".join(f"{name} {row['dropped']}" for name, row in measured["cameras"].items())
     restarts = sum(row["restarts"] for row in measured["cameras"].values())
-    return f"Frames replaced by newer ones before they were judged: {dropped}. Camera restarts: {restarts}."
+    return (
+        f"Frames replaced by newer ones before they were judged: {dropped}; where the frame was a named part, that is "
+        f"an UNKNOWN verdict (overload), counted above. Camera restarts: {restarts}."
+    )
 
 
 def _course(measured: dict[str, Any]) -> list[list[str]]:
