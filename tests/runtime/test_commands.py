@@ -211,6 +211,16 @@ def test_a_pair_that_rounding_swaps_is_no_lost_auroc(make_bundle: MakeBundle, wo
     assert worse or found.value == pytest.approx(1 / 400)
 
 
+def test_a_score_that_is_not_a_number_is_a_flip(make_bundle: MakeBundle, capsys: pytest.CaptureFixture[str]) -> None:
+    """NaN is above no threshold, so a comparison alone would call it a good part."""
+    log = ENCODE.replace("u = Mul(m, k)", "zero = Sub(m, m)\n    nan = Div(zero, zero)\n    u = Mul(nan, k)")
+    stages = {"encode": (log, {"image": "frame"}), "score": (SCORE, {"u": "encode.u"})}
+    npz = {"golden/golden.npz": golden([10]), "golden/gate.npz": gate([10, 20, 30, 40], 0.5)}
+    _, result, _ = run(capsys, "verify", "--bundle", make_bundle(stages=stages, npz=npz), *ENGINE)
+    decisions = next(check for check in result["checks"]["fp32"] if check["subject"] == "decisions")
+    assert not decisions["ok"] and decisions["value"] == 1.0
+
+
 def test_verify_without_a_golden_set_is_refused(make_bundle: MakeBundle, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, text = run(capsys, "verify", "--bundle", make_bundle(), *ENGINE)
     assert code == 1 and "has no golden/golden.npz" in text

@@ -26,6 +26,10 @@ def test_scores_are_held_against_the_products_threshold(make_bundle: MakeBundle)
     image = np.full((9, 7, 3), 100, np.uint8)  # score 100 * 0.01
     with Detector.open(path, backend="onnxruntime", threads=1) as detector:
         assert [detector.judge_image(image, p).label for p in "ab"] == ["NG", "OK"]
+        score = detector.judge_image(image, "a").score
+        assert score is not None
+        detector.set_threshold("a", threshold(score))
+        assert detector.judge_image(image, "a").label == "OK"  # NG is above the threshold, not at it
         detector.set_threshold("b", None)
         judgement = detector.judge_image(image, "b")
         assert (judgement.label, judgement.reason, judgement.score) == ("UNKNOWN", "no_threshold", pytest.approx(1.0))

@@ -69,6 +69,8 @@ def test_one_axis_may_grow_while_the_other_shrinks() -> None:
     )
     steps = np.diff(resize(ramp, SIZE)[:, 0, 0].astype(int))
     assert steps.max() <= 8 and (steps >= 0).all()
+    noise = np.random.default_rng(0).integers(0, 256, (20, 6400, 3), np.uint8)
+    assert resize(noise, SIZE).std() < cv2.resize(noise, (64, 48), interpolation=cv2.INTER_LINEAR).std() / 3
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,8 @@ def test_stage_inputs_are_the_producers_buffers(tmp_path: Path) -> None:
         program.run(1)
         (_, encode), *steps, (_, score) = bound
         assert [name for name, _ in bound] == ["encode", "step", "step", "step", "score"]  # prepared once
+        program.run(0)
+        assert [name for name, _ in bound[5:]] == ["step", "step", "step"]  # only what binds the class differs
         assert all(step["h"] == encode["u"] for _, step in steps)
         for (_, earlier), (_, later) in pairwise(steps):
             assert (later["u"], later["v"]) == (earlier["u_next"], earlier["v_next"])

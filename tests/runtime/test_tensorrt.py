@@ -137,6 +137,16 @@ def test_pointers_rebind_in_loops(world: trtdouble.World, tmp_path: Path, cache:
             assert steps[0][1]["w"] == rows[product].address  # type: ignore[attr-defined]
 
 
+def test_rows_of_a_state_are_written_where_they_belong(world: trtdouble.World, tmp_path: Path, cache: Path) -> None:
+    bundle = looped(tmp_path / "bundle", 2, persist=False, counter=False, read_old=False)
+    with TensorRTBackend(cache) as backend, Program(bundle, backend) as program:
+        before = program.read_state("v0", 1)
+        program.write_state("v0", np.full((1, 2), 7, np.float32), slice(1, 2), class_index=1)
+        assert program.read_state("v0", 1).tolist() == [before[0].tolist(), [7, 7]]
+        with pytest.raises(EngineError, match="past the end"):
+            backend.upload(program._tensors.state("v0", 1), np.zeros((2, 2), np.float32), start=1)
+
+
 def test_a_frame_that_cannot_be_captured_is_launched_plainly(
     world: trtdouble.World, tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
