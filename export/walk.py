@@ -152,7 +152,8 @@ class Walk:
             if parsed.name not in self._state:
                 self._fail(f"{where} reads an unknown state", parsed.name, ", ".join(self._state) or "no state")
             state = self._state[parsed.name]
-            return state if parsed.kind == "state" else np.ascontiguousarray(state[class_id]).reshape(state.shape[1:])
+            # A copy: what persists is written in place at the end of the frame.
+            return state if parsed.kind == "state" else np.array(state[class_id])
         if source not in values:
             self._fail(f"{where} reads what no earlier step gives", source, ", ".join(values) or "nothing yet")
         return values[source]
