@@ -287,9 +287,13 @@ class LineMemory:
             except CalibrationError as error:
                 log.warning("snapshot %d is not used: %s", item.number, error)
                 continue
-            self._number = int(item.meta["version"])
-            self._audit.write({"time": timestamp(), "action": "restore", "version": self._number})
-            log.info("memory version %d restored from snapshot %d", self._number, item.number)
+            saved = int(item.meta["version"])
+            last = max((int(e["version"]) for e in self._audit.entries() if "version" in e), default=0)
+            # Killed after the last save, the line may have published later versions: their numbers are not used again.
+            self._number = saved if last <= saved else last + 1
+            entry = {"action": "restore", "version": self._number, "of": saved, "snapshot": item.number}
+            self._audit.write({"time": timestamp(), **entry})
+            log.info("memory version %d restored from snapshot %d as version %d", saved, item.number, self._number)
             return
 
     def _take(self, snapshot: Snapshot) -> None:

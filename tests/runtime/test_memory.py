@@ -232,7 +232,8 @@ def test_damaged_newest_snapshot_is_passed_over(station, tmp_path, caplog):
     newest = max((tmp_path / "state").glob("*.snapshot"), key=lambda p: int(p.stem.split("-")[1]))
     newest.write_bytes(newest.read_bytes()[:-9])
     again = station()
-    assert again.memory.version("a") == 1
+    assert again.memory.describe()["rows"]["a"] == 2, "the state of version 1"
+    assert again.memory.version("a") == 3, "under a new number, for 2 was in use"
     assert "is not used" in caplog.text
 
 
