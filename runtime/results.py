@@ -6,6 +6,7 @@ n, date). Two records with the same key are the same measurement; the newer one 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -77,20 +78,33 @@ def load_results(path: Path) -> list[dict[str, Any]]:
 def merge_results(path: Path, new: Iterable[Record]) -> list[dict[str, Any]]:
     """Merge `new` records into the file by key and write it atomically; returns all records.
 
+    Processes that merge at the same time wait for each other (a lock on the folder).
+
     Raises:
         ConfigError: a record is incomplete or its value is not a finite number; the file is left as it was.
     """
-    merged = {_key(record): dict(record) for record in load_results(path)}
-    for record in new:
-        _check(record)
-        merged[_key(record)] = dict(record)
-    records = sorted(merged.values(), key=_sort_key)
     path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        merged = {_key(record): dict(record) for record in load_results(path)}
+        for record in new:
+            _check(record)
+            merged[_key(record)] = dict(record)
+        records = sorted(merged.values(), key=_sort_key)
+        text = "[\n" + ",\n".join(json.dumps(record, allow_nan=False) for record in records) + "\n]\n"
+        _replace(path, text)
+        return records
+    finally:
+        os.close(folder)
+
+
+def _replace(path: Path, text: str) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write("[\n" + ",\n".join(json.dumps(record, allow_nan=False) for record in records) + "\n]\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o644)
@@ -98,4 +112,3 @@ def merge_results(path: Path, new: Iterable[Record]) -> list[dict[str, Any]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    return records

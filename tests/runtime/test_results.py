@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
 import pytest
 from andon.runtime.errors import ConfigError
 from andon.runtime.results import load_results, merge_results
@@ -60,3 +63,11 @@ def test_a_broken_file_is_refused_not_overwritten(tmp_path):
     with pytest.raises(ConfigError, match="not JSON"):
         merge_results(path, [record()])
     assert path.read_text() == "[{"
+
+
+def test_processes_that_merge_at_the_same_time_lose_nothing(tmp_path):
+    path = tmp_path / "results.json"
+    with ProcessPoolExecutor(4, multiprocessing.get_context("spawn")) as pool:
+        for future in [pool.submit(merge_results, path, [record(seed=seed)]) for seed in range(24)]:
+            future.result()
+    assert {r["seed"] for r in load_results(path)} == set(range(24))
