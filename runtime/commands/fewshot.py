@@ -79,21 +79,22 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         for product in products:
             for shots in args.few_shot:
                 for seed in range(args.seeds):
-                    keys = {**base, "product": product, "shots": shots, "seed": seed, "metric": "image_auroc"}
+                    keys = {**base, "product": product, "shots": shots, "seed": seed, "metric": "image_AUROC"}
                     records += _draw(cache, args, keys, bar.update)
-    records += _means(records)
-    _print(records)
-    report = _report(cache, args, products, records) if args.report else None
+    means = _means(records)
+    _print(means)
+    report = _report(cache, args, products, means) if args.report else None
     target = getattr(args, "results", RESULTS)
     if target.parent.is_dir():
         merge_results(target, records)
         print(f"{len(records)} records merged into {target}")
-    return {"ok": True, "records": records, "report": None if report is None else str(report)}
+    return {"ok": True, "records": records, "means": means, "report": None if report is None else str(report)}
 
 
 def _command(args: argparse.Namespace, data: str) -> str:
     """The command to measure again with; folders by name only, for the record is read on other machines."""
-    words = ["andon", "eval", "--bundle", "BUNDLE", "--data", data, "--few-shot", _commas(args.few_shot)]
+    shown = data if data == "elpv" else f"$ANDON_DATA/{data}"
+    words = ["andon", "eval", "--bundle", "BUNDLE", "--data", shown, "--few-shot", _commas(args.few_shot)]
     words += ["--seeds", str(args.seeds), "--orders", str(args.orders), "--ct-steps", _commas(args.ct_steps)]
     if args.online:
         words += ["--online", _commas(args.online), "--settings", args.settings]
@@ -131,7 +132,7 @@ def _draw(cache: FeatureCache, args: argparse.Namespace, keys: Mapping[str, Any]
     return records
 
 
-def _report(cache: FeatureCache, args: argparse.Namespace, products: Iterable[str], records: list[Record]) -> Path:
+def _report(cache: FeatureCache, args: argparse.Namespace, products: Iterable[str], means: list[Record]) -> Path:
     """The memory page: the default rule on draw 0 of every product, and all means."""
     views = []
     for product in products:
@@ -143,7 +144,7 @@ def _report(cache: FeatureCache, args: argparse.Namespace, products: Iterable[st
             title = f"{product}, {args.few_shot[0]} shot, {rate:.0%} anomalies, {SETTINGS[0].name}"
             views.append(view_stream(cache, memory, plan, SETTINGS[0], before, title))
     fields = ("product", "shots", "method", "setting", "metric", "value", "sd")
-    return write_memory_report(args.report, views, [[r[f] for f in fields] for r in records if r["seed"] is None])
+    return write_memory_report(args.report, views, [[r[f] for f in fields] for r in means])
 
 
 def _online(keys: Mapping[str, Any], setting: Setting, rate: float, gains: list[Gain]) -> list[Record]:
@@ -151,8 +152,8 @@ def _online(keys: Mapping[str, Any], setting: Setting, rate: float, gains: list[
     title = f"online, {setting.name}, {rate:.0%} anomalies"
     shared = {**keys, "method": "foct" if setting.transport else "knn", "setting": title}
     values = {
-        "image_auroc": [g.online for g in gains],
-        "image_auroc_frozen": [g.frozen for g in gains],
+        "image_AUROC": [g.online for g in gains],
+        "image_AUROC_frozen": [g.frozen for g in gains],
         "gain": [g.online - g.frozen for g in gains],
         "stream_gain": [g.stream_online - g.stream_frozen for g in gains],
         "bad_insertions": [g.bad for g in gains],
@@ -178,10 +179,9 @@ def _means(records: list[Record]) -> list[Record]:
     return means
 
 
-def _print(records: list[Record]) -> None:
-    """The means, one line each."""
+def _print(means: list[Record]) -> None:
+    """One line each."""
     print(f"{'product':12} {'shots':>5} {'method':5} {'setting':60} {'metric':20} {'mean':>7} {'sd':>6}")
-    for r in records:
-        if r["seed"] is None:
-            line = f"{r['product']:12} {r['shots']:5} {r['method']:5} {r['setting']:60} {r['metric']:20}"
-            print(f"{line} {r['value']:7.4f} {r['sd']:6.4f}")
+    for r in means:
+        line = f"{r['product']:12} {r['shots']:5} {r['method']:5} {r['setting']:60} {r['metric']:20}"
+        print(f"{line} {r['value']:7.4f} {r['sd']:6.4f}")

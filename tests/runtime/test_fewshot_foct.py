@@ -142,7 +142,8 @@ def test_command_prints_writes_records_and_a_page(small, synthetic_data, tmp_pat
     settings = {(r["method"], r["setting"]) for r in kept}
     assert {("knn", "frozen"), ("foct", "frozen, ct.steps 0"), ("foct", "frozen, ct.steps 2")} <= settings
     assert any(s.startswith("online") for _, s in settings)
-    assert {r["seed"] for r in kept} == {0, 1, None} and {r["shots"] for r in kept} == {1, 2}
+    assert {r["seed"] for r in kept} == {0, 1} and all(r["n"] == 2 for r in printed["means"])
+    assert {r["shots"] for r in kept} == {1, 2}
     assert all(str(tmp_path) not in r["command"] and r["command"].startswith("andon eval") for r in kept)
     text = page.read_text()
     assert "<svg" in text and "<script" not in text and "grid, 1 shot" in text
