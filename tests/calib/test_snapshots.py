@@ -96,6 +96,20 @@ def test_no_prefix_of_a_snapshot_is_taken_for_one(tmp_path_factory, cut):
         read_snapshot(path)
 
 
+def test_no_altered_byte_is_let_through(tmp_path):
+    """Also where zip's own checks do not look."""
+    store = SnapshotStore(tmp_path, IDENTITY)
+    store.save(arrays(1), {})
+    path = next(tmp_path.glob("*.snapshot"))
+    data = path.read_bytes()
+    for position in range(0, len(data), 7):
+        altered = bytearray(data)
+        altered[position] ^= 0x20
+        path.write_bytes(altered)
+        with pytest.raises(CalibrationError):
+            read_snapshot(path)
+
+
 def test_kill_9_in_the_middle_of_a_snapshot_leaves_a_loadable_state(tmp_path):
     """A process that does nothing but save is killed many times; a usable state is there every time."""
     code = textwrap.dedent(
