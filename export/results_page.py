@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import yaml
 
@@ -16,16 +17,17 @@ QUALITY = {"image_AUROC": "image AUROC", "pixel_AUROC": "pixel AUROC", "pixel_AU
 COST = {"parameters": "parameters", "state_elements": "state", "GMAC": "GMAC a frame", "cpu_ms": "CPU ms a frame"}
 HEAD = """# Results
 
-Made by `andon eval --all` from [results.json](results.json); every record there carries the command that printed it.
-Measured on 2 cores of a Xeon with AVX-512, no GPU, edge presets (`configs/edge`), one model for all products of a set;
-mean ± standard deviation over seeds, the last checkpoint, never one chosen on test images. The sets (elpv from PyPI,
-magnetic_tile, cookie, mvtec_screw) keep their own licences. Nothing here was measured on a GPU or a Jetson.
+Written from [results.json](results.json) by `andon eval --all`; every record there carries the command that trained or
+evaluated it. Edge presets (`configs/edge`) on 2 cores of a Xeon with AVX-512, no GPU, one model for all products of a
+set; mean ± standard deviation over seeds (one seed where none is given), always the last checkpoint. How the settings
+were chosen is said below. The sets (elpv from PyPI, magnetic_tile, cookie, mvtec_screw) keep their own licences. Nothing
+here was measured on a GPU or a Jetson.
 """
 
 
 def write_page(records: Sequence[Record], path: Path) -> Path:
     """Write the page; returns its path."""
-    parts = [HEAD, _quality(records), _cost(records), _others(records), _published()]
+    parts = [HEAD, _selection(), _quality(records), _cost(records), _others(records), _published()]
     path.write_text("\n".join(p for p in parts if p) + "\n", encoding="utf-8")
     return path
 
@@ -106,8 +108,20 @@ def _family(record: Record) -> str:
     return {"": "few shots", "sampler": "samplers"}.get(word, word)
 
 
+def _read(name: str) -> dict[str, Any]:
+    text = files("andon.configs").joinpath(name).read_text(encoding="utf-8")
+    content: dict[str, Any] = yaml.safe_load(text)
+    return content
+
+
+def _selection() -> str:
+    """What was looked at: before the figures, since it says how far to believe them."""
+    rows = [[name, " ".join(text.split())] for name, text in _read("selection.yaml").items()]
+    return "## How the settings were chosen\n\n" + _table(["method", "what was looked at"], rows)
+
+
 def _published() -> str:
-    table = yaml.safe_load(files("andon.configs").joinpath("published.yaml").read_text(encoding="utf-8"))
+    table = _read("published.yaml")
     rows = [
         [name, entry["paper"], "; ".join(f"{k} {v}" for k, v in entry["figures"].items()), entry["differs"]]
         for name, entry in table.items()
