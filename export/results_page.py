@@ -20,8 +20,8 @@ HEAD = """# Results
 Written from [results.json](results.json) by `andon eval --all`; every record there carries the command that trained or
 evaluated it. Edge presets (`configs/edge`) on 2 cores of a Xeon with AVX-512, no GPU, one model for all products of a
 set; mean ± standard deviation over seeds (one seed where none is given), always the last checkpoint. How the settings
-were chosen is said below. The sets (elpv from PyPI, magnetic_tile, cookie, mvtec_screw) keep their own licences. Nothing
-here was measured on a GPU or a Jetson.
+were chosen is said below. The sets (elpv from PyPI, magnetic_tile, cookie, mvtec_screw) keep their own licences.
+Nothing here was measured on a GPU or a Jetson.
 """
 
 
