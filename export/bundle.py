@@ -63,7 +63,8 @@ class Provenance:
     """Where the model came from.
 
     data: name of the data set, for the bundle's name; empty: the preset's is used.
-    holdout: keys of the good training images kept for constants and thresholds; `andon calibrate` reads them.
+    holdout: keys of the good training images kept for thresholds; `andon calibrate` reads them.
+    constants: keys of those that set the constants, on which no threshold may be set.
     """
 
     backbone: Backbone
@@ -72,6 +73,7 @@ class Provenance:
     preset: str = ""
     licenses: Mapping[str, str] = field(default_factory=dict)
     holdout: tuple[str, ...] = ()
+    constants: tuple[str, ...] = ()
 
 
 def default_path(method: str, provenance: Provenance) -> Path:

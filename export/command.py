@@ -105,7 +105,7 @@ def _evidence(spec: str, origin: CheckpointProvenance, model: AnomalyModel) -> E
     from ..runtime.dataset import open_dataset
     from . import frames
 
-    return frames.gather(open_dataset(spec), origin.holdout, origin.classes, model.preprocess)
+    return frames.gather(open_dataset(spec), (*origin.constants, *origin.holdout), origin.classes, model.preprocess)
 
 
 def _provenance(origin: CheckpointProvenance, model: AnomalyModel) -> Provenance:
@@ -126,6 +126,7 @@ def _provenance(origin: CheckpointProvenance, model: AnomalyModel) -> Provenance
         preset=model.config.preset,
         licenses=licenses,
         holdout=origin.holdout,
+        constants=origin.constants,
     )
 
 

@@ -132,7 +132,8 @@ class _Run:
         self._checks += trtcheck.checks(self._root, manifest)
         self._refuse_failures("give --fp32-stage for the stage at fault, or leave the variant out")
         golden = self._golden(manifest, full, threshold)
-        report = self._report(manifest, reduced, golden, threshold) | {"holdout": list(provenance.holdout)}
+        kept = {"holdout": list(provenance.holdout), "constants": list(provenance.constants)}
+        report = self._report(manifest, reduced, golden, threshold) | kept
         shutil.rmtree(self._root / ROUNDED, ignore_errors=True)
         manifest = bundle.finish(self._root, manifest, report, self._summary(manifest, reduced))
         self._lap("golden set and bundle")

@@ -25,9 +25,25 @@ Nothing here was measured on a GPU or a Jetson.
 """
 
 
+VALIDATION = """# Settings, chosen on validation
+
+Written from the records beside this page by `andon eval --all SETS --validation`. The sets are made by
+`python -m measure.validation` (tests/measure) of good *training* images alone: a part held out of training, and the
+same images with synthetic defects (pasted patch, scar, smudge, noise). No test image was read for this page. A number
+behind a set's name is the number of training images of a product.
+What was chosen stands in configs/selection.yaml and on [the results page](results.md).
+"""
+
+
+def write_validation(records: Sequence[Record], path: Path) -> Path:
+    """Write the page of a study on validation sets: every setting in a row of its own."""
+    path.write_text(VALIDATION + "\n" + _quality(records, lambda r: True) + "\n", encoding="utf-8")
+    return path
+
+
 def write_page(records: Sequence[Record], path: Path) -> Path:
     """Write the page; returns its path."""
-    parts = [HEAD, _selection(), _quality(records), _cost(records), _others(records), _published()]
+    parts = [HEAD, _selection(), _quality(records, _plain), _cost(records), _others(records), _published()]
     path.write_text("\n".join(p for p in parts if p) + "\n", encoding="utf-8")
     return path
 
@@ -43,9 +59,9 @@ def _cell(values: Sequence[float], form: Callable[[float], str] = lambda v: f"{v
     return form(mean(values)) + (f" ± {form(stdev(values))}" if len(values) > 1 else "")
 
 
-def _quality(records: Sequence[Record]) -> str:
+def _quality(records: Sequence[Record], wanted: Callable[[Record], bool]) -> str:
     """One table a set: methods and products down, metrics across."""
-    full = [r for r in records if r["shots"] is None and r["metric"] in QUALITY and _plain(r)]
+    full = [r for r in records if r["shots"] is None and r["metric"] in QUALITY and wanted(r)]
     out = []
     for name in sorted({r["set"] for r in full}):
         mine = [r for r in full if r["set"] == name]
@@ -64,7 +80,7 @@ def _quality(records: Sequence[Record]) -> str:
 
 def _plain(record: Record) -> bool:
     """Full training sets and their controls; other settings (samplers, online memory) have tables of their own."""
-    return record.get("setting") in (None, "untrained backbone") or str(record.get("setting")).startswith("mode ")
+    return record.get("setting") in (None, "untrained backbone") or str(record.get("setting")).startswith("mode=")
 
 
 def _cost(records: Sequence[Record]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,8 +19,9 @@ from typing import Any
 from ..runtime.errors import AndonError, ConfigError
 from ..runtime.results import Record, load_results, merge_results
 from ..train.registry import list_methods
-from .results_page import write_page
+from .results_page import write_page, write_validation
 
+_NO_LIMIT = "schedule.max_seconds=null"
 METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO", "F1_max")
 
 
@@ -35,6 +37,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--untrained", action="store_true", help="the control: the same with a random backbone, one seed"
     )
+    group.add_argument(
+        "--study-set", nargs="+", default=[], metavar="KEY=VALUE", help="train with these settings, recorded beside it"
+    )
+    group.add_argument("--validation", action="store_true", help="validation sets: quality alone, a page of its own")
     group.add_argument("--runs", type=Path, default=Path("runs/study"), metavar="DIR", help="where the runs are kept")
     group.add_argument("--results", type=Path, default=Path("docs/results.json"), metavar="FILE", help="the records")
 
@@ -49,9 +55,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     for data in args.all:
         for method in methods:
             for seed in range(1 if args.untrained else args.study_seeds):
-                merge_results(args.results, _one(method, data, seed, args, cost=seed == 0 and data == args.all[0]))
+                merge_results(
+                    args.results,
+                    _one(method, data, seed, args, cost=seed == 0 and data == args.all[0] and not args.validation),
+                )
     records = load_results(args.results)
-    page = write_page(records, args.results.with_suffix(".md"))
+    page = (write_validation if args.validation else write_page)(records, args.results.with_suffix(".md"))
     print(f"{len(records)} records in {args.results}, page {page}")
     return {"ok": True, "records": len(records), "page": str(page)}
 
@@ -61,9 +70,12 @@ def _one(method: str, data: str, seed: int, args: argparse.Namespace, *, cost: b
     for every set and seed)."""
     name = data if data == "elpv" else Path(data).resolve().name
     shown = data if data == "elpv" else f"$ANDON_DATA/{name}"
-    options = ["--set", "backbone.weights=random:0"] if args.untrained else []
-    setting = {"setting": "untrained backbone"} if args.untrained else {}
-    out = args.runs / f"{method}-{name}-{seed}{'-untrained' if args.untrained else ''}"
+    control = ["backbone.weights=random:0"] if args.untrained else []
+    options = [part for pair in (*control, *args.study_set) for part in ("--set", pair)]
+    # A time limit is no setting of the model: without it a slow machine gives what a fast one does.
+    labels = ["untrained backbone"] * args.untrained + [s for s in args.study_set if s != _NO_LIMIT]
+    setting = {"setting": ", ".join(labels)} if labels else {}
+    out = args.runs / "-".join((method, name, str(seed), *(re.sub(r"[^\w.=]+", "_", label) for label in labels)))
     command = ["train", "--method", method, "--data", data, "--seed", str(seed), *options]
     if not (out / "metrics.json").is_file():
         if args.no_train:
@@ -73,7 +85,7 @@ def _one(method: str, data: str, seed: int, args: argparse.Namespace, *, cost: b
     base = {"method": method, "set": name, "shots": None, "seed": seed, **setting}
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))["products"]
     yield from _quality(metrics, {**base, "command": text})
-    if cost and not args.untrained:
+    if cost and not setting:
         yield from _engines(
             method, data, out, {**base, "command": f"{text}; andon export --method {method}; andon bench"}
         )

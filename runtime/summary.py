@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import resource
-import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .process import age_at, resident_memory
 
 if TYPE_CHECKING:
     from .app import LineApp
@@ -20,7 +18,7 @@ def closing_summary(app: LineApp) -> dict[str, Any]:
         "ok": not failed,
         "frames": snapshot["frames"],
         "fps": snapshot["fps"],
-        "first_verdict_s": _age_at(app.state.first_judged),
+        "first_verdict_s": age_at(app.state.first_judged),
         "verdicts": app.state.counts(),
         "unknown": app.state.reasons(),
         "latency_ms": snapshot["latency_ms"],
@@ -39,24 +37,6 @@ def closing_summary(app: LineApp) -> dict[str, Any]:
         "bundle": snapshot.get("bundle"),
         "backend": snapshot.get("backend"),
         "variant": snapshot.get("variant"),
-        "memory_mb": _peak_memory(),
+        "memory_mb": resident_memory(),
         "uptime_s": snapshot["uptime_s"],
-    }
-
-
-def _age_at(moment: float | None) -> float | None:
-    """How old this process was at that time of time.monotonic(), in seconds: interpreter and imports included."""
-    if moment is None:
-        return None
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # starttime, proc(5)
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    return round(age - (time.monotonic() - moment), 2)
-
-
-def _peak_memory() -> dict[str, float]:
-    """Resident memory now and at its peak, in MB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return {
-        "resident": round(pages * resource.getpagesize() / 1e6, 1),
-        "peak": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, 1),
     }

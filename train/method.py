@@ -72,7 +72,9 @@ class MethodConfig(Config):
     backbone: BackboneConfig = Field(description="Feature extractor")
     schedule: Schedule = Field(description="Length and optimisation settings")
     seed: int = Field(default=0, description="Seed of every random generator")
-    holdout: float = Field(default=0.1, ge=0, lt=1, description="Share of good training images kept for constants")
+    holdout: float = Field(
+        default=0.1, ge=0, lt=1, description="Share of good images held out for constants and thresholds"
+    )
 
 
 @dataclass(frozen=True)

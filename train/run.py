@@ -39,13 +39,13 @@ from .config import dump_config, load_config
 from .errors import CheckpointError
 from .evaluate import evaluate
 from .features import FeatureSet, extract
+from .holdout import Split, split_good
 from .loop import Fitted, fit
 from .method import AnomalyModel, MethodConfig
 from .registry import get_method
 from .resume import ResumeFile
 
 _REQUEST = "run.json"
-_MIN_HOLDOUT = 20
 _LIBRARIES = ("torch", "timm", "numpy", "opencv-python-headless", "safetensors")
 
 
@@ -121,12 +121,15 @@ def train(request: Request) -> dict[str, Any]:
     data = open_dataset(request.data).select(products=request.products)
     kept, skipped = split_readable(data.samples, request.on_corrupt)
     _check_masks(kept)
-    fitting, holdout = split_holdout([s for s in kept if s.split == "train" and s.good], config.holdout)
+    split = split_good([s for s in kept if s.split == "train" and s.good], config.holdout)
     _say(f"{request.method}, preset {config.preset or 'unnamed'}, seed {config.seed}, on {_where(device)} -> {folder}")
     _say(data.describe())
     if skipped:
         _say(f"skipped {len(skipped)} undecodable images: {', '.join(s.key for s in skipped[:5])}")
-    _say(f"good images: {len(fitting)} to train on, {len(holdout)} held out for constants and thresholds")
+    _say(
+        f"good images: {len(split.fitting)} to train on; "
+        f"held out: {len(split.constants)} for constants, {len(split.thresholds)} for thresholds"
+    )
 
     torch.manual_seed(config.seed)
     random.seed(config.seed)
@@ -135,8 +138,8 @@ def train(request: Request) -> dict[str, Any]:
     for backbone in backbones:
         _say(f"backbone {backbone.record.id}, weights {backbone.record.weights} ({backbone.record.sha256[:12]})")
     show = distributed.is_main()
-    trainset = extract(model, fitting, device=device, progress=show)
-    calibration = extract(model, holdout, device=device, progress=show)
+    trainset = extract(model, split.fitting, device=device, progress=show)
+    calibration = extract(model, split.constants, device=device, progress=show)
     resume = ResumeFile(folder / "resume.pt", _run_hash(config, trainset, data.products), request.save_every)
     try:
         fitted = fit(model, trainset, device, log=lambda r: write_log(folder, r), resume=resume, progress=show)
@@ -146,7 +149,7 @@ def train(request: Request) -> dict[str, Any]:
     if not distributed.is_main():
         return {"ok": True}
     model.eval()
-    if holdout:
+    if split.constants:
         with torch.no_grad():
             model.finalize(calibration)
     else:
@@ -154,7 +157,7 @@ def train(request: Request) -> dict[str, Any]:
     _say(f"{fitted.steps} steps in {fitted.seconds:.0f} s" + (" (time limit)" if fitted.stopped_early else ""))
 
     # Weights first: a test image that cannot be read must not cost the training.
-    _write(folder, model, request, data, fitted, [s.key for s in holdout], len(fitting), [s.key for s in skipped])
+    _write(folder, model, request, data, fitted, split, [s.key for s in skipped])
     resume.remove()
     (folder / _REQUEST).unlink()
     print(f"checkpoint {folder}")
@@ -196,30 +199,13 @@ def _check_masks(samples: Sequence[Sample]) -> None:
             )
 
 
-def split_holdout(samples: Sequence[Sample], share: float) -> tuple[list[Sample], list[Sample]]:
-    """Good training images to train on, and those kept for constants and thresholds.
-
-    Per product a share, but at least 20 images where that is no more than a quarter (METHODS.md 0.6). The choice
-    depends on the images' keys alone, not on the run's seed: seeds are comparable, and features are computed once.
-    """
-    if share == 0:
-        return list(samples), []
-    held: set[str] = set()
-    for product in sorted({s.product for s in samples}):
-        keys = sorted(s.key for s in samples if s.product == product)
-        count = min(max(round(share * len(keys)), min(_MIN_HOLDOUT, len(keys) // 4)), len(keys) - 1)
-        held.update(random.Random(0).sample(keys, count))
-    return [s for s in samples if s.key not in held], [s for s in samples if s.key in held]
-
-
 def _write(
     folder: Path,
     model: AnomalyModel,
     request: Request,
     data: Dataset,
     fitted: Fitted,
-    holdout: list[str],
-    trained_on: int,
+    split: Split,
     skipped: list[str],
 ) -> None:
     """Weights, then provenance, whose presence makes the checkpoint complete."""
@@ -233,8 +219,9 @@ def _write(
         backbone=backbones[0].record if backbones else None,
         data=request.data,
         data_license=data.license,
-        holdout=tuple(holdout),
-        trained_on=trained_on,
+        holdout=tuple(s.key for s in split.thresholds),
+        constants=tuple(s.key for s in split.constants),
+        trained_on=len(split.fitting),
         skipped=tuple(skipped),
         steps=fitted.steps,
         seconds=round(fitted.seconds, 2),

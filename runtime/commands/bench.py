@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import resource
 from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.metadata import entry_points
@@ -20,6 +19,7 @@ from ..engine.select import open_backend
 from ..errors import AndonError
 from ..evaluation import latency_table, percentiles
 from ..manifest import Variant
+from ..process import resident_memory
 from ..program import Program
 from ..replay import golden_frames
 from . import options
@@ -63,7 +63,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             opened = perf_counter() - started
             for i in range(args.warmup):
                 _frame(program, frames, class_ids, i)
-            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            resident = resident_memory()["peak"]
             with ExitStack() as stack:
                 judge, why = _reference(stack, bundle, args, threads)
                 latency, torch_ms = _measure(program, judge, frames, class_ids, args.frames)

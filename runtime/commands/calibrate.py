@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, Literal
 
 from ...calib.threshold import conformal_threshold, pixel_threshold
 from ..bundle import Bundle
@@ -86,9 +86,9 @@ def held_out(bundle: Bundle, dataset: Dataset) -> tuple[list[Sample], str]:
     images of good parts: its good images outside the test split.
 
     Raises:
-        CalibrationError: the data set has some of them but not all, or no usable image.
+        CalibrationError: the data set has some of them but not all, or no usable image that the model has not seen.
     """
-    keys = _recorded(bundle)
+    keys, constants = _recorded(bundle, "holdout"), _recorded(bundle, "constants")
     products = [p for p in bundle.manifest.classes if p in dataset.products]
     if missing := [p for p in bundle.manifest.classes if p not in products]:
         raise CalibrationError(
@@ -108,15 +108,22 @@ def held_out(bundle: Bundle, dataset: Dataset) -> tuple[list[Sample], str]:
         )
     if present:
         return present, "held out by training"
+    if known := [s for s in usable if s.key in constants]:
+        raise CalibrationError(
+            f"training kept no image of {dataset.spec} for thresholds, the set was too small",
+            found=f"{len(known)} images that set the model's constants, and those it was trained on",
+            expected="good images that training has not seen",
+            next_step="collect some and give their folder with --data",
+        )
     return usable, "new good images, none of them held out by training"
 
 
-def _recorded(bundle: Bundle) -> frozenset[str]:
-    """Keys of the good images that training kept for constants and thresholds, from the bundle's report."""
+def _recorded(bundle: Bundle, use: Literal["holdout", "constants"]) -> frozenset[str]:
+    """Keys of the good images that training kept for that use, from the bundle's report."""
     if REPORT not in bundle.manifest.files:
         return frozenset()
     report = json.loads((bundle.root / REPORT).read_text())
-    return frozenset(report.get("holdout", ()))
+    return frozenset(report.get(use, ()))
 
 
 def _threshold(

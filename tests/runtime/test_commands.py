@@ -135,6 +135,14 @@ def test_calibrate_takes_new_good_images_but_never_the_test_split(
     assert threshold is not None and 0.3 < threshold.value <= 0.40  # of brightness 1..40; the test split goes to 64
 
 
+def test_calibrate_refuses_images_that_set_the_constants(
+    make_bundle: MakeBundle, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_bundle(report={"holdout": [], "constants": held(count=2)})
+    code, _, text = run(capsys, "calibrate", "--bundle", root, "--data", data, "--false-alarm-rate", 0.1, *ENGINE)
+    assert code == 1 and "the set was too small" in text and "4 images that set the model's constants" in text
+
+
 def test_auto_product_and_every_program(
     make_bundle: MakeBundle, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import cv2
@@ -18,7 +20,7 @@ from andon.train.checkpoint import load_checkpoint, newest_checkpoint, read_prov
 from andon.train.config import dump_config, load_config
 from andon.train.errors import CheckpointError
 from andon.train.evaluate import evaluate
-from andon.train.run import split_holdout
+from andon.train.holdout import Split, split_good
 
 SETTINGS = ("backbone.weights=random:0", "schedule.steps=4", "schedule.warmup=1")
 SETS = [part for s in SETTINGS for part in ("--set", s)]
@@ -87,17 +89,21 @@ def test_bad_configuration_file_is_named(tmp_path: Path) -> None:
 # ---- hold-out
 
 
-def test_holdout_is_a_fixed_share_of_good_training_images(synthetic_data: Path) -> None:
+def test_the_hold_out_has_two_parts_and_is_the_same_every_time(synthetic_data: Path) -> None:
     samples = [s for s in open_dataset(synthetic_data).samples if s.split == "train"]
-    fitting, held = split_holdout(samples, 0.1)
-    assert {s.key for s in fitting} | {s.key for s in held} == {s.key for s in samples}
-    assert not {s.key for s in fitting} & {s.key for s in held}
-    assert {p: sum(s.product == p for s in held) for p in ("grain", "grid", "stripes")} == dict.fromkeys(
-        ("grain", "grid", "stripes"), 3
-    ), "a quarter of 14, for 20 would be more"
-    assert split_holdout(samples[::-1], 0.1)[1] == held[::-1], "the order of the list does not matter"
-    assert split_holdout(samples, 0.0) == (samples, [])
-    assert len(split_holdout(samples[:10], 0.5)[1]) == 5
+    split = split_good(samples, 0.1)
+    parts = (split.fitting, split.constants, split.thresholds)
+    keys = [{s.key for s in part} for part in parts]
+    assert sum(map(len, parts)) == len(samples) and set.union(*keys) == {s.key for s in samples}
+    for part, count in zip(parts, (11, 2, 1), strict=True):  # a quarter of 14 is held out, for 40 would be more
+        assert Counter(s.product for s in part) == dict.fromkeys(("grain", "grid", "stripes"), count)
+    backwards = split_good(samples[::-1], 0.1)
+    assert backwards.thresholds == split.thresholds[::-1], "the order of the list does not matter"
+    assert split_good(samples, 0.0) == Split(samples, [], [])
+    half = split_good(samples[:10], 0.5)
+    assert (len(half.fitting), len(half.constants), len(half.thresholds)) == (5, 3, 2)
+    many = [dataclasses.replace(samples[0], key=str(i)) for i in range(200)]
+    assert len(split_good(many, 0.1).thresholds) == 20, "enough to promise 5 % false alarms"
 
 
 # ---- checkpoint
@@ -110,8 +116,9 @@ def test_checkpoint_is_complete_and_truthful(checkpoint: Path, synthetic_data: P
     assert provenance.classes == ("grid", "stripes") and provenance.data == str(synthetic_data)
     assert provenance.backbone is not None and provenance.backbone.weights == "random:0"
     data = open_dataset(synthetic_data)
-    held = data.select(keys=provenance.holdout)
-    assert len(held) == 6 and all(s.split == "train" and s.good for s in held.samples)
+    held = data.select(keys=(*provenance.holdout, *provenance.constants))
+    assert (len(provenance.holdout), len(provenance.constants), len(held)) == (2, 4, 6)
+    assert all(s.split == "train" and s.good for s in held.samples)
     assert provenance.trained_on == 22 and provenance.steps == 4
     metrics = json.loads((checkpoint / "metrics.json").read_text())
     assert set(metrics["products"]) == {"grid", "stripes"}

@@ -1,0 +1,122 @@
+"""Validation sets, on which settings are chosen (METHODS.md F.5): good training images held out of training, and the
+same images with synthetic defects and their masks. Nothing of a test split is read.
+
+    python -m measure.validation --data elpv --out runs/validation/elpv
+    python -m measure.validation --data elpv --train 24 --out runs/validation/elpv24     # a set of a few dozen images
+
+Four kinds of defects, of 0.3 % to 3 % of the image: a patch of the image pasted elsewhere in it (CutPaste, Li et
+al. 2021), a thin scar, a smudge (blurred, with a faint shade) and a patch of noise blended in (after DRAEM, Zavrtanik
+et al. 2021). Their contrast is drawn from 8 to 35 % of the range, so that not all of them are easy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+from andon.runtime.dataset import Sample, open_dataset
+from andon.runtime.images import read_rgb
+
+Image = np.ndarray
+HELD = 0.2
+AT_MOST = 60
+EACH_KIND_BELOW = 20  # so few held-out images get every kind of defect, others one kind in turn
+
+
+def shape(size: tuple[int, int], rng: np.random.Generator, thin: bool) -> Image:
+    """A soft mask float32 [H, W] in 0..1 of a blob or a scar somewhere in the middle nine tenths."""
+    height, width = size
+    mask = np.zeros(size, np.float32)
+    centre = (int(width * rng.uniform(0.15, 0.85)), int(height * rng.uniform(0.15, 0.85)))
+    side = np.sqrt(height * width)
+    if thin:
+        length, thick = side * rng.uniform(0.12, 0.35), max(2, round(side * rng.uniform(0.008, 0.02)))
+        turn = rng.uniform(0, np.pi)
+        arm = (length / 2 * np.cos(turn), length / 2 * np.sin(turn))
+        ends = [(int(centre[0] + s * arm[0]), int(centre[1] + s * arm[1])) for s in (-1, 1)]
+        cv2.line(mask, ends[0], ends[1], 1.0, thick)
+    else:
+        axes = (max(2, int(side * rng.uniform(0.03, 0.1))), max(2, int(side * rng.uniform(0.03, 0.1))))
+        cv2.ellipse(mask, centre, axes, float(rng.uniform(0, 180)), 0, 360, 1.0, -1)
+    return cv2.GaussianBlur(mask, (0, 0), max(0.5, side * 0.002))
+
+
+def paste(image: Image, rng: np.random.Generator) -> tuple[Image, Image]:
+    mask = shape(image.shape[:2], rng, thin=False)
+    height, width = mask.shape
+    shift = (int(rng.uniform(0.2, 0.8) * height), int(rng.uniform(0.2, 0.8) * width))
+    other = np.roll(image, shift, axis=(0, 1)) + 255 * rng.uniform(0.05, 0.2) * rng.choice((-1, 1))
+    return other, mask
+
+
+def scar(image: Image, rng: np.random.Generator) -> tuple[Image, Image]:
+    return image + 255 * rng.uniform(0.08, 0.35) * rng.choice((-1, 1)), shape(image.shape[:2], rng, thin=True)
+
+
+def smudge(image: Image, rng: np.random.Generator) -> tuple[Image, Image]:
+    blurred = cv2.GaussianBlur(image, (0, 0), 0.02 * np.sqrt(image.shape[0] * image.shape[1]))
+    return blurred + 255 * rng.uniform(0.04, 0.15) * rng.choice((-1, 1)), shape(image.shape[:2], rng, thin=False)
+
+
+def noise(image: Image, rng: np.random.Generator) -> tuple[Image, Image]:
+    small = rng.standard_normal((image.shape[0] // 4 + 1, image.shape[1] // 4 + 1)).astype(np.float32)
+    grain = cv2.resize(small, image.shape[1::-1], interpolation=cv2.INTER_CUBIC)[..., None]
+    return image + 255 * rng.uniform(0.08, 0.3) * grain, shape(image.shape[:2], rng, thin=False)
+
+
+KINDS: dict[str, Callable[[Image, np.random.Generator], tuple[Image, Image]]] = {
+    "paste": paste,
+    "scar": scar,
+    "smudge": smudge,
+    "noise": noise,
+}
+
+
+def spoil(image: Image, kind: str, seed: int) -> tuple[Image, Image]:
+    """The image uint8 [H, W, 3] with a defect, and its mask uint8 [H, W], 0 or 255."""
+    rng = np.random.default_rng(seed)
+    changed, soft = KINDS[kind](image.astype(np.float32), rng)
+    mixed = image + soft[..., None] * (changed - image)
+    return np.clip(mixed, 0, 255).astype(np.uint8), np.where(soft > 0.3, 255, 0).astype(np.uint8)
+
+
+def write(path: Path, image: Image) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), image[..., ::-1] if image.ndim == 3 else image)
+
+
+def product_set(samples: list[Sample], out: Path, train: int | None) -> None:
+    """One product in MVTec's layout: train/good, test/good, test/<kind>, ground_truth/<kind>."""
+    samples = random.Random(1).sample(sorted(samples, key=lambda s: s.key), len(samples))
+    count = min(AT_MOST, max(8, round(HELD * len(samples))))
+    for index, sample in enumerate(samples[:count]):
+        image = read_rgb(sample.path)
+        write(out / "test/good" / f"{index:03}.png", image)
+        kinds = list(KINDS) if count < EACH_KIND_BELOW else [list(KINDS)[index % len(KINDS)]]
+        for kind in kinds:
+            spoilt, mask = spoil(image, kind, 1000 * index + list(KINDS).index(kind))
+            write(out / "test" / kind / f"{index:03}.png", spoilt)
+            write(out / "ground_truth" / kind / f"{index:03}_mask.png", mask)
+    for index, sample in enumerate(samples[count:][:train]):
+        write(out / "train/good" / f"{index:03}.png", read_rgb(sample.path))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make a validation set of a data set's good training images.")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--train", type=int, metavar="N", help="at most N images of a product to train on")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    data = open_dataset(args.data)
+    good = [s for s in data.samples if s.split == "train" and s.good]
+    for product in data.products:
+        product_set([s for s in good if s.product == product], args.out / product, args.train)
+    print(open_dataset(args.out).describe())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Which good training images a run trains on, which set its constants, and which are kept for thresholds."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..runtime.dataset import Sample
+
+_MIN_HOLDOUT = 40  # 20 of each kind: conformal prediction needs 19 to promise 5 %
+
+
+@dataclass(frozen=True)
+class Split:
+    """Good training images, each in one part; the order of the list they came from is kept.
+
+    fitting: trained on.
+    constants: for `finalize` alone (quantiles, score maps by position). They shape the score, so their own scores are
+        no longer exchangeable with those of new parts.
+    thresholds: neither the weights nor a constant has seen them, so a threshold set on them keeps its promise
+        (split conformal prediction, Papadopoulos et al. 2002).
+    """
+
+    fitting: list[Sample]
+    constants: list[Sample]
+    thresholds: list[Sample]
+
+
+def split_good(samples: Sequence[Sample], share: float) -> Split:
+    """Split good images; `share` of each product is held out, half for constants and half for thresholds.
+
+    At least 40 images of a product are held out where that is no more than a quarter of it; constants get the odd one.
+    The choice depends on the images' keys alone, not on the run's seed: seeds are comparable, and features are
+    computed once.
+    """
+    constants: set[str] = set()
+    thresholds: set[str] = set()
+    for product in sorted({s.product for s in samples} if share else ()):
+        keys = sorted(s.key for s in samples if s.product == product)
+        count = min(max(round(share * len(keys)), min(_MIN_HOLDOUT, len(keys) // 4)), len(keys) - 1)
+        held = random.Random(0).sample(keys, count)
+        thresholds.update(held[: count // 2])
+        constants.update(held[count // 2 :])
+    return Split(
+        [s for s in samples if s.key not in constants and s.key not in thresholds],
+        [s for s in samples if s.key in constants],
+        [s for s in samples if s.key in thresholds],
+    )
