@@ -55,10 +55,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     for data in args.all:
         for method in methods:
             for seed in range(1 if args.untrained else args.study_seeds):
-                merge_results(
-                    args.results,
-                    _one(method, data, seed, args, cost=seed == 0 and data == args.all[0] and not args.validation),
-                )
+                cost = seed == 0 and data == args.all[0] and not args.validation
+                merge_results(args.results, _one(method, data, seed, args, cost=cost))
     records = load_results(args.results)
     page = (write_validation if args.validation else write_page)(records, args.results.with_suffix(".md"))
     print(f"{len(records)} records in {args.results}, page {page}")

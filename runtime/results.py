@@ -83,6 +83,7 @@ def merge_results(path: Path, new: Iterable[Record]) -> list[dict[str, Any]]:
     Raises:
         ConfigError: a record is incomplete or its value is not a finite number; the file is left as it was.
     """
+    new = list(new)  # a generator may train for minutes: not under the lock
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:

@@ -71,3 +71,13 @@ def test_processes_that_merge_at_the_same_time_lose_nothing(tmp_path):
         for future in [pool.submit(merge_results, path, [record(seed=seed)]) for seed in range(24)]:
             future.result()
     assert {r["seed"] for r in load_results(path)} == set(range(24))
+
+
+def test_the_lock_is_not_held_while_the_records_are_made(tmp_path):
+    path = tmp_path / "results.json"
+
+    def slow():
+        merge_results(path, [record(seed=1)])  # as another process would, while this one trains
+        yield record(seed=2)
+
+    assert len(merge_results(path, slow())) == 2
