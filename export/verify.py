@@ -20,13 +20,14 @@ from ..runtime.bundle import Bundle
 from ..runtime.engine.onnxruntime import OnnxRuntimeBackend
 from ..runtime.manifest import Loop, Manifest, Variant
 from ..runtime.program import Program
+from ..runtime.replay import LIMITS
 from ..train.method import AnomalyModel
 from .frames import Frames
 from .stage import StagedModel
 from .walk import Array, Walk, programs, torch_call
 
-#: Largest relative score difference between the torch model and the FP32 engines
-SCORE_PARITY = 1e-3
+#: Largest relative score difference between the torch model and the FP32 engines; the device's replay keeps the same
+SCORE_PARITY = LIMITS["fp32"].score or 0.0
 #: Share of map pixels that may differ more: where two codes of a vector quantiser are equally near, rounding picks one
 #: (about one token in 300,000), and the map changes around it. Scores and verdicts have no such allowance.
 MAP_OUTLIERS = 1e-3
@@ -44,10 +45,13 @@ class Gate:
     rank_correlation: float
 
 
-GATES: Mapping[Variant, Gate] = {
-    "fp16": Gate(flips=0.005, auroc_drop=0.002, map_correlation=0.999, rank_correlation=0.995),
-    "int8": Gate(flips=0.015, auroc_drop=0.005, map_correlation=0.98, rank_correlation=0.98),
-}
+def _gate(variant: Variant, rank_correlation: float) -> Gate:
+    """The limits that `andon verify` holds the device's engines to; ranks are compared at export only."""
+    limits = LIMITS[variant]
+    return Gate(limits.flips, limits.auroc_drop, limits.correlation, rank_correlation)
+
+
+GATES: Mapping[Variant, Gate] = {"fp16": _gate("fp16", 0.995), "int8": _gate("int8", 0.98)}
 
 
 @dataclass(frozen=True)

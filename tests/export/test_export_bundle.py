@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 import tarfile
+import types
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from andon.runtime.bundle import Bundle, read_npz
 from andon.runtime.engine.onnxruntime import OnnxRuntimeBackend
 from andon.runtime.errors import BundleError, ConfigError
 from andon.runtime.program import Program
+from andon.runtime.replay import LIMITS, Limits
 from torch import nn
 
 from .conftest import Toy
@@ -187,3 +190,18 @@ def test_no_array_needs_pickle(toy: Toy, tmp_path: Path) -> None:
 def test_python_m_andon_export_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "andon.export", "--help"], capture_output=True, text=True, check=True)
     assert "usage: andon export" in done.stdout and "--fp32-stage" in done.stdout
+
+
+def test_export_and_device_keep_the_same_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One place for both: what `andon verify` allows on the device is what the export was gated by."""
+    changed = Limits(score=0.25, output=None, correlation=0.5, flips=0.125, auroc_drop=0.0625)
+    for variant in LIMITS:
+        monkeypatch.setitem(LIMITS, variant, changed)  # type: ignore[index]
+    fresh = SourceFileLoader("andon.export.verify_again", verify.__file__)
+    module = types.ModuleType(fresh.name)
+    module.__package__ = verify.__package__
+    monkeypatch.setitem(sys.modules, fresh.name, module)
+    fresh.exec_module(module)
+    assert module.SCORE_PARITY == 0.25
+    for gate in module.GATES.values():
+        assert (gate.flips, gate.auroc_drop, gate.map_correlation) == (0.125, 0.0625, 0.5)
