@@ -48,7 +48,8 @@ class Stored:
 class OutboxStats:
     """What the outbox holds and what it had to do.
 
-    messages, bytes: not yet acknowledged. dropped: lost to the caps since the file was made. degraded: why commits
+    messages, bytes, oldest_age_s: not yet acknowledged, wherever they are; bytes of payload, not of the file, which
+    keeps its size and deletes what was acknowledged a moment later. dropped: lost to the caps since the file was made. degraded: why commits
     fail at the moment, None when they do not. set_aside: name of a corrupt file found at the start.
     """
 
@@ -96,7 +97,8 @@ class Outbox:
         self._tail: dict[int, Stored] = {}
         self._tail_bytes = 0
         self._states: dict[str, bytes] = {}
-        self._acked: set[int] = set()
+        self._acked: dict[int, int] = {}  # key -> payload bytes, until it is deleted
+        self._held = (0, 0, 0)  # the file's count, bytes and last key as of the last transaction, see _take_stock
         self._listeners: list[Callable[[], None]] = []
         self._next = 1
         self._committed = 0
@@ -131,6 +133,7 @@ class Outbox:
         self._next = self._file.last_key + 1
         self._committed = self._file.last_key
         self._last_id = self._file.last_id
+        self._take_stock()
         self._said_dropped = self._file.dropped
         self._stopping = False
         self._thread = threading.Thread(target=self._write, name="andon-outbox", daemon=True)
@@ -245,25 +248,27 @@ class Outbox:
             cursor = rows[-1][0]
         return [found[key] for key in sorted(found)[:limit]]
 
-    def done(self, keys: Iterable[int]) -> None:
+    def done(self, messages: Iterable[Stored]) -> None:
         """The broker acknowledged these; they are deleted with the next transactions."""
         with self._lock:
-            for key in keys:
-                if key in self._tail:
-                    self._forget(key)
+            for message in messages:
+                if message.key in self._tail:
+                    self._forget(message.key)
                 else:
-                    self._acked.add(key)
+                    self._acked[message.key] = len(message.payload)
             self._lock.notify_all()
 
     def stats(self) -> OutboxStats:
         """Depth, losses and state at this moment."""
         with self._lock:
-            fresh = [m for m in self._tail.values() if m.key > self._file.last_key]
+            count, size, last_key = self._held
+            fresh = [len(m.payload) for m in self._tail.values() if m.key > last_key]
+            messages = max(0, count + len(fresh) - len(self._acked))
             return OutboxStats(
-                messages=max(0, self._file.count + len(fresh) - len(self._acked)),
-                bytes=self._file.bytes + sum(len(m.payload) for m in fresh),
+                messages=messages,
+                bytes=max(0, size + sum(fresh) - sum(self._acked.values())) if messages else 0,
                 dropped=self._file.dropped + self._tail_dropped,
-                oldest_age_s=self._file.oldest_age(),
+                oldest_age_s=self._file.oldest_age() if messages else 0.0,
                 degraded=self._degraded,
                 set_aside=self._file.set_aside,
                 in_memory=len(self._tail) if self._degraded else 0,
@@ -354,7 +359,13 @@ class Outbox:
         except (sqlite3.DatabaseError, OSError) as error:
             self._set_degraded(f"damaged ({damage}), and not replaced: {error}")
         else:
+            with self._lock:
+                self._take_stock()
             self._say("set_aside", str(self._file.set_aside))
+
+    def _take_stock(self) -> None:
+        """What the file holds, together with what waits beside it: counted at one moment, or sums would not agree."""
+        self._held = (self._file.count, self._file.bytes, self._file.last_key)
 
     def _settle(self, batch: list[Stored], states: dict[str, bytes], acked: set[int]) -> None:
         with self._lock:
@@ -362,12 +373,14 @@ class Outbox:
                 if message.key in self._tail:
                     self._forget(message.key)
                 else:  # acknowledged, from memory, while it was being stored
-                    self._acked.add(message.key)
+                    self._acked[message.key] = len(message.payload)
                 self._committed = max(self._committed, message.key)
             for name, value in states.items():
                 if self._states.get(name) is value:
                     del self._states[name]
-            self._acked -= acked
+            for key in acked:
+                del self._acked[key]
+            self._take_stock()
             dropped = self._file.dropped + self._tail_dropped
             self._lock.notify_all()
         if dropped > self._said_dropped:

@@ -152,7 +152,7 @@ class Session:
         self._turn(min([timeout, *waits]))
         if self._acked:
             acked, self._acked = self._acked, []
-            self._outbox.done(message.key for message in acked)
+            self._outbox.done(acked)
             self._hooks.acknowledged(acked)
 
     @property

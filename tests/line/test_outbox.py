@@ -53,15 +53,30 @@ def test_committed_before_it_is_offered(tmp_path: Path) -> None:
 def test_kept_over_a_restart_until_acknowledged(tmp_path: Path) -> None:
     with Outbox(tmp_path / "o.db") as outbox:
         keys = fill(outbox, 10)
-        outbox.done(keys[:4])
+        outbox.done(waiting(outbox)[:4])
         last = outbox.last_id
     with Outbox(tmp_path / "o.db") as outbox:
         assert [m.key for m in waiting(outbox)] == keys[4:] and outbox.last_id == last
         assert outbox.next_key == keys[-1] + 1 and outbox.stats().messages == 6
-        outbox.done(keys)
+        outbox.done(waiting(outbox))
     with Outbox(tmp_path / "o.db") as outbox:
         assert waiting(outbox) == [] and outbox.stats().bytes == 0
         assert outbox.last_id == last, "the floor of identifiers outlives the messages"
+
+
+def test_nothing_that_waits_is_no_bytes_and_no_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, not when the acknowledged rows have left the file: a run's closing summary looks at that moment."""
+    monkeypatch.setattr("andon.runtime.outbox._ACK_DELAY", 60.0)
+    with Outbox(tmp_path / "o.db") as outbox:
+        fill(outbox, 5)
+        messages = waiting(outbox)
+        outbox.done(messages[:2])
+        rest = outbox.stats()
+        assert (rest.messages, rest.bytes) == (3, sum(len(m.payload) for m in messages[2:]))
+        outbox.done(messages[2:])
+        stats = outbox.stats()
+        assert outbox._file.bytes > 0, "the file deletes them later, many at a time"
+        assert (stats.messages, stats.bytes, stats.oldest_age_s) == (0, 0, 0.0)
 
 
 def test_every_camera_and_kind_reads_its_own(tmp_path: Path) -> None:
@@ -218,7 +233,7 @@ def test_full_disk(small_disk: Path, eventually: Callable[..., None]) -> None:
         assert "full" in str(outbox.stats().degraded) and [what for what, _ in events] == ["degraded"]
         eventually(lambda: [m.key for m in waiting(outbox)] == keys)  # offered from memory, in order, none missing
         assert outbox.stats().messages == 2500
-        outbox.done(keys[:2000])
+        outbox.done(waiting(outbox)[:2000])
         eventually(lambda: outbox.stats().degraded is None)
         assert [m.key for m in waiting(outbox)] == keys[2000:] and events[-1][0] == "recovered"
         assert outbox.stats().dropped == 0
@@ -269,7 +284,7 @@ class OutboxMachine(RuleBasedStateMachine):
     def acknowledge(self, data: st.DataObject) -> None:
         if self.expected:
             keys = data.draw(st.lists(st.sampled_from(sorted(self.expected)), unique=True))
-            self.outbox.done(keys)
+            self.outbox.done(self.message(key) for key in keys)
             for key in keys:
                 del self.expected[key]
 
@@ -284,6 +299,11 @@ class OutboxMachine(RuleBasedStateMachine):
         assert [(m.key, m.payload) for m in found] == sorted(self.expected.items())
         small = self.outbox.fetch(["a", "b"], "verdict", 0, 2)
         assert small == found[:2]
+        stats = self.outbox.stats()
+        assert (stats.messages, stats.bytes) == (len(self.expected), sum(map(len, self.expected.values())))
+
+    def message(self, key: int) -> Stored:
+        return next(m for m in self.outbox.fetch(["a", "b"], "verdict", key - 1, 1))
 
     def teardown(self) -> None:
         self.outbox.close()
