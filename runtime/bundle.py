@@ -28,6 +28,8 @@ from .wiring import check
 
 MANIFEST = "manifest.json"
 DIGEST = "manifest.sha256"
+#: What a folder of `andon train` has, and a bundle has not
+CHECKPOINT = "provenance.json"
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_FILE_BYTES = 4 << 30
 MAX_TOTAL_BYTES = 8 << 30
@@ -162,6 +164,30 @@ class Bundle:
         """The calibrated threshold of a product under a program, or None before `andon calibrate`."""
         return self.manifest.thresholds.get(product, {}).get(program)
 
+    def require_folder(self, command: str) -> None:
+        """Refuse a bundle that cannot be changed, before any work is done for the change.
+
+        Args:
+            command: what wants to change it; the message says how to run it on the folder.
+
+        Raises:
+            BundleError: the bundle is a .tar.
+        """
+        if self._unpacked is None:
+            return
+        # The tar holds the bundle in one folder of that name, or bare: then it needs a folder first.
+        bare = self.root == Path(self._unpacked.name)
+        folder = self.path.parent / (self.path.name.removesuffix(".tar") + "-unpacked" if bare else self.root.name)
+        unpack = (
+            f"mkdir {folder} && tar -xf {self.path} -C {folder}" if bare else f"tar -xf {self.path} -C {folder.parent}"
+        )
+        raise BundleError(
+            f"{self.path} is packed and cannot be changed",
+            found="a .tar",
+            expected="a bundle directory",
+            next_step=f"{command} --bundle {folder}" if folder.is_dir() else f"{unpack} && {command} --bundle {folder}",
+        )
+
     def save_thresholds(self, thresholds: Mapping[str, Mapping[str, Threshold]]) -> Bundle:
         """Write thresholds (product -> program -> threshold) into the bundle, merged with those it has.
 
@@ -170,13 +196,7 @@ class Bundle:
         Raises:
             BundleError: the bundle is a .tar, or a product or program is unknown.
         """
-        if self._unpacked is not None:
-            raise BundleError(
-                f"{self.path} is packed and cannot be changed",
-                found=".tar",
-                expected="a bundle directory",
-                next_step=f"mkdir bundle && tar -xf {self.path} -C bundle",
-            )
+        self.require_folder("andon calibrate")
         merged = {product: dict(entries) for product, entries in self.manifest.thresholds.items()}
         for product, entries in thresholds.items():
             merged.setdefault(product, {}).update(entries)
@@ -294,11 +314,12 @@ def _read_manifest(root: Path) -> bytes:
     path = root / MANIFEST
     for name in (MANIFEST, DIGEST):
         if not (root / name).is_file() or (root / name).is_symlink():
+            checkpoint = (root / CHECKPOINT).is_file()
             raise BundleError(
                 f"{root} is not a bundle",
-                found=f"no {name}",
+                found=f"a checkpoint: {CHECKPOINT}, but no {name}" if checkpoint else f"no {name}",
                 expected=f"{MANIFEST} and {DIGEST}",
-                next_step="andon export --method <method>",
+                next_step=f"andon export --method <method>{f' --checkpoint {root}' if checkpoint else ''}",
             )
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise BundleError(f"{path} is too large", found=path.stat().st_size, expected=f"<= {MAX_MANIFEST_BYTES} bytes")

@@ -49,8 +49,9 @@ class OutboxStats:
     """What the outbox holds and what it had to do.
 
     messages, bytes, oldest_age_s: not yet acknowledged, wherever they are; bytes of payload, not of the file, which
-    keeps its size and deletes what was acknowledged a moment later. dropped: lost to the caps since the file was made. degraded: why commits
-    fail at the moment, None when they do not. set_aside: name of a corrupt file found at the start.
+    keeps its size and deletes what was acknowledged a moment later. dropped: lost to the caps since the file was made.
+    degraded: why commits fail at the moment, None when they do not. set_aside: name of a corrupt file found at the
+    start.
     """
 
     messages: int

@@ -53,11 +53,17 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         CalibrationError: too few images for the promise; the message names how many are needed.
         AndonError: bundle, data set or engine cannot be used.
     """
-    with Bundle.load(args.bundle) as bundle, open_backend(args.backend, threads=args.threads) as backend:
+    with Bundle.load(args.bundle) as bundle:
+        bundle.require_folder(f"andon calibrate --data {args.data}")  # refuse before the work, not after it
+        return _calibrate(args, bundle)
+
+
+def _calibrate(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
+    with open_backend(args.backend, threads=args.threads) as backend:
         dataset = open_dataset(args.data)
         samples, origin = held_out(bundle, dataset)
         print(f"{len(samples)} good images: {origin}")
-        for product in bundle.manifest.classes:  # refuse before the work, not after it
+        for product in bundle.manifest.classes:  # before the work, too
             count = sum(s.product == product for s in samples)
             conformal_threshold([0.0] * count, args.false_alarm_rate, args.confidence, product)
         known = options.program_names(bundle)

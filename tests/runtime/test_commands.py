@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,6 +125,24 @@ def test_calibrate_refuses_before_it_works_and_says_how_many_images_it_takes(
     (data / "a/train/good/000.png").unlink()
     code, _, text = run(capsys, "calibrate", "--bundle", root, "--data", data, *ENGINE)
     assert code == 1 and "only some of the images that training held out" in text
+
+
+@pytest.mark.parametrize("top", ["bundle", ""], ids=["in a folder", "bare"])
+def test_calibrate_refuses_a_packed_bundle_at_once_with_commands_that_work(
+    make_bundle: MakeBundle, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], top: str
+) -> None:
+    packed = tmp_path / "packed" / "small.tar"
+    packed.parent.mkdir()
+    with tarfile.open(packed, "w") as archive:
+        archive.add(make_bundle(), arcname=top or ".")
+    code, result, text = run(capsys, "calibrate", "--bundle", packed, "--data", "nosuch", *ENGINE)
+    assert code == 1 and "small.tar is packed" in result["error"], "before the data are looked at"
+    unpack, command = result["next"].replace("nosuch", str(data)).rsplit(" && ", 1)
+    subprocess.run(["bash", "-c", unpack], check=True)
+    code, result, text = run(capsys, *command.split()[1:], "--false-alarm-rate", 0.1, *ENGINE)
+    assert code == 0, text
+    code, result, _ = run(capsys, "calibrate", "--bundle", packed, "--data", data, *ENGINE)
+    assert code == 1 and result["next"] == command, "nothing needs to be unpacked twice"
 
 
 def test_calibrate_takes_new_good_images_but_never_the_test_split(
