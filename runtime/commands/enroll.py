@@ -19,10 +19,13 @@ from ..enrolment.support import read_support
 from ..errors import ConfigError
 from ..wiring import parse_source
 
+#: Methods that keep a memory of normal, into which a product can be enrolled; the others are trained on every product.
+METHODS = ("foct", "knn")
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `andon enroll`."""
-    parser.add_argument("--method", choices=("foct", "knn"), default="foct", help="memory method (foct)")
+    parser.add_argument("--method", choices=METHODS, default="foct", help="memory method (foct)")
     parser.add_argument("--support", type=Path, required=True, metavar="DIR", help="images of good parts")
     parser.add_argument("--shots", type=int, default=4, metavar="K", help="how many of them (4)")
     parser.add_argument("--seed", type=int, metavar="N", help="draw them at random; default: the first by name")
@@ -78,12 +81,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     foreground = choose(args.foreground)
     with Bundle.load(args.backbone_bundle) as source, open_backend("onnxruntime", threads=args.threads) as backend:
         if source.manifest.method != args.method:
-            raise ConfigError(
-                f"{args.backbone_bundle} is a bundle of another method",
-                found=source.manifest.method,
-                expected=args.method,
-                next_step=f"andon enroll --method {source.manifest.method}",
-            )
+            raise _other_method(args, source.manifest.method)
         candidates = parse_source(memory_of(source).candidates)
         patches = source.manifest.stages[candidates.name].outputs[candidates.output].shape[0]
         support = read_support(
@@ -91,6 +89,21 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         )
         bundle = enroll(source, backend, name, support, target)
     return summarize(bundle, len(support.paths), support.foreground, time.monotonic() - started)
+
+
+def _other_method(args: argparse.Namespace, method: str) -> ConfigError:
+    """The bundle's engines are those of another method, which may be one that nothing can be enrolled into."""
+    again = f"andon enroll --method {method if method in METHODS else args.method} --support {args.support}"
+    if method in METHODS:
+        found, step = method, f"{again} --backbone-bundle {args.backbone_bundle}"
+    else:
+        found = f"{method}, which is trained on every product and keeps no memory to enroll one into"
+        step = (
+            f"{again} (exports the engines itself, on a workstation), or with --backbone-bundle of a {args.method} "
+            f"bundle; for {method} itself: andon train --method {method} with the new product's images in --data"
+        )
+    what = f"{args.backbone_bundle} is a bundle of another method"
+    return ConfigError(what, found=found, expected=f"a bundle of {args.method}", next_step=step)
 
 
 def summarize(bundle: Bundle, shots: int, foreground: float | None, seconds: float) -> dict[str, Any]:
