@@ -1,8 +1,9 @@
 """The composition root of a line: sources → slots → judging thread → alarms → outbox → publisher.
 
-Start: configuration and sources are checked (a wrong one ends the run with a reason), the outbox opens, cameras start
-and fill their slots while the judging thread opens the engines, then delivery connects. Stop, on SIGTERM: cameras stop,
-waiting frames are judged, the outbox is committed and delivered as far as the broker takes it, `stopped` is published.
+Start: configuration, sources and bundle are checked (a wrong one ends the run with a reason, before anything is
+started), the outbox opens, cameras start and fill their slots while the judging thread opens the engines, then delivery
+connects. Stop, on SIGTERM: cameras stop, waiting frames are judged, the outbox is committed and delivered as far as the
+broker takes it, `stopped` is published.
 """
 
 from __future__ import annotations
@@ -36,7 +37,17 @@ from .reload import reload
 from .slot import LanePolicy, Slots
 from .source import Source, make_source
 from .source.camera import Camera, CameraState
-from .startup import Options, Signals, alarm_rule, bundle_path, effective, pick_variant, state_folder
+from .startup import (
+    Options,
+    Signals,
+    alarm_rule,
+    bundle_path,
+    effective,
+    pick_variant,
+    require_engine,
+    require_products,
+    state_folder,
+)
 from .summary import closing_summary
 from .verdict import Ids
 from .worker import LineWorker
@@ -116,6 +127,9 @@ class LineApp:
         path = bundle_path(self.config)
         with ExitStack() as stack:
             stack.enter_context(Signals(self._events))
+            bundle = stack.enter_context(Bundle.load(path))
+            require_engine(self.config, bundle)
+            require_products(self.config, bundle)
             self.overrides = Overrides(self.folder)
             stack.callback(self.overrides.close)
             outbox = self.config.outbox
@@ -131,7 +145,7 @@ class LineApp:
             evidence = self._open_evidence(stack)
             self._make_delivery(stack)
             self.worker = LineWorker(
-                lambda rebuild: self._open_judge(path, rebuild),
+                lambda rebuild: self._open_judge(path, None if rebuild else bundle),
                 self._detector_stack.close,
                 self.slots,
                 self.delivery,
@@ -202,12 +216,17 @@ class LineApp:
         # A tuple of frozen alarms: safe to read beside the judging thread, which replaces it.
         return alarm_payload(self.ids.next(), camera, self.boards[camera].alarms)
 
-    def _open_judge(self, path: Path, rebuild: bool) -> tuple[Judge, OnlineMemory | None]:
-        """Open bundle, engines, memory and judge; on the judging thread. rebuild: build engines that are there, too."""
+    def _open_judge(self, path: Path, bundle: Bundle | None) -> tuple[Judge, OnlineMemory | None]:
+        """Open engines, memory and judge; on the judging thread.
+
+        bundle: as loaded at the start; None: read it again, and build engines that are there, too.
+        """
         started = time.monotonic()
         stack = self._detector_stack
         self.state.fact(ready=False)
-        bundle = stack.enter_context(Bundle.load(path))
+        rebuild = bundle is None
+        if bundle is None:
+            bundle = stack.enter_context(Bundle.load(path))
         backend = stack.enter_context(open_backend(self.config.backend, threads=self.options.threads, rebuild=rebuild))
         variant = pick_variant(self.config, bundle, backend.name)
         detector = stack.enter_context(Detector(bundle, backend, variant, self.config.program))

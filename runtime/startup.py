@@ -12,9 +12,12 @@ from typing import Any
 
 from .alarm import AlarmRule
 from .bundle import Bundle
-from .errors import ConfigError
+from .detector import AUTO
+from .engine.probe import require_tensorrt, tensorrt_missing
+from .errors import ConfigError, ProductError
 from .lineconfig import AlarmConfig, BrokerConfig, LineConfig, load_line
 from .manifest import Variant
+from .wiring import wire
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,52 @@ def pick_variant(config: LineConfig, bundle: Bundle, backend: str) -> Variant:
     if config.variant != "auto":
         return config.variant
     return "fp16" if backend == "tensorrt" and "fp16" in bundle.manifest.variants else "fp32"
+
+
+def require_engine(config: LineConfig, bundle: Bundle) -> tuple[str, Variant]:
+    """The backend and the precision that a line will run the bundle with.
+
+    Raises:
+        ConfigError: the bundle has no such program or precision.
+        EngineError: the backend cannot be used on this machine.
+    """
+    wire(bundle.manifest, config.program)
+    if config.backend == "tensorrt":
+        require_tensorrt()
+    backend = config.backend if config.backend != "auto" else "onnxruntime" if tensorrt_missing() else "tensorrt"
+    variant = pick_variant(config, bundle, backend)
+    for stage in bundle.manifest.stages:
+        bundle.stage_path(stage, variant)
+    return backend, variant
+
+
+def require_products(config: LineConfig, bundle: Bundle) -> None:
+    """Refuse products of cameras and thresholds that the bundle does not know, and `auto` where it cannot tell them.
+
+    Raises:
+        ProductError: a product is unknown; names where the configuration has it.
+        ConfigError: `auto`, and the bundle has several products and no classifier.
+    """
+    classes = ", ".join(bundle.manifest.classes)
+    places = {f"cameras.{name}.product": camera.product for name, camera in config.cameras.items()}
+    places |= {f"judge.thresholds.{product}": product for product in config.judge.thresholds}
+    for place, product in places.items():
+        if product != AUTO and product not in bundle.manifest.classes:
+            raise ProductError(
+                f"{place}: unknown product {product!r}",
+                found=product,
+                expected=f"{classes} (the products of {bundle.path})",
+                next_step="name one of these in the configuration, or train on images of the new product",
+            )
+    # A data set says each image's product.
+    autos = [name for name, each in config.cameras.items() if each.product == AUTO and each.source.kind != "dataset"]
+    if autos and len(bundle.manifest.classes) > 1 and bundle.manifest.outputs.logits is None:
+        raise ConfigError(
+            f"product: auto of {', '.join(autos)}: the bundle has no classifier",
+            found=AUTO,
+            expected=f"one of {classes}",
+            next_step="name the camera's product",
+        )
 
 
 class Signals:

@@ -105,35 +105,16 @@ def _bundle(config: Any) -> list[Finding]:
 
 
 def _engine(config: Any, bundle: Any) -> str:
-    from ..engine.probe import require_tensorrt, tensorrt_missing
-    from ..startup import pick_variant
-    from ..wiring import wire
+    from ..startup import require_engine
 
-    wire(bundle.manifest, config.program)
-    if config.backend == "tensorrt":
-        require_tensorrt()
-    backend = config.backend if config.backend != "auto" else "onnxruntime" if tensorrt_missing() else "tensorrt"
-    variant = pick_variant(config, bundle, backend)
-    for stage in bundle.manifest.stages:
-        bundle.stage_path(stage, variant)
+    backend, variant = require_engine(config, bundle)
     return f"{backend}, {variant}, program {config.program}"
 
 
 def _products(config: Any, bundle: Any) -> str:
-    named = {camera.product for camera in config.cameras.values()} | set(config.judge.thresholds)
-    for product in sorted(named - {"auto"}):
-        bundle.class_index(product)
-    classes = bundle.manifest.classes
-    outputs = bundle.manifest.outputs
-    autos = [
-        name for name, camera in config.cameras.items() if camera.product == "auto" and camera.source.kind != "dataset"
-    ]
-    if autos and len(classes) > 1 and outputs.logits is None:
-        raise ConfigError(
-            f"product: auto of {', '.join(autos)}: the bundle has no classifier",
-            expected=f"one of {', '.join(classes)}",
-            next_step="name the camera's product",
-        )
+    from ..startup import require_products
+
+    require_products(config, bundle)
     return ", ".join(f"{name}: {camera.product}" for name, camera in config.cameras.items())
 
 

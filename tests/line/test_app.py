@@ -132,16 +132,20 @@ def test_without_a_broker_the_run_goes_on_and_the_verdicts_come_later(
         ({"source": LIVE}, {"bundle": "none-*"}, "no bundle matches"),
         ({"source": LIVE, "max_fsp": 3}, {}, "did you mean 'max_fps'?"),
         ({"source": LIVE}, {"program": "nosuch"}, "nosuch"),
-        ({"source": LIVE}, {"state": "bundle/manifest.json/state"}, "state folder"),
+        ({"source": LIVE, "product": "mono"}, {"variant": "int8"}, "no int8 variant"),
+        ({"source": LIVE, "product": "auto"}, {}, "no classifier"),
+        ({"source": LIVE, "product": "mono"}, {"judge": {"thresholds": {"nut": 1.0}}}, "judge.thresholds.nut: unknown"),
+        ({"source": LIVE, "product": "mono"}, {"state": "bundle/manifest.json/state"}, "state folder"),
     ],
 )
 def test_what_cannot_run_is_refused_with_a_reason(
     bundle: Path, make_line: Any, camera: dict[str, Any], sections: dict[str, Any], told: str
 ) -> None:
-    line = make_line({"cam0": camera}, **{"bundle": str(bundle), "broker": None, **sections})
+    line = make_line({"cam0": camera}, **{"bundle": str(bundle), **sections})
     answer, err = finish(andon_run(line, "--max-frames", "5"), code=1)
     assert told in err and answer["ok"] is False
     assert "Traceback" not in err
+    assert "broker" not in err and not (line.parent / "state").exists(), "nothing was started"
 
 
 def test_until_end_refuses_endless_sources(bundle: Path, make_line: Any) -> None:
