@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
+
+from ..errors import AndonError
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Run the line; the closing summary.
+    """Run the line; the closing summary, "ok" False if a source failed or no verdict is OK or NG.
 
     Raises:
         AndonError: it cannot start as configured.
@@ -46,4 +49,20 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     summary = LineApp(options).run()
     if not args.json:
         print(json.dumps(summary, indent=1, default=str))
+    _say(summary)
     return summary
+
+
+def _say(summary: dict[str, Any]) -> None:
+    """What nobody should have to look for in the summary: that a run does not count, and what could not be judged."""
+    from ..summary import counted
+
+    if not summary["ok"]:
+        error = AndonError(
+            summary["error"], found=summary["found"], expected=summary["expected"], next_step=summary["next"]
+        )
+        print(f"andon run: {error}", file=sys.stderr)
+    elif summary["unknown"]:
+        total = sum(sum(row.values()) for row in summary["verdicts"].values())
+        count = sum(summary["unknown"].values())
+        print(f"andon run: {count} of {total} verdicts {counted(summary['unknown'])}", file=sys.stderr)

@@ -208,6 +208,11 @@ def make_bundle() -> Callable[..., Path]:
 
 
 @pytest.fixture
+def nan_when_black() -> str:
+    return NAN_WHEN_BLACK
+
+
+@pytest.fixture
 def nan_bundle(tmp_path: Path) -> Path:
     return write_bundle(tmp_path / "nan-bundle", NAN_WHEN_BLACK)
 

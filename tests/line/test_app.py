@@ -21,6 +21,8 @@ from andon.runtime.broker import EmbeddedBroker
 from andon.runtime.bundle import Bundle
 from andon.runtime.errors import AndonError, EngineError
 from andon.runtime.startup import Options
+from andon.runtime.summary import _NEXT
+from andon.runtime.types import UNKNOWN_REASONS
 from paho.mqtt.enums import CallbackAPIVersion
 
 RUN = [sys.executable, "-m", "andon.cli", "run", "--backend", "onnxruntime", "--threads", "1", "--json"]
@@ -69,11 +71,42 @@ def test_parts_of_a_folder_become_verdicts_on_mqtt(
     expected[7] = "UNKNOWN"
     assert [verdict["label"] for verdict in verdicts] == expected
     assert verdicts[7]["reason"] == "bad_frame" and "part007.png" in log
+    assert "andon run: 1 of 60 verdicts UNKNOWN bad_frame 1" in log
     assert all(Path(verdict["evidence"]).is_file() for verdict in verdicts if verdict["label"] == "NG")
     assert summary["verdicts"]["mono"] == {label: expected.count(label) for label in ("NG", "OK", "UNKNOWN")}
     assert summary["frames"] == 59 and summary["delivery"]["outbox"]["messages"] == 0
     consumer.until(lambda: [s["state"] for s in consumer.of("status", "cam0")][-1:] == ["stopped"])
     assert consumer.of("status", "cam0")[0]["state"] == "online"
+
+
+@pytest.mark.parametrize(
+    ("shades", "thresholds", "found", "following"),
+    [
+        ([10, 200, 30], None, "UNKNOWN no_threshold 3", "andon calibrate --bundle {bundle} --data GOOD-IMAGES"),
+        ([0, 0], 0.5, "UNKNOWN not_a_number 2", "andon verify --bundle {bundle}"),
+    ],
+)
+def test_a_run_without_a_single_decision_fails_and_says_why(
+    tmp_path: Path,
+    make_bundle: Any,
+    nan_when_black: str,
+    make_images: Any,
+    make_line: Any,
+    shades: list[int],
+    thresholds: float | None,
+    found: str,
+    following: str,
+) -> None:
+    """Silence never means OK: neither does a run in which nothing could be judged."""
+    bundle = make_bundle(tmp_path / "b", nan_when_black, thresholds=thresholds)
+    folder = make_images(tmp_path / "parts", shades)
+    cameras = {"cam0": {"source": {"kind": "folder", "path": str(folder)}, "product": "mono", "drop": "block"}}
+    summary, log = finish(andon_run(make_line(cameras, bundle=str(bundle), broker=None), "--until-end"), code=1)
+    told = following.format(bundle=bundle)
+    assert summary["ok"] is False and summary["error"] == f"not one of {len(shades)} verdicts is OK or NG"
+    assert (summary["found"], summary["next"]) == (found, told) and found in log and told in log
+    assert sum(summary["unknown"].values()) == len(shades)
+    assert set(_NEXT) == set(UNKNOWN_REASONS), "every reason has something to do about it"
 
 
 def test_the_line_needs_no_torch_and_little_memory(bundle: Path, make_line: Any) -> None:
