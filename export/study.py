@@ -84,9 +84,10 @@ def _one(method: str, data: str, seed: int, args: argparse.Namespace, *, cost: b
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))["products"]
     yield from _quality(metrics, {**base, "command": text})
     if cost and not setting:
-        yield from _engines(
-            method, data, out, {**base, "command": f"{text}; andon export --method {method}; andon bench"}
-        )
+        exported = f"{text}; andon export --method {method}"
+        yield from _engines(method, data, out, {**base, "command": f"{exported}; andon bench"})
+        if args.samplers:
+            yield from _samplers(data, out / "bundle", args.limit, {**base, "command": exported})
 
 
 def _quality(products: dict[str, dict[str, float | None]], base: dict[str, Any]) -> Iterator[Record]:
@@ -119,6 +120,19 @@ def _engines(method: str, data: str, checkpoint: Path, base: dict[str, Any]) -> 
     yield {**base, "product": None, "metric": "state_elements", "value": state}
     bench = _andon(["bench", "--bundle", str(kept), "--json", "--no-torch"])
     yield {**base, "product": None, "metric": "cpu_ms", "value": round(bench["latency_ms"]["total"]["p50"], 3)}
+
+
+def _samplers(data: str, bundle: Path, limit: int | None, base: dict[str, Any]) -> Iterator[Record]:
+    """Quality and cost of every program of the bundle through the engines: a diffusion method's samplers."""
+    few = ["--limit", str(limit)] if limit else []
+    found = _andon(["eval", "--bundle", str(bundle), "--data", data, "--samplers", *few, "--json"])["samplers"]
+    command = " ".join([f"{base['command']}; andon eval --samplers", *few])
+    for name, result in found.items():
+        row = {**base, "command": command, "setting": f"sampler {name}"}
+        for product, metrics in result["products"].items():
+            yield {**row, "product": product, "metric": "image_AUROC", "value": round(metrics["image_AUROC"], 4)}
+        took = result["latency_ms"]["total"]["p50"]
+        yield {**row, "product": None, "metric": "ms_a_frame", "value": round(took, 2)}
 
 
 def _stage(step: Any) -> str:

@@ -59,8 +59,17 @@ class OnlineMemory(Protocol):
         """What has drifted at this camera; None: nothing has."""
         ...
 
+    @property
+    def teaches_first(self) -> bool:
+        """Whether a frame teaches before its verdict: the judge then calls :meth:`teach` and scores it again."""
+        ...
+
+    def teach(self, program: Program, scored: Scored, label: str, frame: Frame, verdict: str) -> bool:
+        """Let the frame just scored teach, if it may; True: the memory has changed."""
+        ...
+
     def after_frame(self, program: Program, judgement: Judgement, frame: Frame) -> None:
-        """A frame was judged with the memory as it was; now the memory may learn from it."""
+        """A frame was judged; now the memory may learn from it, unless it has done so before the verdict."""
         ...
 
     def command(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,6 +146,7 @@ class Judge:
         self._memory = memory
         self._smooth: dict[str, _Smooth] = {}
         self._trouble: dict[str, str] = {}
+        self._memory_trouble = ""
         self.configure(cameras, settings)
 
     def configure(self, cameras: Mapping[str, CameraConfig], settings: JudgeConfig) -> None:
@@ -217,24 +227,27 @@ class Judge:
         started = time.monotonic()
         box = clip_roi(self._cameras[frame.camera].roi, frame.image.shape[1], frame.image.shape[0])
         scored: Scored | None = None
+        name = self._new_id()
         try:
             if box is None:
                 raise _Refusal("bad_frame", f"the region of interest lies outside the picture {frame.image.shape[:2]}")
             scored = self._score(frame, box)
+            if self._memory is not None and self._memory.teaches_first:
+                scored = self._taught(self._memory, frame, scored, box, name)
             decision = self._decide(frame, scored, box)
         except _Refusal as refusal:
             decision = refusal.decision
         self._report(frame.camera, decision)
         latency = {"wait": (started - frame.monotonic) * 1e3, **(scored.latency_ms if scored else {})}
         latency["total"] = (time.monotonic() - frame.monotonic) * 1e3
-        return Judgement(self._verdict(frame, decision, latency), scored, box or (0, 0, 0, 0), decision.detail)
+        return Judgement(self._verdict(frame, decision, latency, name), scored, box or (0, 0, 0, 0), decision.detail)
 
     def unknown(self, item: Missed) -> Judgement:
         """The verdict of a part or camera without a picture."""
         decision = _Decision("UNKNOWN", item.reason, item.detail, product=item.product or self._product(item))
         self._report(item.camera, decision)
         total = (time.monotonic() - item.monotonic) * 1e3
-        return Judgement(self._verdict(item, decision, {"total": total}), detail=item.detail)
+        return Judgement(self._verdict(item, decision, {"total": total}, self._new_id()), detail=item.detail)
 
     def _product(self, item: Frame | Missed) -> str | None:
         product = item.product or self.product_of(item.camera)
@@ -255,6 +268,27 @@ class Judge:
             if self._trouble.get(frame.camera) != "engine_error":
                 log.exception("camera %s: the engine failed unexpectedly", frame.camera)
             raise _Refusal("engine_error", f"{type(error).__name__}: {error}", product=product) from error
+
+    def _taught(self, memory: OnlineMemory, frame: Frame, scored: Scored, box: Box, name: str) -> Scored:
+        """FOCT's order: the frame teaches by the verdict it would get, and is scored again where it did."""
+        smooth = replace(self._smooth.get(frame.camera, _Smooth()))
+        try:
+            label = self._decide(frame, scored, box).label
+        except _Refusal as refusal:
+            label = refusal.decision.label
+        self._smooth[frame.camera] = smooth  # a frame counts once
+        try:
+            changed = memory.teach(self.detector.program, scored, label, frame, name)
+        except Exception as error:  # whatever it is, this part must be judged; `unusable` decides how
+            if str(error) != self._memory_trouble:
+                log.error("memory: %s", error, exc_info=not isinstance(error, AndonError))
+            self._memory_trouble = str(error)
+            return scored
+        if not changed:
+            return scored
+        again = self._score(frame, box)
+        latency = {stage: ms + scored.latency_ms.get(stage, 0.0) for stage, ms in again.latency_ms.items()}
+        return replace(again, latency_ms=latency)
 
     def _decide(self, frame: Frame, scored: Scored, box: Box) -> _Decision:
         product, score, label = scored.product, scored.score, scored.label
@@ -281,10 +315,10 @@ class Judge:
             regions = find_regions(scored.map, scored.pixel_threshold, box, min_area=area, limit=limit)
         return _Decision("NG", "score_above_threshold", regions=regions, **found)
 
-    def _verdict(self, item: Frame | Missed, decision: _Decision, latency: dict[str, float]) -> Verdict:
+    def _verdict(self, item: Frame | Missed, decision: _Decision, latency: dict[str, float], name: str) -> Verdict:
         bundle = self.detector.bundle
         return Verdict(
-            id=self._new_id(),
+            id=name,
             camera=item.camera,
             seq=item.seq,
             ts_capture=item.captured,

@@ -21,6 +21,7 @@ from ..calib.snapshots import AuditLog, Refusal, Snapshot, SnapshotStore
 from .autosave import Autosave
 from .bundle import Bundle
 from .detector import Detector
+from .detector import Judgement as Scored
 from .errors import CalibrationError, ConfigError, EngineError
 from .judge import Judgement
 from .lineconfig import LineConfig
@@ -98,8 +99,13 @@ class LineMemory:
         found = [detail for name, detail in self._warnings.items() if name.split("/", 1)[0] == camera]
         return "; ".join(found) or None
 
+    @property
+    def teaches_first(self) -> bool:
+        """Whether a frame teaches before its verdict (`memory.order: update_first`)."""
+        return self._config.order == "update_first" and bool(self._calibrators)
+
     def after_frame(self, program: Program, judgement: Judgement, frame: Frame) -> None:
-        """A frame was judged with the memory as it was; now the memory may learn from it."""
+        """A frame was judged; now the memory may learn from it, unless it has done so before the verdict."""
         scored = judgement.scored
         if scored is None or scored.score is None or not np.isfinite(scored.score):
             return
@@ -107,12 +113,20 @@ class LineMemory:
         if scored.class_index is None:
             return
         self._warm_start.after_frame(program, scored.class_index)
+        if not self.teaches_first:
+            self.teach(program, scored, judgement.verdict.label, frame, judgement.verdict.id)
+
+    def teach(self, program: Program, scored: Scored, label: str, frame: Frame, verdict: str) -> bool:
+        """Let the frame that the program has just scored teach, if it may; True: the memory has changed.
+
+        label: what it was judged by that score; verdict: identifier of its verdict, for the audit log.
+        """
         memory = self._memory
-        if memory is None:
-            return
+        if memory is None or scored.class_index is None or scored.score is None or not np.isfinite(scored.score):
+            return False
         index = scored.class_index if memory.per_class else 0
         if index in self._broken:
-            return
+            return False
         seen = Observation(
             scored.score,
             program.read(memory.candidates),
@@ -120,12 +134,14 @@ class LineMemory:
             None if memory.transport is None else program.read(memory.transport),
             None if memory.nearest is None else program.read(memory.nearest),
         )
-        outcome = self._calibrators[index].observe(seen, trusted=judgement.verdict.label == "OK")
-        if outcome.change is not None:
-            self._number += 1
-            self._upload(index, slice(outcome.change.start, outcome.change.stop))
-            self._record(outcome, judgement, frame, index)
-            self._saver.offer(self._arrays(), self._meta())
+        outcome = self._calibrators[index].observe(seen, trusted=label == "OK")
+        if outcome.change is None:
+            return False
+        self._number += 1
+        self._upload(index, slice(outcome.change.start, outcome.change.stop))
+        self._record(outcome, verdict, frame, index)
+        self._saver.offer(self._arrays(), self._meta())
+        return True
 
     def _watch(self, camera: str, product: str, score: float) -> None:
         if not self._config.drift.enabled:
@@ -143,7 +159,7 @@ class LineMemory:
             else:
                 self._warnings.pop(name, None)
 
-    def _record(self, outcome: Outcome, judgement: Judgement, frame: Frame, index: int) -> None:
+    def _record(self, outcome: Outcome, verdict: str, frame: Frame, index: int) -> None:
         change, patches = outcome.change, outcome.patches
         if change is None or patches is None:
             return
@@ -156,7 +172,7 @@ class LineMemory:
                 "camera": frame.camera,
                 "seq": frame.seq,
                 "part_id": frame.part_id,
-                "verdict": judgement.verdict.id,
+                "verdict": verdict,
                 "score": outcome.decision.found,
                 "limit": outcome.decision.limit if np.isfinite(outcome.decision.limit) else None,
                 "why": f"score within the {self._config.guard.quantile} quantile and both anchors"
@@ -250,6 +266,7 @@ class LineMemory:
         """Present state for status, web page and command results."""
         counts = sum((calibrator.counts for calibrator in self._calibrators), Counter[str]())
         return {
+            "order": self._config.order if self._calibrators else None,
             "frozen": any(calibrator.frozen for calibrator in self._calibrators),
             "rows": {self._name(i): c.memory.length for i, c in enumerate(self._calibrators)},
             "frames": dict(counts),

@@ -65,6 +65,11 @@ class MemoryConfig(Settings):
     )
     foreground: int = Field(default=10, ge=0, description="Foreground patches that transport takes")
     background: int = Field(default=40, ge=0, description="Background patches that transport takes")
+    order: Literal["score_first", "update_first"] = Field(
+        default="score_first",
+        description="score_first: a frame is judged with the memory as it was, then it may teach; update_first: the "
+        "paper's order, it teaches and is then scored again, against its own patches too",
+    )
     guard: GuardConfig = Field(default=GuardConfig(), description="Admission guard")
     drift: DriftConfig = Field(default=DriftConfig(), description="Drift warning")
     save_every: Seconds = Field(default=60.0, description="Seconds between saves; a restart goes on from the last")

@@ -167,6 +167,7 @@ function showMemory(memory) {
   pairs($("memory"), [
     ["version", memory.version == null ? "none" : String(memory.version)],
     ["frozen", memory.frozen ? "yes" : "no"],
+    ...(memory.order ? [["order", memory.order === "update_first" ? "update, then score" : "score, then update"]] : []),
     ...Object.entries(memory.rows).map(([product, rows]) => [`rows ${product === "*" ? "" : product}`, count(rows)]),
     ["drift", memory.drift.length ? memory.drift.join(", ") : "none", memory.drift.length > 0],
     ...Object.entries(memory.drift_score ?? {}).map(([name, value]) => [name, value.toFixed(3)]),

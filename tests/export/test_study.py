@@ -14,6 +14,8 @@ from andon.runtime.results import load_results
 
 def _args(tmp_path: Path, *extra: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--samplers", action="store_true")  # these two are of `andon eval` itself
+    parser.add_argument("--limit", type=int)
     study.configure(parser)
     return parser.parse_args(["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results.json"), *extra])
 
@@ -55,6 +57,51 @@ def test_control_is_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "backbone.weights=random:0" in calls[1]
     page = (tmp_path / "results.md").read_text()
     assert "| hvq | tile |" in page and "| hvq, untrained backbone | tile |" in page
+
+
+def test_settings_on_validation_sets_have_rows_and_a_page_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(study, "_andon", _fake(calls))
+    common = (
+        "--all",
+        str(tmp_path / "tile24"),
+        "--methods",
+        "hvq",
+        "--study-seeds",
+        "1",
+        "--validation",
+        "--study-set",
+    )
+    study.main(_args(tmp_path, *common, "schedule.max_seconds=null", "schedule.max_epochs=25"))
+    study.main(_args(tmp_path, *common, "schedule.max_seconds=null", "schedule.max_epochs=75"))
+    assert len({c[c.index("--out") + 1] for c in calls}) == 2 and "schedule.max_seconds=null" in calls[0]
+    page = (tmp_path / "results.md").read_text()
+    assert "No test image was read" in page and "| hvq, schedule.max_epochs=25 | tile |" in page
+
+
+def test_samplers_are_recorded_with_their_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+
+    def andon(arguments: list[str]) -> dict:
+        if arguments[0] == "train":
+            return _fake(calls)(arguments)
+        calls.append(arguments)
+        programs = {"default": 4.0, "ddim10": 40.0}
+        quality = {"mono": {"image_AUROC": 0.9}}
+        return {
+            "samplers": {n: {"products": quality, "latency_ms": {"total": {"p50": t}}} for n, t in programs.items()}
+        }
+
+    monkeypatch.setattr(study, "_andon", andon)
+    monkeypatch.setattr(study, "_engines", lambda *a: iter(()))
+    arguments = ("--all", "elpv", "--methods", "vpdm", "--study-seeds", "1", "--samplers", "--limit", "10")
+    study.main(_args(tmp_path, *arguments))
+    assert calls[-1][0] == "eval" and calls[-1][-3:] == ["--limit", "10", "--json"]
+    page = (tmp_path / "results.md").read_text()
+    assert "| elpv | mono | – | sampler ddim10 | 0.900 | – |" in page
+    assert "| elpv | all | – | sampler ddim10 | – | 40.000 |" in page
 
 
 def test_a_failed_run_ends_the_study() -> None:

@@ -157,6 +157,8 @@ def test_a_late_judgement_is_unknown(make_judge: Callable[..., Judge]) -> None:
 class Memory:
     """A memory that is broken for mono."""
 
+    teaches_first = False
+
     def unusable(self, product: str) -> str | None:
         return "checksum" if product == "mono" else None
 
