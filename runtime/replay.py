@@ -77,8 +77,11 @@ def golden_frames(bundle: Bundle) -> tuple[Array, Array]:
     return data["frames"], data["class_ids"]
 
 
-def replay_golden(program: Program, step: Step | None = None) -> list[Check]:
+def replay_golden(program: Program, step: Step | None = None, *, most: int | None = None) -> list[Check]:
     """Every stage output, map and score of the golden set against the recorded ones.
+
+    Args:
+        most: only so many frames, spread over the set; None: all of them.
 
     Raises:
         BundleError: the bundle has no golden set, or its shapes are not the program's.
@@ -89,11 +92,12 @@ def replay_golden(program: Program, step: Step | None = None) -> list[Check]:
     outputs = [name for name in data if "." in name]
     worst = dict.fromkeys(outputs, 0.0)
     score, correlation = 0.0, 1.0
-    for i, (frame, class_id) in enumerate(zip(data["frames"], data["class_ids"], strict=True)):
-        result = _judge(program, frame, int(class_id))
+    for i in _spread(len(data["frames"]), most):
+        result = _judge(program, data["frames"][i], int(data["class_ids"][i]))
         for name in outputs:
             worst[name] = max(worst[name], difference(program.read(name), data[name][i]))
-        score = max(score, abs(result[0] - float(data["score"][i])) / max(abs(float(data["score"][i])), 1e-12))
+        error = abs(result[0] - float(data["score"][i])) / max(abs(float(data["score"][i])), 1e-12)
+        score = float(np.maximum(score, error))  # unlike max(), keeps what is not a number
         correlation = min(correlation, _correlation(result[1], data["map"][i]))
         if step is not None:
             step(1)
@@ -106,6 +110,33 @@ def replay_golden(program: Program, step: Step | None = None) -> list[Check]:
     checks.append(_upper("score", "largest relative difference", score, limits.score))
     checks.append(Check("map", "least correlation", correlation, limits.correlation, correlation >= limits.correlation))
     return checks
+
+
+def _spread(count: int, most: int | None) -> list[int]:
+    """Indices of at most `most` of `count` frames, the first and the last among them."""
+    if most is None or most >= count:
+        return list(range(count))
+    return sorted({round(float(i)) for i in np.linspace(0, count - 1, most)})
+
+
+def replay_finite(program: Program, most: int) -> list[Check]:
+    """Whether score and map are numbers, where there is nothing to compare with: other programs than the default, and
+    bundles without a golden set, for which a grey frame of each product is judged.
+
+    Raises:
+        EngineError: a stage failed.
+    """
+    bundle = program.bundle
+    if golden_size(bundle):
+        frames, ids = golden_frames(bundle)
+        chosen = [(frames[i], int(ids[i])) for i in _spread(len(ids), most)]
+    else:
+        chosen = [(np.full_like(program.frame, 128), i) for i in range(len(bundle.manifest.classes))]
+    bad = 0
+    for frame, class_id in chosen:
+        score, found = _judge(program, frame, class_id)
+        bad += not (np.isfinite(score) and np.isfinite(found).all())
+    return [Check("score and map", "frames without a number", bad, 0, bad == 0)]
 
 
 def replay_gate(program: Program, step: Step | None = None) -> list[Check]:

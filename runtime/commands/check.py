@@ -1,4 +1,7 @@
-"""`andon check`: does this configuration, its bundle, its cameras and its broker work on this machine? Nothing runs."""
+"""`andon check`: does this configuration, its bundle, its cameras and its broker work on this machine?
+
+Nothing is published and no engine is built; a few golden frames go through engines that are there.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,9 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from ..errors import AndonError, BundleError, ConfigError
+
+#: Golden frames that are replayed; `andon verify` replays all of them, and the decisions.
+FEW = 3
 
 
 @dataclass(frozen=True)
@@ -96,9 +102,11 @@ def _bundle(config: Any) -> list[Finding]:
         return [Finding("bundle", False, str(error))]
     with bundle:
         manifest = bundle.manifest
+        engine = _guard("engine", lambda: _engine(config, bundle))
         return [
             Finding("bundle", True, f"{path}: {manifest.method} {bundle.id}, products {', '.join(manifest.classes)}"),
-            _guard("engine", lambda: _engine(config, bundle)),
+            engine,
+            *([_guard("golden set", lambda: _golden(config, bundle))] if engine.ok else []),
             _guard("products", lambda: _products(config, bundle)),
             _guard("thresholds", lambda: _thresholds(config, bundle)),
         ]
@@ -109,6 +117,37 @@ def _engine(config: Any, bundle: Any) -> str:
 
     backend, variant = require_engine(config, bundle)
     return f"{backend}, {variant}, program {config.program}"
+
+
+def _golden(config: Any, bundle: Any) -> str:
+    """Some golden frames through the engines of this machine, unless those have to be built first."""
+    from ..engine.select import open_backend
+    from ..program import Program
+    from ..replay import golden_size, replay_finite, replay_golden
+    from ..startup import require_engine
+
+    verify = f"andon verify --bundle {bundle.path}"
+    name, variant = require_engine(config, bundle)
+    count = golden_size(bundle)
+    comparable = count > 0 and config.program == "default"
+    with open_backend(name) as backend:
+        plans = getattr(backend, "plans", None)  # TensorRT's
+        paths = {stage: bundle.stage_path(stage, variant) for stage in bundle.manifest.stages}
+        if plans is not None and not all(plans.has(stage, path, variant) for stage, path in paths.items()):
+            return f"NOT CHECKED, as engines must be built first: andon build --bundle {bundle.path}, then {verify}"
+        with Program(bundle, backend, variant, config.program) as program:
+            checks = replay_golden(program, most=FEW) if comparable else replay_finite(program, FEW)
+    if failed := [f"{each.subject}: {each.what} {each.value:.3g}" for each in checks if not each.ok]:
+        raise BundleError(
+            "the engines of this machine do not give what they should: do not run this bundle",
+            found="; ".join(failed),
+            expected="what the export recorded, within its limits" if comparable else "numbers",
+            next_step=f"{verify} shows the whole table; export the bundle again if it fails elsewhere, too",
+        )
+    if comparable:
+        return f"{min(FEW, count)} of {count} frames give what the export recorded; the rest, and decisions: {verify}"
+    why = "the golden set is of the default program" if count else "the bundle has no golden set"
+    return f"scores are numbers; NOT CHECKED whether they are the export's ({why})"
 
 
 def _products(config: Any, bundle: Any) -> str:

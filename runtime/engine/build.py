@@ -104,7 +104,7 @@ class PlanStore:
         """
         model = onnx.read_bytes()
         wanted = self._wanted(stage, variant, model)
-        path = self._folder / f"{stage}.{variant}.{_digest(wanted)[:16]}.plan"
+        path = self._path(wanted)
         plan, reason = self._existing(path, wanted)
         if plan is not None:
             self.built.append(Built(stage, variant, path, path.stat().st_size, trtexec=self.trtexec(stage, onnx, path)))
@@ -125,6 +125,13 @@ class PlanStore:
         line = self.trtexec(stage, onnx, path)
         self.built.append(Built(stage, variant, path, len(serialized), seconds, reason, line, fallback))
         return plan
+
+    def has(self, stage: str, onnx: Path, variant: Variant) -> bool:
+        """Whether there is a plan for this stage on this machine; `load` would build it otherwise."""
+        return self._path(self._wanted(stage, variant, onnx.read_bytes())).is_file()
+
+    def _path(self, wanted: dict[str, Any]) -> Path:
+        return self._folder / f"{wanted['stage']}.{wanted['variant']}.{_digest(wanted)[:16]}.plan"
 
     def trtexec(self, stage: str, onnx: Path, plan: Path) -> str:
         """The trtexec line that builds the same plan."""

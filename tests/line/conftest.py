@@ -153,8 +153,14 @@ NAN_WHEN_BLACK = BRIGHTNESS.replace("score = ReduceMax", "s = ReduceMax").replac
 )
 
 
-def write_bundle(root: Path, text: str = BRIGHTNESS, thresholds: float | None = 0.5, **extra: Any) -> Path:
-    """A bundle of one stage for the products mono and poly; NG above 0.5 unless told otherwise."""
+def write_bundle(
+    root: Path, text: str = BRIGHTNESS, thresholds: float | None = 0.5, golden: Any = None, **extra: Any
+) -> Path:
+    """A bundle of one stage for the products mono and poly; NG above 0.5 unless told otherwise.
+
+    golden: arrays of its golden set.
+    """
+    import numpy as np
     import onnx.parser
     from andon.runtime.bundle import hash_file, write_manifest
     from andon.runtime.manifest import Manifest
@@ -163,7 +169,11 @@ def write_bundle(root: Path, text: str = BRIGHTNESS, thresholds: float | None = 
     model = onnx.parser.parse_model('<ir_version: 8, opset_import: ["" : 17]>\n' + text)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, str(root / "stages/judge.onnx"))
-    digest, size = hash_file(root / "stages/judge.onnx")
+    if golden is not None:
+        (root / "golden").mkdir()
+        np.savez(root / "golden/golden.npz", allow_pickle=False, **golden)
+    paths = ("stages/judge.onnx", "golden/golden.npz")[: 1 if golden is None else 2]
+    files = {name: dict(zip(("sha256", "bytes"), hash_file(root / name), strict=True)) for name in paths}
     threshold = {"value": thresholds, "false_alarm_rate": 0.05, "samples": 20, "pixel": 0.5}
     manifest = {
         "schema": "andon.bundle/1",
@@ -190,7 +200,7 @@ def write_bundle(root: Path, text: str = BRIGHTNESS, thresholds: float | None = 
         "program": [{"run": "judge"}],
         "outputs": {"score": "judge.score", "map": "judge.map"},
         "thresholds": {} if thresholds is None else {name: {"default": threshold} for name in ("mono", "poly")},
-        "files": {"stages/judge.onnx": {"sha256": digest, "bytes": size}},
+        "files": files,
         **extra,
     }
     write_manifest(root, Manifest.model_validate(manifest))

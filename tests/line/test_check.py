@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from andon.cli import main
 from andon.runtime.broker import EmbeddedBroker
+from andon.runtime.engine.onnxruntime import OnnxRuntimeBackend
+
+from .conftest import BRIGHTNESS  # type: ignore[import-not-found]
 
 PATTERN = {"source": {"kind": "test"}, "product": "mono"}
 
@@ -76,3 +81,56 @@ def test_a_bundle_without_thresholds_is_found(
     assert code == 1 and "andon calibrate" in found["thresholds"]["found"]
     code, _ = check(make_line({"cam0": PATTERN}, bundle=str(path), broker=None, judge={"thresholds": {"mono": 1.0}}))
     assert code == 0
+
+
+#: Not a number for any frame.
+NAN = BRIGHTNESS.replace(
+    "score = ReduceMax<axes=[1,2,3], keepdims=0>(map)",
+    """m1 = ReduceMax<axes=[1,2,3], keepdims=0>(map)
+    zero = Sub(m1, m1)
+    score = Div(zero, zero)""",
+)
+
+
+def test_a_bundle_whose_stages_give_no_number_is_found(
+    check: Any, make_line: Any, make_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = make_bundle(tmp_path / "nan", NAN)
+    code, found = check(make_line({"cam0": PATTERN}, bundle=str(path), broker=None))
+    assert code == 1 and [what for what, finding in found.items() if not finding["ok"]] == ["golden set"]
+    assert "frames without a number 2" in found["golden set"]["found"]
+    assert f"next:     andon verify --bundle {path}" in found["golden set"]["found"]
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1], ids=["as exported", "another score"])
+def test_a_few_golden_frames_are_replayed(
+    check: Any, make_line: Any, make_bundle: Callable[..., Path], tmp_path: Path, factor: float
+) -> None:
+    frames = np.stack([np.full((32, 32, 3), shade, np.uint8) for shade in (10, 60, 110, 160, 210)])
+    maps = np.stack([np.full((1, 32, 32), frame[0, 0, 0] / 255, np.float32) for frame in frames])
+    golden = {"frames": frames, "class_ids": np.zeros(5, np.int32), "map": maps, "score": maps[:, 0, 0, 0] * factor}
+    path = make_bundle(tmp_path / "golden", golden=golden)
+    code, found = check(make_line({"cam0": PATTERN}, bundle=str(path), broker=None))
+    row = found["golden set"]
+    if factor == 1.0:
+        assert code == 0 and row["found"] == (
+            f"3 of 5 frames give what the export recorded; the rest, and decisions: andon verify --bundle {path}"
+        )
+    else:
+        assert code == 1 and not row["ok"] and "score: largest relative difference 0.09" in row["found"]
+
+
+def test_what_was_not_checked_is_said(check: Any, make_line: Any, bundle: Path) -> None:
+    _, found = check(make_line({"cam0": PATTERN}, bundle=str(bundle), broker=None))
+    assert "NOT CHECKED whether they are the export's (the bundle has no golden set)" in found["golden set"]["found"]
+
+
+def test_engines_that_are_not_built_are_not_built_by_looking(
+    check: Any, make_line: Any, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unbuilt(OnnxRuntimeBackend):
+        plans = SimpleNamespace(has=lambda stage, path, variant: False)
+
+    monkeypatch.setattr("andon.runtime.engine.select.open_backend", lambda name: Unbuilt(1))
+    code, found = check(make_line({"cam0": PATTERN}, bundle=str(bundle), broker=None))
+    assert code == 0 and f"andon build --bundle {bundle}, then andon verify" in found["golden set"]["found"]

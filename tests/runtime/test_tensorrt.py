@@ -219,7 +219,14 @@ def test_a_plan_is_built_once_and_rebuilt_when_it_does_not_fit(
     world: trtdouble.World, make_bundle: MakeBundle, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = Bundle.load(make_bundle())
+
+    def there() -> bool:
+        with TensorRTBackend(cache) as backend:
+            return backend.plans.has("encode", bundle.stage_path("encode", "fp32"), "fp32")
+
+    assert not there() and world.builds == 0, "looking builds nothing"
     first = open_all(bundle, cache)
+    assert there()
     assert [(b.stage, b.reason) for b in first] == [("encode", "there is none yet"), ("score", "there is none yet")]
     assert all(b.reason == "" and b.seconds == 0 for b in open_all(bundle, cache)) and world.builds == 2
     other = open_all(bundle, cache, BuildOptions(workspace_mb=64))
