@@ -24,7 +24,8 @@ def copy_of(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def _set_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
+def set_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
+    """Put these nodes in place of the graph's."""
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
     graph.node.extend(copies)
@@ -77,7 +78,7 @@ def with_one_quantised(model: onnx.ModelProto, name: str, ranges: Mapping[str, R
         arrays["probe_table"] = _rounded(numpy_helper.to_array(constants[node.input[2]]), 1)
         node.input[2] = "probe_table"
     graph.initializer.extend(numpy_helper.from_array(array, key) for key, array in arrays.items())
-    _set_nodes(graph, [*graph.node[:index], *pair, *graph.node[index:]])
+    set_nodes(graph, [*graph.node[:index], *pair, *graph.node[index:]])
     return probe
 
 
@@ -95,7 +96,7 @@ def split_tables(model: onnx.ModelProto, chosen: Sequence[str]) -> onnx.ModelPro
             nodes.append(helper.make_node("Add", [product, table], [output], name=f"{node.name}{_TABLE}"))
             del node.input[2:]
             node.output[0] = product
-    _set_nodes(graph, nodes)
+    set_nodes(graph, nodes)
     return onnx.shape_inference.infer_shapes(split, strict_mode=True, data_prop=True)
 
 
@@ -119,7 +120,7 @@ def quantise_tables(model: onnx.ModelProto) -> onnx.ModelProto:
             if node.name.endswith(_TABLE) and node.input[1] == table:
                 node.input[1] = dequantised
     kept = [t for t in graph.initializer if t.name not in added or t.name in elsewhere]
-    _set_nodes(graph, [*nodes, *graph.node])
+    set_nodes(graph, [*nodes, *graph.node])
     del graph.initializer[:]
     graph.initializer.extend(kept)
     return small

@@ -2,7 +2,8 @@
 
 Products with weights (convolutions, linear layers, heads included) are quantised symmetrically, weights per channel,
 biases left in float (TensorRT's parser refuses an int32 bias behind a DequantizeLinear). What stays is FP16, except
-the elementwise operators between quantised products: they stay FP32 so that nothing stands between Q and DQ.
+the elementwise operators between quantised products: they stay FP32 so that nothing stands between Q and DQ. Linear
+layers that stay FP16 may still store their weights as INT8 (storage.py).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .precision import MOVES, Fp16Graph, to_fp16
 from .qdq import copy_of, quantise_tables, split_tables, with_one_quantised
 from .ranges import Range
 from .sensitivity import node_errors
+from .storage import store_int8
 from .walk import Array
 
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
@@ -63,17 +65,34 @@ def int8_errors(
 
 
 def to_int8(
-    model: onnx.ModelProto, keep: Mapping[str, str], samples: Sequence[Mapping[str, Array]], chosen: Sequence[str]
+    model: onnx.ModelProto,
+    keep: Mapping[str, str],
+    samples: Sequence[Mapping[str, Array]],
+    chosen: Sequence[str],
+    stored: Sequence[str] = (),
 ) -> Fp16Graph:
     """Quantise the `chosen` nodes of a shape-inferred FP32 graph; nodes in `keep` stay FP32, the rest becomes FP16.
 
-    samples: inputs of this stage on good images.
+    samples: inputs of this stage on good images. stored: nodes that only store their weights as INT8
+    (export/storage.py).
 
     Raises:
-        ValueError: nothing was chosen.
+        ValueError: nothing was chosen or stored.
     """
-    if not chosen:
-        raise ValueError("no node to quantise")  # an empty list would mean all of them to onnxruntime
+    if not chosen and not stored:
+        raise ValueError("no node to quantise")
+    quantised, inside = model, dict[str, str]()
+    if chosen:
+        quantised = _quantised(model, samples, chosen)
+        inside = _between(quantised, set(chosen))
+    quantised, widening = store_int8(quantised, stored)
+    return to_fp16(quantised, {**inside, **keep, **widening})
+
+
+def _quantised(
+    model: onnx.ModelProto, samples: Sequence[Mapping[str, Array]], chosen: Sequence[str]
+) -> onnx.ModelProto:
+    """Q and DQ around the chosen nodes, of which there is at least one: an empty list means all to onnxruntime."""
     model = split_tables(model, chosen)
     with tempfile.TemporaryDirectory(prefix="andon-int8-") as folder:
         path = Path(folder) / "int8.onnx"
@@ -102,8 +121,7 @@ def to_int8(
         quantised = quantise_tables(onnx.load(str(path)))
     quantised.ir_version = IR_VERSION
     quantised.producer_name, quantised.producer_version = "andon", ""
-    quantised = onnx.shape_inference.infer_shapes(quantised, strict_mode=True, data_prop=True)
-    return to_fp16(quantised, {**_between(quantised, set(chosen)), **keep})
+    return onnx.shape_inference.infer_shapes(quantised, strict_mode=True, data_prop=True)
 
 
 def _no_preprocessing_advice(record: logging.LogRecord) -> bool:

@@ -18,6 +18,7 @@ from .quantize import BETWEEN, int8_errors, quantisable, to_int8
 from .ranges import RangeReport, measure
 from .sensitivity import followers, fp16_errors, root_sum_square, select
 from .stage import StageDef, StagedModel
+from .storage import fp16_storage_error, int8_storage_errors, short_names, storable, store_fp16
 from .verify import Check, Scored
 from .walk import Array, Walk, torch_call
 
@@ -27,7 +28,10 @@ SAMPLES = 64
 #: Frames next to the threshold that candidates for a fall-back are ranked on
 RANKING_FRAMES = 24
 #: Error that narrow products may cost a stage's outputs (relative RMS), loosest first; None: whatever it is
-BUDGETS: Mapping[Variant, tuple[float | None, ...]] = {"fp16": (None, 0.004, 0.0015), "int8": (0.08, 0.04, 0.02)}
+BUDGETS: Mapping[Variant, tuple[float | None, ...]] = {
+    "fp16": (None, 0.004, 0.0015),
+    "int8": (0.08, 0.056, 0.04, 0.028, 0.02),
+}
 #: Calls of a stage that the error is measured on
 SENSITIVITY_CALLS = 4
 #: Where the graphs that round on the CPU as a GPU does lie while the bundle is built
@@ -43,6 +47,7 @@ class Reduced:
     graphs: dict[str, Fp16Graph] = field(default_factory=dict)
     ranges: dict[str, RangeReport] = field(default_factory=dict)
     quantised: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stored: dict[str, dict[str, Any]] = field(default_factory=dict)
     widened: dict[str, dict[str, Any]] = field(default_factory=dict)
     tried: list[dict[str, Any]] = field(default_factory=list)
 
@@ -54,6 +59,7 @@ class Reduced:
             "clipped_constants": {name: list(g.clipped) for name, g in self.graphs.items() if g.clipped},
             "ranges": {name: r.record() for name, r in self.ranges.items()},
             "quantised": self.quantised,
+            "stored": self.stored,
             "widened": self.widened,
             "tried": self.tried,
         }
@@ -80,6 +86,7 @@ class Reducer:
         self._samples = self._record()
         self._ranges = {name: measure(graphs[name].model, calls) for name, calls in self._samples.items()}
         self._errors: dict[str, dict[str, float]] = {}
+        self._storage_errors: dict[str, dict[str, float]] = {}
         self._fp16_errors: dict[str, dict[str, float]] = {}
 
     def _record(self) -> dict[str, list[dict[str, Array]]]:
@@ -161,31 +168,70 @@ class Reducer:
         why = None
         if stage.name in self._fp32_stages:
             why = "kept in FP32 by request (--fp32-stage)"
-        elif "" in stage.fp32:
-            why = "FP32 throughout by design (METHODS.md 6.1)"
         elif stage.name not in self._samples:
             why = "no program runs this stage, so its ranges are not known"
         if why:
             return _entry(entry, variant, entry.files["fp32"], len(graph.model.graph.node), why)
-        chosen = self._chosen(stage, keep, budget, reduced) if variant == "int8" and budget is not None else []
-        half = variant == "int8" and not chosen
-        if variant == "fp16" and budget is not None:
+        chosen: list[str] = []
+        stored: list[str] = []
+        if "" in stage.fp32:
+            why = "FP32 throughout by design (METHODS.md 6.1)"
+        elif variant == "int8" and budget is not None:
+            chosen = self._chosen(stage, keep, budget, reduced)
+            stored = self._stored(stage.name, keep, chosen, budget, reduced)
+        half = variant == "int8" and not chosen and not stored
+        if variant == "fp16" and budget is not None and not why:
             keep |= self._widened(stage.name, keep, budget, reduced)
         if half and "fp16" in entry.files:
             why = entry.fallback.get("fp16") or "nothing to quantise here: FP16"
             return _entry(entry, variant, entry.files["fp16"], entry.fp32_nodes.get("fp16", 0), why)
         if variant == "fp16" or half:
             converted = to_fp16(graph.model, keep)
-            name, why = "fp16", "nothing to quantise here: FP16" if half else None
+            name = "fp16"
+            why = why or ("nothing to quantise here: FP16" if half else None)
         else:
-            converted = to_int8(graph.model, keep, self._samples[stage.name], chosen)
-            name, why = "int8", None
+            converted = to_int8(graph.model, keep, self._samples[stage.name], chosen, stored)
+            name = "int8"
+        converted, small = self._small(stage.name, converted, budget, reduced)
+        if "" in stage.fp32 and not small:
+            return _entry(entry, variant, entry.files["fp32"], len(graph.model.graph.node), why)
         reduced.graphs[stage.name] = converted
-        file = bundle.save_stage(self._root, stage.name, name, converted.model)  # type: ignore[arg-type]
+        file = bundle.save_stage(self._root, stage.name, name, short_names(converted.model))  # type: ignore[arg-type]
         rounded = self._root / ROUNDED / Path(file).name
         rounded.parent.mkdir(exist_ok=True)
         rounded.write_bytes(simulate(converted.model).SerializeToString())
         return _entry(entry, variant, file, len(converted.fp32), why)
+
+    def _small(
+        self, stage: str, converted: Fp16Graph, budget: float | None, reduced: Reduced
+    ) -> tuple[Fp16Graph, bool]:
+        """The graph with the constants of its FP32 nodes stored as FP16 if that keeps half the budget, and whether."""
+        small = store_fp16(converted)
+        if small is converted:
+            return converted, False
+        error = fp16_storage_error(converted, small, self._few(stage))
+        taken = budget is None or error <= 0.5 * budget
+        reduced.stored.setdefault(stage, {})["fp16"] = {"error": round(error, 7), "taken": taken}
+        return (small, True) if taken else (converted, False)
+
+    def _stored(
+        self, stage: str, keep: Mapping[str, str], chosen: list[str], budget: float, reduced: Reduced
+    ) -> list[str]:
+        """Nodes that are not computed in INT8 but whose weights are stored so, within the error budget."""
+        model = self._graphs[stage].model
+        errors = self._storage_errors.setdefault(stage, {})
+        candidates = storable(model, keep, chosen)
+        unknown = [name for name in candidates if name not in errors]
+        errors |= int8_storage_errors(model, unknown, self._few(stage)) if unknown else {}
+        stored = select(model, {name: errors[name] for name in candidates}, budget)
+        if candidates:
+            reduced.stored.setdefault(stage, {})["int8"] = {
+                "budget": budget,
+                "nodes": len(stored),
+                "of": len(candidates),
+                "error": round(root_sum_square({name: errors[name] for name in stored}), 5),
+            }
+        return stored
 
     def _chosen(self, stage: StageDef, keep: Mapping[str, str], budget: float, reduced: Reduced) -> list[str]:
         """The products of a stage that INT8 takes within the error budget."""

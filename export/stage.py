@@ -25,7 +25,8 @@ class StageDef:
         once in torch.
     fp32: names of submodules (dotted, as in ``module.named_modules()``; "" is the whole module) that stay FP32 in
         reduced variants (METHODS.md 6.1). A stage with "" is FP32 throughout.
-    int8: False keeps the stage out of INT8 (it then uses its FP16 file in the int8 variant).
+        Large constants of FP32 nodes may still be stored as FP16 (export/storage.py).
+    int8: False keeps products from being computed in INT8; their weights may still be stored so.
     """
 
     name: str

@@ -16,6 +16,7 @@ from andon.export.precision import keep_fp32, to_fp16
 from andon.export.quantize import quantisable, to_int8
 from andon.export.ranges import measure
 from andon.export.stage import StagedModel
+from andon.export.storage import storable, store_fp16
 from andon.export.walk import Array, Walk, torch_call
 from andon.train.config import load_config
 from andon.train.features import FeatureSet
@@ -83,10 +84,12 @@ def stage_model(method: str, stage: str, variant: str) -> onnx.ModelProto:
     made = edge(method)
     graph = made.graphs[stage]
     definition = next(s for s in made.staged.stages if s.name == stage)
-    if variant == "fp32" or "" in definition.fp32:
+    if variant == "fp32":
         return graph.model
     inputs = [call[0] for call in made.calls[stage]]
     keep = keep_fp32(graph.model, graph.islands, measure(graph.model, inputs).nodes)
-    if variant == "fp16" or not definition.int8 or not quantisable(graph.model, keep):
-        return to_fp16(graph.model, keep).model
-    return to_int8(graph.model, keep, inputs, quantisable(graph.model, keep)).model
+    chosen = quantisable(graph.model, keep) if definition.int8 else []
+    stored = storable(graph.model, keep, chosen)
+    if variant == "fp16" or not (chosen or stored):
+        return store_fp16(to_fp16(graph.model, keep)).model
+    return store_fp16(to_int8(graph.model, keep, inputs, chosen, stored)).model

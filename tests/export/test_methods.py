@@ -11,8 +11,9 @@ import pytest
 import torch
 from andon.export import trtcheck, verify
 from andon.export.methods import list_cuts
-from andon.export.onnx import OPSET, tensor_type
+from andon.export.onnx import OPSET, export_stage, tensor_type
 from andon.export.precision import FP32_OPERATORS, simulate
+from andon.export.stage import StageDef
 from andon.export.walk import Walk, torch_call
 from andon.train.registry import list_methods
 
@@ -28,6 +29,27 @@ def run(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> list[np.ndarra
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(
         None, inputs
     )
+
+
+class Strided(torch.nn.Module):
+    """A constant with a strided slice, which the exporter says it does not fold."""
+
+    table: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(8.0)[None])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.table[:, ::2] + x
+
+
+def test_an_export_warns_of_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    """Neither of the exporter's age nor of what it leaves unfolded: neither is a user's business."""
+    x = np.zeros((1, 4), np.float32)
+    stage = StageDef("strided", Strided(), {"x": "frame"}, ("y",))
+    export_stage(stage, {"x": x}, {"y": np.array([[0, 2, 4, 6]], np.float32)})
+    assert [str(w.message) for w in recwarn] == []
 
 
 def test_every_method_has_a_cut() -> None:
