@@ -7,7 +7,6 @@ renamed, under a lock, so that a second process waits for the first and then rea
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import inspect
 import json
@@ -16,7 +15,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from ..runtime.dataset import Sample, read_rgb
 from ..runtime.manifest import Preprocess
 from ..runtime.preprocess import resize
 from .backbones import state_hash
+from .featurecache import INDEX, Lease, limit, prune, used
 from .method import AnomalyModel, Batch
 
 Array = NDArray[Any]
@@ -45,13 +44,14 @@ class FeatureSet:
     """The :class:`TrainingData` of a list of samples; arrays are copy-on-write memory maps.
 
     features: name -> float32 [N, ...]. images: uint8 [N, H, W, 3], only for methods without a front end.
-    class_ids: int64 [N].
+    class_ids: int64 [N]. lease: keeps the cache entry from being removed.
     """
 
     samples: tuple[Sample, ...]
     features: Mapping[str, Array]
     images: Array | None
     class_ids: Array
+    lease: Lease | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -92,25 +92,35 @@ def extract(
 ) -> FeatureSet:
     """What `model` trains on for these samples, from the cache or computed now.
 
+    Afterwards the cache is pruned to its limit, see featurecache.py.
+
     Raises:
         SourceError: an image cannot be read.
+        ConfigError: $ANDON_CACHE_LIMIT is not a size.
     """
+    most = limit()
     if not samples:
         return FeatureSet((), {}, None, np.empty(0, np.int64))
     root = (root or cache_root()) / "features"
     root.mkdir(parents=True, exist_ok=True)
     entry = root / _key(model, samples)
-    with _locked(root / f"{entry.name}.lock"):
-        if not (entry / "index.json").is_file():
+    lease = Lease(entry)
+    while not (entry / INDEX).is_file():
+        lease.own()
+        if not (entry / INDEX).is_file():
             _compute(model, samples, entry, torch.device(device), batch, progress)
-    index = json.loads((entry / "index.json").read_text())
+        lease.share()
+    used(entry)
+    index = json.loads((entry / INDEX).read_text())
     arrays: dict[str, Array] = {name: np.load(entry / f"{name}.npy", mmap_mode="c") for name in index["arrays"]}
     ids = {name: i for i, name in enumerate(model.classes)}
+    prune(root, most)
     return FeatureSet(
         tuple(samples),
         {k: v for k, v in arrays.items() if model.frontend is not None},
         arrays[_IMAGES] if model.frontend is None else None,
         np.array([ids[s.product] for s in samples], np.int64),
+        lease,
     )
 
 
@@ -144,14 +154,6 @@ def _frontend_key(frontend: nn.Module) -> str:
     return "\n".join([repr(frontend), *settings, *code, state_hash(frontend)])
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock; it goes with the process, so a killed one leaves nothing locked."""
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
 def _compute(
     model: AnomalyModel, samples: Sequence[Sample], entry: Path, device: torch.device, batch: int, progress: bool
 ) -> None:
@@ -175,7 +177,7 @@ def _compute(
                 bar.update(len(part))
         for array in arrays.values():
             array.flush()  # type: ignore[attr-defined]
-        (work / "index.json").write_text(json.dumps({"arrays": sorted(arrays), "samples": len(samples)}))
+        (work / INDEX).write_text(json.dumps({"arrays": sorted(arrays), "samples": len(samples)}))
         if entry.exists():
             shutil.rmtree(entry)
         work.rename(entry)

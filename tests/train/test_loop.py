@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 from andon.runtime.dataset import open_dataset
+from andon.runtime.errors import ConfigError
+from andon.train import featurecache
 from andon.train.errors import TrainingError
 from andon.train.features import FeatureSet, extract, load_frame
 from andon.train.loop import amp_dtype, fit, lr_factor
@@ -106,6 +108,70 @@ def test_second_process_waits_for_the_first(toy: ModuleType, synthetic_data: Pat
     calls = sorted(int(p.communicate()[0]) for p in both)
     assert calls[0] == 0 < calls[1], "one computes, the other reads"
     assert not list(tmp_path.rglob("*.tmp-*"))
+
+
+def entry_of(root: Path, name: str, days: float, size: int = 1000) -> Path:
+    """A cache entry last used so many days ago."""
+    entry = root / name
+    entry.mkdir(parents=True)
+    (entry / "patches.npy").write_bytes(b"x" * size)
+    (entry / "index.json").write_text("{}")
+    os.utime(entry / "index.json", (time.time() - days * 86400,) * 2)
+    return entry
+
+
+def test_the_cache_is_pruned_to_its_limit(
+    toy: ModuleType,
+    synthetic_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The longest unused first, never one in use, here or in another process; and it is said."""
+    samples = [s for s in open_dataset(synthetic_data).samples if s.split == "train"][:4]
+    root = tmp_path / "features"
+    held = extract(toy.build(), samples, root=tmp_path, progress=False)
+    (own,) = (p for p in root.iterdir() if p.is_dir())
+    os.utime(own / "index.json", (0, 0))  # the longest unused of all, but in use
+    used_elsewhere = entry_of(root, "elsewhere", 30)
+    old, newer, newest = (entry_of(root, name, days) for name, days in (("old", 20), ("newer", 10), ("newest", 1)))
+    (leftover := entry_of(root, "killed.tmp-1", 40)).joinpath("index.json").unlink()
+    os.utime(leftover, (1, 1))
+    code = "import fcntl, sys\nf = open(sys.argv[1], 'w')\nfcntl.flock(f, fcntl.LOCK_SH)\nprint(1, flush=True)\ninput()"
+    lock = str(root / "elsewhere.lock")
+    with subprocess.Popen(
+        [sys.executable, "-c", code, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "1\n"
+        kept = sum(p.stat().st_size for e in (own, used_elsewhere, newest) for p in e.iterdir())
+        monkeypatch.setenv("ANDON_CACHE_LIMIT", str(kept + 100))
+        extract(toy.build(), samples, root=tmp_path, progress=False)  # nothing new, but the limit is
+        other.communicate("\n")
+    assert {p for p in root.iterdir() if p.is_dir()} == {own, used_elsewhere, newest}
+    said = capsys.readouterr().err
+    assert "3 unused entries of" in said and "ANDON_CACHE_LIMIT is" in said and str(root) in said
+    assert np.array(held.features["patches"]).any(), "what is in use can still be read"
+    del held
+    monkeypatch.setenv("ANDON_CACHE_LIMIT", "0")
+    extract(toy.build(), samples[::-1], root=tmp_path, progress=False)
+    assert len([p for p in root.iterdir() if p.is_dir()]) == 1, "nobody uses the others any more"
+    assert old.exists() is newer.exists() is False
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("20 GB", 20 * 10**9), ("1.5tb", 15 * 10**11), ("500MB", 5 * 10**8), ("7", 7), ("off", None), ("", 20 * 10**9)],
+)
+def test_limit_of_the_cache(monkeypatch: pytest.MonkeyPatch, text: str, expected: int | None) -> None:
+    monkeypatch.setenv("ANDON_CACHE_LIMIT", text)
+    assert featurecache.limit() == expected
+
+
+@pytest.mark.parametrize("text", ["much", "-1", "20 GiB", "nan"])
+def test_a_limit_that_is_no_size_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("ANDON_CACHE_LIMIT", text)
+    with pytest.raises(ConfigError, match="ANDON_CACHE_LIMIT is not a size"):
+        featurecache.limit()
 
 
 # ---- sampler, schedule, average
