@@ -84,6 +84,7 @@ def closing_summary(app: LineApp) -> dict[str, Any]:
         },
         "slots": snapshot["slots"],
         "delivery": snapshot["delivery"],
+        "evidence": snapshot.get("evidence"),
         "thresholds": snapshot.get("thresholds", {}),
         "bundle": snapshot.get("bundle"),
         "backend": snapshot.get("backend"),

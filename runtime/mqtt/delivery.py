@@ -27,7 +27,7 @@ from ..verdict import Ids, dumps, timestamp
 from ..verdict import payload as verdict_payload
 from .commands import Commands
 from .homeassistant import discovery
-from .publisher import LinkState, Publisher
+from .publisher import NOT_YET, LinkState, Publisher
 from .session import Direct, Hooks
 
 STATUS_SCHEMA = "andon.status/1"
@@ -143,10 +143,14 @@ class Delivery:
             publisher.start()
 
     def stop(self, drain: float = 2.0) -> None:
-        """Commit, deliver what can be delivered within ``drain`` seconds, say `stopped`, disconnect."""
+        """Commit, deliver what can be delivered within ``drain`` seconds, say `stopped`, disconnect.
+
+        ``drain`` is also how long a connection is waited for whose first attempt has not been answered.
+        """
         if self._commands is not None:
             self._commands.stop()
         self._outbox.wait(self._outbox.next_key - 1, drain)
+        self._await_first_answers(drain)
         self._last = {camera: publisher.state for camera, publisher in self._publishers.items()}
         stoppers = [threading.Thread(target=each.stop, args=(drain,)) for each in self._publishers.values()]
         for thread in stoppers:
@@ -154,6 +158,12 @@ class Delivery:
         for thread in stoppers:
             thread.join()
         self._publishers.clear()
+
+    def _await_first_answers(self, timeout: float) -> None:
+        """A short run may end before its connections are up: wait until each has been answered or refused once."""
+        deadline = time.monotonic() + timeout
+        while any(each.state.reason == NOT_YET for each in self._publishers.values()) and time.monotonic() < deadline:
+            time.sleep(0.02)
 
     def __enter__(self) -> Delivery:
         self.start()

@@ -28,6 +28,8 @@ _STEADY = 5.0
 #: So many short connections in a row are no accident.
 _SUSPICIOUS = 3
 _DIRECT = 256
+#: Why a connection is down while its first attempt has not been answered.
+NOT_YET = "not connected yet"
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class LinkState:
     """
 
     connected: bool = False
-    reason: str = "not connected yet"
+    reason: str = NOT_YET
     since: float = 0.0
     connects: int = 0
     attempts: int = 0

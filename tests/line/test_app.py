@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -72,7 +74,10 @@ def test_parts_of_a_folder_become_verdicts_on_mqtt(
     assert [verdict["label"] for verdict in verdicts] == expected
     assert verdicts[7]["reason"] == "bad_frame" and "part007.png" in log
     assert "andon run: 1 of 60 verdicts UNKNOWN bad_frame 1" in log
-    assert all(Path(verdict["evidence"]).is_file() for verdict in verdicts if verdict["label"] == "NG")
+    pictures = [Path(verdict["evidence"]) for verdict in verdicts if verdict["evidence"]]
+    assert pictures and all(path.is_file() for path in pictures)
+    # A disk that is slower than the line costs pictures, never verdicts; on a busy machine that happens.
+    assert len(pictures) + summary["evidence"]["skipped"] == expected.count("NG")
     assert summary["verdicts"]["mono"] == {label: expected.count(label) for label in ("NG", "OK", "UNKNOWN")}
     assert summary["frames"] == 59 and summary["delivery"]["outbox"]["messages"] == 0
     consumer.until(lambda: [s["state"] for s in consumer.of("status", "cam0")][-1:] == ["stopped"])
@@ -154,6 +159,39 @@ def test_without_a_broker_the_run_goes_on_and_the_verdicts_come_later(
     verdicts = consumer.wait_for("verdict", 6)
     assert [verdict["replayed"] for verdict in verdicts[:3]] == [True] * 3
     assert [verdict["part_id"] for verdict in verdicts] == ["part000", "part001", "part002"] * 2
+
+
+def test_a_short_run_waits_for_its_first_connection(
+    tmp_path: Path, bundle: Path, broker: EmbeddedBroker, consumer: Any, make_images: Any, make_line: Any
+) -> None:
+    """The broker answers when everything has been judged, as on a busy machine or over TLS: that is no outage."""
+    judged = threading.Event()
+
+    def late(listener: socket.socket) -> None:
+        client, _ = listener.accept()
+        judged.wait(20)
+        time.sleep(0.3)  # the run is on its way to its end
+        server = socket.create_connection((broker.host, broker.port))
+        with client, server:
+            while ready := select.select([client, server], [], [], 20)[0]:
+                for end in ready:
+                    if not (data := end.recv(65536)):
+                        return
+                    (server if end is client else client).sendall(data)
+
+    folder = make_images(tmp_path / "parts", [10, 200, 30])
+    cameras = {"cam0": {"source": {"kind": "folder", "path": str(folder)}, "product": "mono", "drop": "block"}}
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        proxy = threading.Thread(target=late, args=(listener,), daemon=True)
+        proxy.start()
+        at_proxy = {"host": "127.0.0.1", "port": listener.getsockname()[1]}
+        line = make_line(cameras, bundle=str(bundle), broker=at_proxy)
+        app = LineApp(Options(config=line, backend="onnxruntime", threads=1, until_end=True))
+        app.state.on_verdict.append(lambda verdict: judged.set())
+        summary = app.run()
+        proxy.join(20)
+    assert summary["delivery"]["outbox"]["messages"] == summary["delivery"]["outbox"]["bytes"] == 0
+    assert len(consumer.wait_for("verdict", 3)) == 3
 
 
 @pytest.mark.parametrize(
