@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from ..runtime.errors import ConfigError
 from ..train.registry import list_methods
 
 if TYPE_CHECKING:
+    from ..runtime.manifest import Manifest, Variant
     from ..train.checkpoint import Provenance as CheckpointProvenance
     from ..train.method import AnomalyModel
     from .bundle import Provenance
@@ -44,7 +45,6 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """Export, verify, write, say what comes next."""
     import torch
 
-    from ..runtime.manifest import Variant
     from ..train.checkpoint import load_checkpoint, newest_checkpoint, read_provenance
     from . import bundle, verify
     from .exporter import Request, export_bundle
@@ -139,9 +139,26 @@ def _summary(export: Export, seconds: float, packed: Path | None) -> None:
     for variant, size in sizes.items():
         share = {key: f"{size[key] / 1e6:.2f} MB ({size[key] / sizes['fp32'][key]:.0%} of fp32)" for key in size}
         _say(f"{variant}: stages {share['stages']}, with state {share['total']}")
-    for variant, entry in export.report["variants"].items():
-        for stage, reason in entry["fallbacks"].items():
-            _say(f"{variant}: stage {stage} fell back to a wider precision: {reason}")
+    for line in narrow_lines(export.manifest, export.report["variants"]):
+        _say(line)
     _say(f"{len(export.checks)} checks passed in {seconds:.0f} s")
     _say(f"bundle {packed or export.path}")
     _say(f"next: andon calibrate --bundle {export.path}")
+
+
+def narrow_lines(manifest: Manifest, variants: Mapping[Variant, Any]) -> Iterator[str]:
+    """What is narrow in every variant, and every stage that is wider than its variant's name says. variants: as in
+    report.json."""
+    for variant, entry in variants.items():
+        for stage, counts in entry["quantised"].items():
+            done = f"computes {counts['nodes']} of {counts['of']} products in INT8"
+            yield f"{variant}: stage {stage} {done}, the others in FP16"
+        for stage, stored in entry["stored"].items():
+            if counts := stored.get("int8"):
+                done = f"stores the weights of {counts['nodes']} of {counts['of']} further nodes as INT8"
+                yield f"{variant}: stage {stage} {done}, computed in FP16"
+        for stage, about in manifest.stages.items():
+            if stage in entry["fallbacks"]:
+                yield f"{variant}: stage {stage} fell back to a wider precision: {entry['fallbacks'][stage]}"
+            elif reason := about.fallback.get(variant):
+                yield f"{variant}: stage {stage} uses {Path(about.files[variant]).name}: {reason}"

@@ -193,8 +193,10 @@ class Reducer:
             converted = to_int8(graph.model, keep, self._samples[stage.name], chosen, stored)
             name = "int8"
         converted, small = self._small(stage.name, converted, budget, reduced)
-        if "" in stage.fp32 and not small:
-            return _entry(entry, variant, entry.files["fp32"], len(graph.model.graph.node), why)
+        if "" in stage.fp32:
+            if not small:
+                return _entry(entry, variant, entry.files["fp32"], len(graph.model.graph.node), why)
+            why = f"{why}; its large constants are stored as FP16"
         reduced.graphs[stage.name] = converted
         file = bundle.save_stage(self._root, stage.name, name, short_names(converted.model))  # type: ignore[arg-type]
         rounded = self._root / ROUNDED / Path(file).name

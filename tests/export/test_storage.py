@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+from andon.export.command import narrow_lines
 from andon.export.exporter import Request, export_bundle
 from andon.export.precision import to_fp16
 from andon.export.quantize import to_int8
@@ -145,3 +146,8 @@ def test_a_stage_that_is_fp32_throughout_is_half_the_size_all_the_same(toy: Toy,
     assert result.manifest.stages["score"].fp32_nodes["fp16"] >= 5
     assert result.report["variants"]["fp16"]["stored"]["score"]["fp16"]["taken"] is True
     assert result.report["variants"]["fp16"]["fallbacks"] == {}
+    said = list(narrow_lines(result.manifest, result.report["variants"]))
+    reason = "FP32 throughout by design (METHODS.md 6.1); its large constants are stored as FP16"
+    assert f"fp16: stage score uses score.fp16.onnx: {reason}" in said
+    assert f"int8: stage score uses score.fp16.onnx: {reason}" in said
+    assert any(line.startswith("int8: stage encode computes ") for line in said)
