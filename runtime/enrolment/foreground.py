@@ -120,61 +120,126 @@ class Saliency:
 
 
 class Sam:
-    """A SAM-family model as two ONNX files (SAM, MobileSAM, NanoSAM export): image encoder and mask decoder.
+    """A SAM-family model as two ONNX files: image encoder, and prompt encoder with mask decoder in one.
+
+    The decoder is what segment-anything's scripts/export_onnx_model.py writes (MobileSAM's and samexporter's are the
+    same), or NanoSAM's, which lacks `orig_im_size` and `masks`. The encoder takes the normalised and padded image
+    [1, 3, side, side] (NanoSAM; samexporter), or the resized one [h, w, 3] in 0..255 (samexporter --use-preprocess).
 
     Prompt: a box inset 5 % from the border and the centre point; of the decoder's masks the one with the best
     predicted IoU whose area is believable.
+
+    Raises:
+        ConfigError: files of another signature.
     """
+
+    NEEDED = ("image_embeddings", "point_coords", "point_labels", "mask_input", "has_mask_input")
+    STRIDE = 16  # pixels of the prompt's coordinates per cell of the embedding, for every SAM
 
     def __init__(self, encoder: Path, decoder: Path, inset: float = 0.05) -> None:
         self._encoder, self._decoder, self._inset = _session(encoder), _session(decoder), inset
-        needed = {"image_embeddings", "point_coords", "point_labels", "mask_input", "has_mask_input"}
-        names = {entry.name for entry in self._decoder.get_inputs()}
-        if not needed <= names:
-            raise ConfigError(
-                f"{decoder.name} is not a SAM mask decoder",
-                found=", ".join(sorted(names)),
-                expected=", ".join(sorted(needed)),
-                next_step="export the decoder with the model's own export script",
-            )
-        self._wants_size = "orig_im_size" in names
+        self._inputs = {entry.name: entry for entry in self._decoder.get_inputs()}
+        given = {entry.name for entry in self._decoder.get_outputs()}
+        if not set(self.NEEDED) <= set(self._inputs) <= {*self.NEEDED, "orig_im_size"}:
+            raise _not_sam(f"{decoder.name} is not a SAM mask decoder", list(self._inputs), ", ".join(self.NEEDED))
+        if "iou_predictions" not in given or not given & {"masks", "low_res_masks"}:
+            raise _not_sam(f"{decoder.name} is not a SAM mask decoder", list(given), "iou_predictions, low_res_masks")
+        points = self._inputs["point_coords"].shape[1]
+        self._padding = max(0, points - 3) if isinstance(points, int) else 0
+        if isinstance(points, int) and points < 3:
+            raise _not_sam(f"{decoder.name} takes too few points", points, "a point and a box: 3, or any number")
+        entries = self._encoder.get_inputs()
+        shape = entries[0].shape
+        self._planes = len(shape) == 4 and shape[1] == 3
+        if len(entries) != 1 or not (self._planes or (len(shape) == 3 and shape[2] == 3)):
+            found = [f"{entry.name} {entry.shape}" for entry in entries]
+            raise _not_sam(f"{encoder.name} is not a SAM image encoder", found, "one image, [1, 3, s, s] or [h, w, 3]")
+        sides = [side for side in (shape[2:] if self._planes else shape[:2]) if isinstance(side, int)]
+        self._side = max(sides, default=1024)
+        if len(set(sides)) > 1:
+            raise _not_sam(f"{encoder.name} takes no square image", shape, "one side, as 1024")
+        outputs = self._encoder.get_outputs()
+        self._embedding = next((o for o in outputs if o.name == "image_embeddings"), outputs[0])
+        pair = self._embedding.shape, self._inputs["image_embeddings"].shape
+        known = [(a, b) for a, b in zip(*pair, strict=False) if isinstance(a, int) and isinstance(b, int)]
+        if len(pair[0]) != 4 or any(a != b for a, b in known):
+            raise _not_sam(f"{encoder.name} does not belong to {decoder.name}", *pair)
 
     def __call__(self, image: Array, path: Path) -> Array | None:
-        entry = self._encoder.get_inputs()[0]
-        side = entry.shape[-1] if isinstance(entry.shape[-1], int) else 1024
         height, width = image.shape[:2]
-        scale = side / max(height, width)
-        scaled = cv2.resize(image, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_AREA)
+        scale = self._side / max(height, width)
+        scaled = _resized(image, (int(height * scale + 0.5), int(width * scale + 0.5)))
+        entry = self._encoder.get_inputs()[0]
+        feed = {entry.name: _as_declared(self._planar(scaled) if self._planes else scaled, entry)}
+        embedding = self._encoder.run([self._embedding.name], feed)[0]
+        # The prompt is given where the decoder was trained, which is not the encoder's size if that is a smaller one.
+        side = self.STRIDE * embedding.shape[-1]
+        extent = (scaled.shape[0] * side / self._side, scaled.shape[1] * side / self._side)
+        found = self._decoder.run(None, self._prompt(embedding, extent, (height, width)))
+        named = dict(zip((o.name for o in self._decoder.get_outputs()), found, strict=True))
+        return self._best(named, (height, width), extent, side)
+
+    def _planar(self, scaled: Array) -> Array:
+        """Normalised, and padded with zeros at the right or the bottom: [1, 3, side, side]."""
         pixels = (scaled.astype(np.float32) - (123.675, 116.28, 103.53)) / (58.395, 57.12, 57.375)
-        tensor = np.zeros((1, 3, side, side), np.float32)
+        tensor = np.zeros((1, 3, self._side, self._side), np.float32)
         tensor[0, :, : scaled.shape[0], : scaled.shape[1]] = pixels.transpose(2, 0, 1)
-        embedding = self._encoder.run(None, {entry.name: tensor})[0]
-        x, y = self._inset * scaled.shape[1], self._inset * scaled.shape[0]
-        far_x, far_y = scaled.shape[1] - x, scaled.shape[0] - y
-        points = [[scaled.shape[1] / 2, scaled.shape[0] / 2], [x, y], [far_x, far_y]]
+        return tensor
+
+    def _prompt(self, embedding: Array, extent: tuple[float, float], size: tuple[int, int]) -> dict[str, Array]:
+        """The decoder's inputs; labels: 1 the centre, 2 and 3 the box's corners, -1 padding."""
+        x, y = self._inset * extent[1], self._inset * extent[0]
+        points = [[extent[1] / 2, extent[0] / 2], [x, y], [extent[1] - x, extent[0] - y]] + [[0, 0]] * self._padding
+        rows, columns = embedding.shape[-2:]
         feed: dict[str, Array] = {
             "image_embeddings": embedding,
             "point_coords": np.array([points], np.float32),
-            "point_labels": np.array([[1, 2, 3]], np.float32),  # point, upper left and lower right corner of the box
-            "mask_input": np.zeros((1, 1, 256, 256), np.float32),
+            "point_labels": np.array([[1, 2, 3] + [-1] * self._padding], np.float32),
+            "mask_input": np.zeros((1, 1, 4 * rows, 4 * columns), np.float32),
             "has_mask_input": np.zeros(1, np.float32),
         }
-        if self._wants_size:
-            feed["orig_im_size"] = np.array([height, width], np.float32)
-        outputs = self._decoder.run(None, feed)
-        named = dict(zip((o.name for o in self._decoder.get_outputs()), outputs, strict=True))
-        return self._best(named, image.shape[1::-1], scaled.shape[:2], side)
+        if "orig_im_size" in self._inputs:
+            feed["orig_im_size"] = np.array(size, np.float32)
+        return {name: _as_declared(array, self._inputs[name]) for name, array in feed.items()}
 
-    def _best(self, named: dict[str, Array], size: tuple[int, int], scaled: tuple[int, int], side: int) -> Array | None:
-        masks, quality = named.get("masks"), named["iou_predictions"][0]
-        if masks is None:
-            low = named["low_res_masks"][0]
-            masks = np.stack([cv2.resize(m, (side, side))[: scaled[0], : scaled[1]] for m in low])[None]
-        for index in np.argsort(-quality):
-            mask = cv2.resize(masks[0, index].astype(np.float32), size) > 0.0
+    def _best(
+        self, named: dict[str, Array], size: tuple[int, int], extent: tuple[float, float], side: int
+    ) -> Array | None:
+        """The low-resolution masks are preferred: tracing can freeze the crop of `masks` to the exporter's example."""
+        masks: Any = named.get("masks", [None])[0]
+        if (low := named.get("low_res_masks")) is not None and low.ndim == 4:
+            bottom, right = (max(1, int(edge + 0.5)) for edge in extent)
+            masks = [cv2.resize(m.astype(np.float32), (side, side))[:bottom, :right] for m in low[0]]
+        for index in np.argsort(-named["iou_predictions"][0]):
+            mask = cv2.resize(masks[index].astype(np.float32), size[::-1]) > 0.0
             if AREA[0] <= mask.mean() <= AREA[1]:
                 return mask
         return None
+
+
+def _not_sam(what: str, found: Any, expected: Any) -> ConfigError:
+    step = "export encoder and decoder of one SAM, MobileSAM or NanoSAM with the model's own export scripts"
+    return ConfigError(what, found=found, expected=expected, next_step=step)
+
+
+def _resized(image: Array, size: tuple[int, int]) -> Array:
+    """Area average when shrinking, bilinear when enlarging (OpenCV's area mode repeats pixels then)."""
+    shrinks = size[0] <= image.shape[0]
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(uint8)": np.uint8,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+}
+
+
+def _as_declared(array: Array, entry: Any) -> Array:
+    """In the type that the file declares; exports differ in it (orig_im_size, half precision)."""
+    return np.ascontiguousarray(array, _TYPES.get(entry.type, np.float32))
 
 
 def _session(path: Path) -> Any:

@@ -73,50 +73,6 @@ def test_a_segmentation_model_in_one_file(tmp_path):
     assert overlap(fg.choose(f"onnx:{path}")(image, Path("x")), truth) > 0.95
 
 
-def test_sam_is_prompted_with_a_box_and_the_centre_and_the_best_believable_mask_is_taken(tmp_path):
-    """The decoder returns three masks: all of the image (best quality), the disc, nothing."""
-    encoder = save(
-        """enc (float[1,3,64,64] image) => (float[1,1,64,64] emb) {
-            emb = ReduceMean<axes=[1], keepdims=1>(image)
-        }""",
-        tmp_path / "e.onnx",
-    )
-    decoder = save(
-        """dec (float[1,1,64,64] image_embeddings, float[1,3,2] point_coords, float[1,3] point_labels,
-                float[1,1,256,256] mask_input, float[1] has_mask_input, float[2] orig_im_size)
-            => (float[1,3,64,64] masks, float[1,3] iou_predictions, float[1,3,2] seen, float[1,3] labels) {
-            zero = Constant<value = float {0.0}>()
-            none = Mul(image_embeddings, zero)
-            one = Constant<value = float {1.0}>()
-            all = Add(none, one)
-            nothing = Sub(none, one)
-            masks = Concat<axis=1>(all, image_embeddings, nothing)
-            iou_predictions = Constant<value = float[1,3] {0.9, 0.8, 0.1}>()
-            seen = Identity(point_coords)
-            labels = Identity(point_labels)
-        }""",
-        tmp_path / "d.onnx",
-    )
-    image, truth = part()
-    sam = fg.choose(f"sam:{encoder},{decoder}")
-    prompts = {}
-    run = sam._decoder.run
-
-    class Spy:
-        def run(self, names, feed):
-            prompts.update(feed)
-            return run(names, feed)
-
-        def get_outputs(self):
-            return decoder_session.get_outputs()
-
-    decoder_session = sam._decoder
-    sam._decoder = Spy()
-    assert overlap(sam(image, Path("x")), truth) > 0.95
-    np.testing.assert_allclose(prompts["point_coords"][0], [[32, 32], [3.2, 3.2], [60.8, 60.8]], atol=1e-4)
-    assert prompts["point_labels"].tolist() == [[1, 2, 3]]
-
-
 @pytest.mark.parametrize("spec", ["", "grab", "mask:", "onnx:", "sam:a", "all:x"])
 def test_unknown_foreground_is_refused(spec):
     with pytest.raises(ConfigError, match="foreground"):
