@@ -15,13 +15,15 @@ from ..dataset import open_dataset
 from ..engine.select import open_backend
 from ..enrolment.fewshot import FeatureCache, Steps, draw_support, enroll_draw, frozen
 from ..enrolment.foreground import choose
-from ..enrolment.stream import SETTINGS, Gain, Setting, baseline, plan_stream, run_stream, view_stream
+from ..enrolment.stream import QUANTILES, SETTINGS, Gain, Setting, baseline, plan_stream, run_stream, view_stream
 from ..errors import ConfigError
 from ..report.memory import write_memory_report
 from ..results import merge_results
 from . import options
 
 RESULTS = Path("docs/results.json")
+#: What --settings measures.
+CHOICES = {"default": SETTINGS[:1], "others": SETTINGS[1:], "all": SETTINGS, "quantiles": QUANTILES}
 Record = dict[str, Any]
 
 
@@ -39,9 +41,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--settings",
-        choices=("default", "others", "all"),
+        choices=tuple(CHOICES),
         default="default",
-        help="online: the default rule, the rest of the table, or all of it",
+        help="online: the default rule, the rest of the table, all of it, or the default with other quantiles",
     )
     group.add_argument("--foreground", default="auto", metavar="HOW", help="as in andon enroll (auto)")
 
@@ -118,7 +120,7 @@ def _draw(cache: FeatureCache, args: argparse.Namespace, keys: Mapping[str, Any]
         by_setting[method, f"frozen, ct.steps {steps}" if method == "foct" else "frozen"].append(value)
     records = [{**keys, "method": m, "setting": s, "value": _mean(v)} for (m, s), v in by_setting.items()]
     for rate in args.online or ():
-        chosen = {"default": SETTINGS[:1], "others": SETTINGS[1:], "all": SETTINGS}[args.settings]
+        chosen = CHOICES[args.settings]
         gains: dict[str, list[Gain]] = {setting.name: [] for setting in chosen}
         for order in range(args.orders):
             plan = plan_stream(cache, product, support, rate, seed, order)

@@ -54,6 +54,12 @@ SETTINGS = (
     Setting("paper, scored after the update", PAPER, OPEN, transport=True, literal=True),
     Setting("foct, farthest, guard q=.5", transport=True),
 )
+#: The default with other shares of the frames admitted, to choose the share on validation sets.
+QUANTILES = (
+    SETTINGS[0],
+    Setting("farthest, guard q=.65", guard=GuardPolicy(quantile=0.65)),
+    SETTINGS[1],
+)
 
 
 @dataclass(frozen=True)
