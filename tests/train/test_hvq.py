@@ -208,7 +208,7 @@ def test_position_statistics_shrink_to_the_product_s_own() -> None:
 
 
 def test_calibrated_map_of_good_images_is_standard_at_every_place() -> None:
-    model, data = build(score__prior=1e-6), Textures(images=40)
+    model, data = build(score__prior=1e-6, score__mode="top", score__top_share=0.05), Textures(images=40)
     model.prepare(data)
     model.finalize(data)
     with torch.no_grad():
