@@ -2,9 +2,10 @@
 
 A constant that an FP32 node reads is stored as FP16 with a Cast behind it. In INT8 files the weights and tables of
 products that stay FP16 are stored as INT8, one scale per output channel, with a DequantizeLinear behind them. Inputs,
-sums and outputs of such a node keep its type; what changes is the constant, by its rounding. Convolutions are left
-alone: TensorRT's parser takes their weights as constants or behind Q/DQ, not behind a Cast. Tensors inside a reduced
-graph get short names, because with small weights it is names that are left.
+sums and outputs of such a node keep its type; what changes is the constant, by its rounding. TensorRT takes the weights
+of a convolution as constants or straight from a DequantizeLinear, not from a Cast: only pointwise ones are stored as
+INT8, and become the MatMul that they are. Tensors inside a reduced graph get short names, because with small weights it
+is names that are left.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def storable(model: onnx.ModelProto, keep: Mapping[str, str], chosen: Sequence[s
 
 def _large(node: onnx.NodeProto, constants: Mapping[str, TensorProto]) -> list[int]:
     """Which inputs of a node are constants worth storing as INT8."""
-    if node.op_type not in ("MatMul", "Gemm", "Add"):
+    if node.op_type not in ("MatMul", "Gemm", "Add") and not _pointwise(node, constants):
         return []
     return [
         i
@@ -95,39 +96,84 @@ def _large(node: onnx.NodeProto, constants: Mapping[str, TensorProto]) -> list[i
     ]
 
 
+def _pointwise(node: onnx.NodeProto, constants: Mapping[str, TensorProto]) -> bool:
+    """A convolution that is a matrix product at every position."""
+    if node.op_type != "Conv" or node.input[1] not in constants:
+        return False
+    given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    plain = given.get("group", 1) == 1 and not any(given.get("pads", ()))
+    plain &= all(s == 1 for s in given.get("strides", ())) and given.get("auto_pad", b"NOTSET") == b"NOTSET"
+    kernel = constants[node.input[1]].dims[2:]
+    return plain and len(kernel) == 2 and all(size == 1 for size in kernel)
+
+
 def store_int8(model: onnx.ModelProto, nodes: Sequence[str]) -> tuple[onnx.ModelProto, dict[str, str]]:
-    """Store the large constants of these nodes as INT8; also returns the nodes that widen them, for `keep`."""
+    """Store the large constants of these nodes of a shape-inferred graph as INT8; also returns the nodes that widen
+    them, for `keep`."""
     model = copy_of(model)
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    wanted, made, added = set(nodes), [], {}
+    wanted, made, rest = set(nodes), dict[str, onnx.NodeProto](), list[onnx.NodeProto]()
+    shapes = _shapes(graph)
     for node in graph.node:
-        for i in _large(node, constants) if node.name in wanted else ():
-            axis = _channel_axis(node, i, constants[node.input[i]])
-            dequantised = f"{node.input[i]}_w8_{axis}"
-            if dequantised not in added:
-                integers, scale = symmetric(numpy_helper.to_array(constants[node.input[i]]), axis)
-                zero = np.zeros(len(scale), np.int8)
-                names = [f"{dequantised}_{part}" for part in ("q", "scale", "zero")]
-                graph.initializer.extend(
-                    numpy_helper.from_array(array, name)
-                    for array, name in zip((integers, scale, zero), names, strict=True)
-                )
-                added[dequantised] = f"{dequantised}/Dequantize"
-                made.append(
-                    helper.make_node("DequantizeLinear", names, [dequantised], name=added[dequantised], axis=axis)
-                )
-            node.input[i] = dequantised
-    used = {name for node in (*made, *graph.node) for name in node.input}
+        large = _large(node, constants) if node.name in wanted else []
+        for i in large:
+            tensor = constants[node.input[i]]
+            axis = _channel_axis(node, i, tensor)
+            name = f"{tensor.name}_w8_{axis}"
+            if name not in made:
+                array = numpy_helper.to_array(tensor)
+                made[name] = _dequantised(graph, name, array[:, :, 0, 0] if node.op_type == "Conv" else array, axis)
+            node.input[i] = name
+        rest += _as_matmul(graph, node, shapes) if large and node.op_type == "Conv" else [node]
+    used = {name for node in (*made.values(), *rest) for name in node.input}
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
     del graph.initializer[:]
     graph.initializer.extend(kept)
-    set_nodes(graph, [*made, *graph.node])
-    return _checked(model), dict.fromkeys(added.values(), "widens weights stored as int8")
+    set_nodes(graph, [*made.values(), *rest])
+    return _checked(model), {node.name: "widens weights stored as int8" for node in made.values()}
+
+
+def _dequantised(graph: onnx.GraphProto, name: str, array: Array, axis: int) -> onnx.NodeProto:
+    """The node that makes a tensor of integers and scales, which are added to the graph."""
+    integers, scale = symmetric(array, axis)
+    parts = {f"{name}_q": integers, f"{name}_scale": scale, f"{name}_zero": np.zeros(len(scale), np.int8)}
+    graph.initializer.extend(numpy_helper.from_array(part, key) for key, part in parts.items())
+    return helper.make_node("DequantizeLinear", list(parts), [name], name=f"{name}/Dequantize", axis=axis)
+
+
+def _as_matmul(
+    graph: onnx.GraphProto, node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]
+) -> list[onnx.NodeProto]:
+    """A pointwise convolution whose weights are [out, in] by now: weights times positions, under its name."""
+    (batch, channels, *_), output = shapes[node.input[0]], shapes[node.output[0]]
+    rows, product = f"{node.output[0]}_rows", f"{node.output[0]}_product"
+    flat, full = f"{rows}_shape", f"{product}_shape"
+    for name, shape in ((flat, (batch, channels, -1)), (full, output)):
+        graph.initializer.append(numpy_helper.from_array(np.array(shape, np.int64), name))
+    nodes = [
+        helper.make_node("Reshape", [node.input[0], flat], [rows], name=f"{node.name}/Rows"),
+        helper.make_node("MatMul", [node.input[1], rows], [product], name=node.name),
+    ]
+    if len(node.input) > 2:
+        bias = next(numpy_helper.to_array(t) for t in graph.initializer if t.name == node.input[2])
+        graph.initializer.append(numpy_helper.from_array(bias[:, None], f"{product}_bias"))
+        nodes.append(
+            helper.make_node("Add", [product, f"{product}_bias"], [f"{product}_sum"], name=f"{node.name}/Bias")
+        )
+        product = f"{product}_sum"
+    return [*nodes, helper.make_node("Reshape", [product, full], [node.output[0]], name=f"{node.name}/Map")]
+
+
+def _shapes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
+    infos = (*graph.input, *graph.value_info, *graph.output)
+    return {i.name: tuple(d.dim_value for d in i.type.tensor_type.shape.dim) for i in infos}
 
 
 def _channel_axis(node: onnx.NodeProto, index: int, tensor: TensorProto) -> int:
     """The axis of a constant along which the node's output channels lie."""
+    if node.op_type == "Conv":
+        return 0
     transposed = node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)
     return 0 if transposed and index == 1 else len(tensor.dims) - 1
 

@@ -27,6 +27,8 @@ from .conftest import frames
 
 CLASSES = ("left", "right")
 VARIANTS = ("fp32", "fp16", "int8")
+#: The other end of what an INT8 bundle may hold: nothing computed in INT8, everything stored so that can be
+STORED = "stored"
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def stage_model(method: str, stage: str, variant: str) -> onnx.ModelProto:
         return graph.model
     inputs = [call[0] for call in made.calls[stage]]
     keep = keep_fp32(graph.model, graph.islands, measure(graph.model, inputs).nodes)
-    chosen = quantisable(graph.model, keep) if definition.int8 else []
+    chosen = quantisable(graph.model, keep) if definition.int8 and variant == "int8" else []
     stored = storable(graph.model, keep, chosen)
     if variant == "fp16" or not (chosen or stored):
         return store_fp16(to_fp16(graph.model, keep)).model

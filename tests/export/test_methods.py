@@ -17,7 +17,7 @@ from andon.export.stage import StageDef
 from andon.export.walk import Walk, torch_call
 from andon.train.registry import list_methods
 
-from .edge import VARIANTS, edge, stage_model
+from .edge import STORED, VARIANTS, edge, stage_model
 
 METHODS = list_methods()
 
@@ -85,7 +85,7 @@ def test_fp32_stages_match_torch_and_keep_the_rules(method: str) -> None:
 relative_error = verify.relative_error
 
 
-@pytest.mark.parametrize("variant", VARIANTS[1:])
+@pytest.mark.parametrize("variant", (*VARIANTS[1:], STORED))
 @pytest.mark.parametrize("method", METHODS)
 def test_reduced_stages_run_stay_finite_and_keep_islands_wide(method: str, variant: str) -> None:
     made = edge(method)
@@ -104,7 +104,7 @@ def test_reduced_stages_run_stay_finite_and_keep_islands_wide(method: str, varia
                 assert np.isfinite(value).all() == np.isfinite(reference).all(), (stage.name, name)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", (*VARIANTS, STORED))
 @pytest.mark.parametrize("method", METHODS)
 def test_tensorrt_takes_the_stages(method: str, variant: str) -> None:
     for stage in edge(method).staged.stages:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 import torch
+from andon.export import trtcheck
 from andon.export.command import narrow_lines
 from andon.export.exporter import Request, export_bundle
-from andon.export.precision import to_fp16
+from andon.export.precision import simulate, to_fp16
 from andon.export.quantize import to_int8
 from andon.export.stage import StageDef
 from andon.export.storage import int8_storage_errors, short_names, storable, store_fp16, store_int8
@@ -55,11 +57,27 @@ def test_small_constants_and_those_that_fp16_cannot_hold_stay_as_they_are() -> N
         assert store_fp16(converted) is converted
 
 
-def test_weights_of_a_convolution_stay_constants() -> None:
-    model = graph([node("Conv", ["x", "w"], "y")], {"x": [1, 32, 4, 4]}, {"y": [1, 32, 4, 4]}, w=weights(32, 32, 1, 1))
-    converted = to_fp16(model, {"/y": "island"})
-    assert store_fp16(converted) is converted
-    assert storable(model, {}, []) == []
+@pytest.mark.parametrize(
+    ("kernel", "group", "stored"),
+    [((32, 160, 1, 1), 1, True), ((32, 160, 3, 3), 1, False), ((160, 32, 1, 1), 5, False)],
+)
+def test_only_pointwise_convolutions_are_stored_as_int8(kernel: tuple[int, ...], group: int, stored: bool) -> None:
+    """They become the product that they are, over a batch; a kernel behind a Cast is nothing that TensorRT takes."""
+    side = 6 - kernel[2] + 1
+    conv = node("Conv", ["x", "w", "b"], "y", group=group, kernel_shape=kernel[2:])
+    shapes = {"x": [3, 160, 6, 6]}, {"y": [3, kernel[0], side, side]}
+    w = weights(*kernel) * np.where(np.arange(kernel[0]) == 3, 1000, 1)[:, None, None, None].astype(np.float32)
+    model = graph([conv], *shapes, w=w, b=weights(kernel[0]))
+    whole = to_fp16(model, {"/y": "island"})
+    assert store_fp16(whole) is whole
+    assert storable(model, {}, []) == (["/y"] if stored else [])
+    if stored:
+        x = weights(3, 160, 6, 6)
+        narrow, reference = to_int8(model, {}, [], [], ["/y"]).model, run(model, x=x)
+        assert "Conv" not in {n.op_type for n in narrow.graph.node}
+        error = np.abs(run(simulate(narrow), x=x) - reference).max((0, 2, 3))
+        assert (error < 0.02 * np.abs(reference).max((0, 2, 3))).all()
+        assert not trtcheck.check(narrow)
 
 
 def test_a_constant_that_is_there_in_both_types_is_stored_once() -> None:

@@ -19,7 +19,7 @@ import pytest
 from andon.train.registry import list_methods
 from onnx import TensorProto, helper
 
-from .edge import VARIANTS, edge, stage_model
+from .edge import STORED, VARIANTS, edge, stage_model
 
 SCRIPT = Path(__file__).parents[1] / "fixtures" / "trt_rtx_build.py"
 
@@ -39,7 +39,7 @@ def build(*files: Path) -> list[dict[str, Any]]:
     return results
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", (*VARIANTS, STORED))
 @pytest.mark.parametrize("method", list_methods())
 def test_every_stage_is_parsed_and_built(method: str, variant: str, tmp_path: Path) -> None:
     files = []
