@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result: dict[str, Any] = import_module(COMMANDS[args.command][0]).main(args)
     except _UsageError as error:
         help_of = f"andon {selected} --help" if selected in COMMANDS else "andon --help"
+        print(f"  next:     {help_of}", file=sys.stderr)
         return _failed(2, as_json, str(error), next_step=help_of)
     except AndonError as error:
         print(f"andon {selected}: {error}", file=sys.stderr)

@@ -382,8 +382,10 @@ def _unpack(path: Path, target: Path) -> Path:
                     with source, place.open("xb") as out:
                         _copy(source, out)
     except (tarfile.TarError, EOFError, FileExistsError, NotADirectoryError) as error:
+        # tarfile tells of an unknown format in a line for each that it has tried.
+        found = "no tar archive" if "\n" in str(error) else error
         raise BundleError(
-            f"{path} cannot be unpacked", found=error, expected="a .tar of a bundle", next_step=_COPY_AGAIN
+            f"{path} cannot be unpacked", found=found, expected="a .tar of a bundle", next_step=_COPY_AGAIN
         ) from error
     tops = list(target.iterdir())
     return tops[0] if len(tops) == 1 and tops[0].is_dir() else target

@@ -40,7 +40,10 @@ def load(path: Path, model: type[M]) -> M:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML", found=error, next_step=f"mend {path} at the line named") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: the configuration is empty", found=type(data).__name__, expected="keys and values")
+        found = "nothing" if data is None else f"a {type(data).__name__}"
+        step = f"write one, or copy one of configs/ to {path}"
+        what = f"{path}: the configuration is {'empty' if data is None else 'not one of keys and values'}"
+        raise ConfigError(what, found=found, expected="keys and values", next_step=step)
     try:
         return model.model_validate(data, context={"base": path.absolute().parent})
     except ValidationError as error:

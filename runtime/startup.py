@@ -62,7 +62,8 @@ def effective(options: Options) -> LineConfig:
 def _broker(config: LineConfig, address: str) -> BrokerConfig:
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit():
-        raise ConfigError(f"--broker {address}", found=address, expected="HOST:PORT")
+        step = "give both, e.g. --broker 127.0.0.1:1883"
+        raise ConfigError(f"--broker {address} is no address", found=address, expected="HOST:PORT", next_step=step)
     base = config.broker or BrokerConfig()
     return base.model_copy(update={"host": host, "port": int(port), "embedded": False})
 

@@ -39,6 +39,7 @@ def test_wrong_usage_is_said_in_json_too(command: str, capsys: pytest.CaptureFix
     said = last_line(captured.out)
     assert said["ok"] is False and said["next"].startswith("andon ") and said["next"].endswith("--help")
     assert "usage: andon" in captured.err and said["error"] in captured.err
+    assert f"next:     {said['next']}" in captured.err
 
 
 def test_a_refusal_has_what_found_expected_and_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,9 +112,12 @@ def read_provenance(folder: Path) -> Provenance:
         return Provenance.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         resumable = (folder / "run.json").is_file()
+        found = "no such folder" if not folder.is_dir() else f"no {PROVENANCE}"
+        if (folder / "manifest.json").is_file():
+            found = f"a bundle, which is exported already: {found}"
         raise CheckpointError(
             f"{folder} is not a complete checkpoint",
-            found="an unfinished run" if resumable else f"no {PROVENANCE}",
+            found="an unfinished run" if resumable else found,
             expected=f"{WEIGHTS}, {CONFIG} and {PROVENANCE}",
             next_step=f"andon train --resume {folder}" if resumable else "andon train --method METHOD",
         ) from error

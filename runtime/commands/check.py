@@ -48,6 +48,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     findings += _bundle(config)
     findings += [_guard(f"camera {name}", _camera(name, camera)) for name, camera in config.cameras.items()]
     findings.append(_guard("broker", lambda: _broker(config)))
+    if config.web is not None:
+        findings.append(_guard("live page", lambda: _page(config.web)))
     findings.append(_guard("state folder", lambda: _writable(config, args.config)))
     width = max(len(finding.what) for finding in findings)
     for finding in findings:
@@ -168,7 +170,7 @@ def _thresholds(config: Any, bundle: Any) -> str:
     if missing:
         raise BundleError(
             f"no threshold for {', '.join(missing)} under program {config.program}: every verdict would be UNKNOWN",
-            next_step="andon calibrate --bundle ... --data ..., or set judge.thresholds",
+            next_step=f"andon calibrate --bundle {bundle.path} --data GOOD-IMAGES, or set judge.thresholds",
         )
     return ", ".join(f"{product} {value:.4g}" for product, value in values.items())
 
@@ -183,11 +185,30 @@ def _broker(config: Any) -> str:
 
         if shutil.which("mosquitto") is None and shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin") is None:
             raise ConfigError("broker.embedded needs mosquitto", next_step="apt-get install -y mosquitto")
+        _free("broker.port", "127.0.0.1", broker.port)
         return "embedded mosquitto on loopback"
     from ..mqtt.probe import probe
 
     probe(broker, f"{config.topic.replace('/', '-')}-check-{socket.gethostname()}")
     return f"{broker.host}:{broker.port} lets us in"
+
+
+def _page(web: Any) -> str:
+    _free("web.port", web.host, web.port)
+    return f"{web.host}:{web.port}"
+
+
+def _free(key: str, host: str, port: int) -> None:
+    """Refuse a port that is taken, as it is by a line that runs already. 0 is always free."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise ConfigError(
+            f"{key}: {host}:{port} cannot be used now",
+            found=error.strerror or error,
+            expected="an address of this machine with a free port",
+            next_step=f"set {key}: 0 for a free port, unless it is this line that runs there",
+        ) from error
 
 
 def _writable(config: Any, file: Path) -> str:

@@ -38,13 +38,23 @@ def parts(config: FolderSource | DatasetSource) -> list[Part]:
     else:
         root = config.path
         if not root.is_dir():
-            raise SourceError(f"no folder {root}", next_step="name an existing folder of images as source.path")
+            raise SourceError(
+                f"no folder {root}",
+                found="a file" if root.exists() else "nothing",
+                expected="a folder of images",
+                next_step="name an existing folder of images as source.path",
+            )
         found = [Part(path, path.stem) for path in sorted(root.glob(config.pattern)) if on_disk(path)]
         where = f"{root} with pattern {config.pattern}"
         if config.watch:
             return found
     if not found:
-        raise SourceError(f"no image in {where}", expected=", ".join(IMAGE_SUFFIXES), next_step="put images there")
+        raise SourceError(
+            f"no image in {where}",
+            found="0 images",
+            expected=f"at least one {', '.join(IMAGE_SUFFIXES)}",
+            next_step="put images there, or name another folder or pattern; watch: true waits for them",
+        )
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,12 +74,24 @@ def test_each_fault_is_found_in_its_row(
     assert [what for what, finding in found.items() if not finding["ok"]][:1] == [row]
 
 
+@pytest.mark.parametrize("what", ["live page", "broker"])
+def test_a_port_that_is_taken_is_found(check: Any, make_line: Any, bundle: Path, what: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        sections = {"web": {"port": port}} if what == "live page" else {"broker": {"embedded": True, "port": port}}
+        line = make_line({"cam0": PATTERN}, bundle=str(bundle), **{"broker": None, **sections})
+        code, found = check(line)
+        assert code == 1 and f"127.0.0.1:{port} cannot be used now" in found[what]["found"]
+    code, found = check(line)
+    assert code == 0, found
+
+
 def test_a_bundle_without_thresholds_is_found(
     check: Any, make_line: Any, make_bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = make_bundle(tmp_path / "uncalibrated", thresholds=None)
     code, found = check(make_line({"cam0": PATTERN}, bundle=str(path), broker=None))
-    assert code == 1 and "andon calibrate" in found["thresholds"]["found"]
+    assert code == 1 and f"andon calibrate --bundle {path} --data" in found["thresholds"]["found"]
     code, _ = check(make_line({"cam0": PATTERN}, bundle=str(path), broker=None, judge={"thresholds": {"mono": 1.0}}))
     assert code == 0
 

@@ -72,7 +72,9 @@ def test_all_problems_are_named_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "a: [", "- 1\n", "\tx: 1\n"])
 def test_what_is_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
-    assert "line.yaml" in refused(tmp_path, text)
+    said = refused(tmp_path, text)
+    assert "line.yaml" in said and "next:" in said
+    assert ("is empty" in said) is (text == "")
 
 
 def test_no_such_file(tmp_path: Path) -> None:

@@ -173,6 +173,11 @@ def test_a_tar_is_unpacked_while_it_is_open(make_bundle: MakeBundle, tmp_path: P
     assert not root.exists()
 
 
+def test_a_file_that_is_no_tar_is_said_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "b.tar").write_text("hello")
+    assert str(refused(tmp_path / "b.tar", "cannot be unpacked").found) == "no tar archive"
+
+
 def member(name: str, **fields: Any) -> tuple[tarfile.TarInfo, io.BytesIO]:
     info = tarfile.TarInfo(name)
     for key, value in fields.items():

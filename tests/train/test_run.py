@@ -151,6 +151,14 @@ def test_altered_or_unfinished_checkpoint_is_refused(checkpoint: Path, tmp_path:
     assert f"--resume {copy}" in str(caught.value.next_step)
 
 
+def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such folder"):
+        read_provenance(tmp_path / "nowhere")
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="a bundle, which is exported already"):
+        read_provenance(tmp_path)
+
+
 def test_weights_of_another_architecture_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(checkpoint, copy)
