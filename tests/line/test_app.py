@@ -245,7 +245,7 @@ def test_max_frames_and_a_camera_that_never_delivers(
 
 
 def test_hangup_takes_over_what_can_change(bundle: Path, broker: EmbeddedBroker, consumer: Any, make_line: Any) -> None:
-    cameras = {"cam0": {"source": LIVE, "product": "mono", "queue": 8}}
+    cameras = {"cam0": {"source": LIVE, "product": "mono", "queue": 64}}
     line = make_line(cameras, bundle=str(bundle), broker=at(broker))
     process = andon_run(line)
     consumer.wait_for("verdict", 3)
