@@ -276,13 +276,13 @@ def test_nothing_is_cut_off_on_a_phone(line: LineApp, tmp_path: Path, eventually
 
 def test_token_that_is_named_but_missing_is_refused(bundle: Path, make_line: Any) -> None:
     web = {"host": "0.0.0.0", "port": 0, "token_env": "ANDON_NO_SUCH_VARIABLE"}
-    config = make_line({"cam0": {"source": LIVE}}, bundle=str(bundle), broker=None, web=web)
+    config = make_line({"cam0": {"source": LIVE, "product": "mono"}}, bundle=str(bundle), broker=None, web=web)
     with pytest.raises(ConfigError, match="ANDON_NO_SUCH_VARIABLE"):
         LineApp(Options(config=config, backend="onnxruntime")).run()
 
 
 def test_nothing_listens_after_the_end(bundle: Path, make_line: Any) -> None:
-    config = make_line({"cam0": {"source": LIVE}}, bundle=str(bundle), broker=None, web={"port": 0})
+    config = make_line({"cam0": {"source": LIVE, "product": "mono"}}, bundle=str(bundle), broker=None, web={"port": 0})
     with running(config) as app:
         url = app.operation.web.url
         assert state(app)["ready"]
