@@ -33,8 +33,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """
     from ..app import LineApp
     from ..logs import configure_logging
+    from ..process import limit_arenas
     from ..startup import Options
 
+    limit_arenas()
     configure_logging(args.log_level)
     options = Options(
         config=args.config,

@@ -37,3 +37,29 @@ def test_the_peak_outlives_what_caused_it() -> None:
     script = f"block = bytearray(b'1') * {LARGE}; del block; {REPORT}"
     mine = json.loads(child(script))
     assert mine["peak"] > LARGE / 1e6 > mine["resident"]
+
+
+ARENAS = """
+import ctypes, threading
+from andon.runtime.process import limit_arenas
+print(limit_arenas())
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p
+together = threading.Barrier(16)
+def work():
+    together.wait()
+    for _ in range(1000):
+        libc.malloc(ctypes.c_size_t(5000))
+threads = [threading.Thread(target=work) for _ in range(16)]
+[t.start() for t in threads]; [t.join() for t in threads]
+libc.malloc_info(0, ctypes.c_void_p(libc.fopen(b"/dev/stdout", b"w")))
+"""
+
+
+def test_threads_share_two_arenas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    taken, _, info = child(ARENAS + "libc.fflush(None)").partition("\n")
+    assert taken == "True" and 1 <= info.count("<heap nr=") <= 2
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "6")
+    taken, _, info = child(ARENAS + "libc.fflush(None)").partition("\n")
+    assert taken == "False" and 2 < info.count("<heap nr=") <= 6, "the environment decides"
