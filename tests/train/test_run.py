@@ -21,6 +21,7 @@ from andon.train.config import dump_config, load_config
 from andon.train.errors import CheckpointError
 from andon.train.evaluate import evaluate
 from andon.train.holdout import Split, split_good
+from andon.train.methods.hvq.model import HvqModel
 
 SETTINGS = ("backbone.weights=random:0", "schedule.steps=4", "schedule.warmup=1")
 SETS = [part for s in SETTINGS for part in ("--set", s)]
@@ -124,6 +125,18 @@ def test_checkpoint_is_complete_and_truthful(checkpoint: Path, synthetic_data: P
     assert set(metrics["products"]) == {"grid", "stripes"}
     assert 0 <= metrics["mean"]["pixel_AUPRO"] <= 1 and metrics["products"]["grid"]["defective"] == 8
     assert json.loads((checkpoint / "log.jsonl").read_text().splitlines()[-1])["step"] == 4
+
+
+def test_no_constant_is_set_on_an_image_kept_for_thresholds(
+    synthetic_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(HvqModel, "finalize", lambda self, data: seen.extend(s.key for s in data.samples))
+    arguments = ["train", "--method", "hvq", "--data", str(synthetic_data), "--no-eval", "--out", str(tmp_path / "run")]
+    assert main([*arguments, *SETS]) == 0
+    provenance = read_provenance(tmp_path / "run")
+    assert sorted(seen) == sorted(provenance.constants) and not {*seen} & {*provenance.holdout}
+    assert provenance.holdout, "and there are some for thresholds"
 
 
 def test_loaded_model_gives_the_same_figures(checkpoint: Path, synthetic_data: Path) -> None:
