@@ -186,7 +186,11 @@ def _page(runs: dict[str, list[dict[str, Any]]], targets: list[Target]) -> str:
     others = [run["others"] for values in runs.values() for run in values]
     rows = []
     for target in targets:
-        values = sorted(target.value(run) for run in runs[target.command])
+        found = [target.value(run) for run in runs[target.command]]
+        if None in found:
+            why = "no checkpoint of the bundle under runs/ to compare with? give --checkpoint DIR"
+            sys.exit(f"bench: {target.what} was not measured: {why}")
+        values = sorted(found)
         middle = median(values)
         spread = f"{target.shown.format(values[0])} to {target.shown.format(values[-1])}"
         verdict = "" if not target.promise else "yes" if target.met(middle) else "**no**"
