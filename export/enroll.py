@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.commands import enroll as device
+from ..runtime.enrolment.support import support_paths
 from ..runtime.errors import ConfigError
 
 
@@ -24,7 +25,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """Enroll from --backbone-bundle, or from a bundle exported for this support first.
 
     Raises:
-        ConfigError: no backbone bundle and no torch to make one with; see also andon.runtime.commands.enroll.
+        ConfigError: no backbone bundle and no torch to make one with, or too few images; see also
+            andon.runtime.commands.enroll.
     """
     if args.backbone_bundle is not None:
         return device.main(args)
@@ -35,6 +37,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             expected=f"--backbone-bundle with any {args.method} bundle, or a workstation with torch",
             next_step=f"andon enroll --method {args.method} --backbone-bundle BUNDLE --support {args.support}",
         )
+    support_paths(args.support, args.shots, args.seed)  # refused before torch is loaded and engines are exported
     started = time.monotonic()
     target = args.out or device.default_out(args.method, device.product_name(args))
     target.parent.mkdir(parents=True, exist_ok=True)

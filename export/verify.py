@@ -20,7 +20,7 @@ from ..runtime.bundle import Bundle
 from ..runtime.engine.onnxruntime import OnnxRuntimeBackend
 from ..runtime.manifest import Loop, Manifest, Variant
 from ..runtime.program import Program
-from ..runtime.replay import LIMITS
+from ..runtime.replay import LIMITS, difference
 from ..train.method import AnomalyModel
 from .frames import Frames
 from .stage import StagedModel
@@ -108,20 +108,6 @@ def thresholds(scores: Array, class_ids: Array, classes: int) -> Array:
 # -- parity with torch -------------------------------------------------------------------------------------------------
 
 
-def relative_error(value: Array, reference: Array) -> float:
-    """Largest difference over the largest magnitude; for integers and booleans the share of differing elements.
-
-    Not a number or an infinity on one side only counts as infinite error.
-    """
-    if reference.dtype.kind != "f":
-        return float(np.mean(value != reference))
-    finite = np.isfinite(reference)
-    if not np.array_equal(finite, np.isfinite(value)) or not finite.any():
-        return 0.0 if not finite.any() and not np.isfinite(value).any() else float("inf")
-    scale = float(np.abs(reference[finite]).max())
-    return float(np.abs(value[finite] - reference[finite]).max()) / max(scale, 1e-12)
-
-
 def stage_parity(root: Path, manifest: Manifest, staged: StagedModel, frames: Frames) -> list[Check]:
     """Every stage's FP32 file against its torch module, on the inputs that real frames give it.
 
@@ -138,7 +124,7 @@ def stage_parity(root: Path, manifest: Manifest, staged: StagedModel, frames: Fr
             return
         values = sessions[stage].run(list(outputs), dict(inputs))
         for (name, reference), value in zip(outputs.items(), values, strict=True):
-            worst[stage, name] = max(worst[stage, name], relative_error(value, reference))
+            worst[stage, name] = max(worst[stage, name], difference(value, reference))
 
     for program in programs(staged):
         walk = Walk(staged, torch_call(staged), program, trace=compare)
@@ -201,7 +187,7 @@ def alternatives_parity(root: Path, manifest: Manifest, staged: StagedModel, fra
         for image, class_id in zip(frames.images, frames.class_ids, strict=True):
             walk.reset()
             scores.append(float(walk.frame(image[None], int(class_id))[staged.outputs.score][0]))
-        error = relative_error(engine.score, np.array(scores))
+        error = difference(engine.score, np.array(scores))
         checks.append(
             Check(f"program {program}", "score, relative to torch", error, f"< {SCORE_PARITY:g}", error < SCORE_PARITY)
         )

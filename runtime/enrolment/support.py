@@ -32,14 +32,11 @@ class Support:
         return float(self.masks.mean())
 
 
-def read_support(
-    folder: Path, shots: int, preprocess: Preprocess, grid: int, foreground: Foreground, seed: int | None = None
-) -> Support:
-    """The first `shots` images of a folder by name, or with a seed as many at random.
+def support_paths(folder: Path, shots: int, seed: int | None = None) -> list[Path]:
+    """The first `shots` images of a folder by name, or with a seed as many at random; none is read.
 
     Raises:
         ConfigError: no such folder, or fewer images than shots.
-        SourceError: an image or mask cannot be read.
     """
     paths = sorted(p for p in folder.iterdir() if on_disk(p)) if folder.is_dir() else []
     if len(paths) < shots or shots < 1:
@@ -51,7 +48,19 @@ def read_support(
         )
     if seed is not None:
         paths = sorted(paths[i] for i in np.random.default_rng(seed).permutation(len(paths))[:shots])
-    chosen = paths[:shots]
+    return paths[:shots]
+
+
+def read_support(
+    folder: Path, shots: int, preprocess: Preprocess, grid: int, foreground: Foreground, seed: int | None = None
+) -> Support:
+    """The images of :func:`support_paths` with their foreground.
+
+    Raises:
+        ConfigError: no such folder, or fewer images than shots.
+        SourceError: an image or mask cannot be read.
+    """
+    chosen = support_paths(folder, shots, seed)
     frames, masks = [], []
     for path in chosen:
         image = read_rgb(path)

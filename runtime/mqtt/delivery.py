@@ -145,23 +145,24 @@ class Delivery:
     def stop(self, drain: float = 2.0) -> None:
         """Commit, deliver what can be delivered within ``drain`` seconds, say `stopped`, disconnect.
 
-        ``drain`` is also how long a connection is waited for whose first attempt has not been answered.
+        In that time too a connection is waited for whose first attempt has not been answered.
         """
         if self._commands is not None:
             self._commands.stop()
+        deadline = time.monotonic() + drain
         self._outbox.wait(self._outbox.next_key - 1, drain)
-        self._await_first_answers(drain)
+        self._await_first_answers(deadline)
         self._last = {camera: publisher.state for camera, publisher in self._publishers.items()}
-        stoppers = [threading.Thread(target=each.stop, args=(drain,)) for each in self._publishers.values()]
+        left = max(0.0, deadline - time.monotonic())
+        stoppers = [threading.Thread(target=each.stop, args=(left,)) for each in self._publishers.values()]
         for thread in stoppers:
             thread.start()
         for thread in stoppers:
             thread.join()
         self._publishers.clear()
 
-    def _await_first_answers(self, timeout: float) -> None:
+    def _await_first_answers(self, deadline: float) -> None:
         """A short run may end before its connections are up: wait until each has been answered or refused once."""
-        deadline = time.monotonic() + timeout
         while any(each.state.reason == NOT_YET for each in self._publishers.values()) and time.monotonic() < deadline:
             time.sleep(0.02)
 

@@ -22,6 +22,7 @@ from andon.runtime.errors import ConfigError, DeliveryError
 from andon.runtime.lineconfig import BrokerConfig
 from andon.runtime.mqtt.commands import Commands, TokenBucket
 from andon.runtime.mqtt.delivery import Delivery
+from andon.runtime.mqtt.publisher import Publisher
 from andon.runtime.outbox import Outbox
 from andon.runtime.process import resident_memory
 from andon.runtime.types import Region, Verdict
@@ -161,6 +162,19 @@ def test_unanswered_port_is_said(line: Any, eventually: Any) -> None:
         threading.Thread(target=lambda: deaf.accept()[0].close(), daemon=True).start()
         with line(deaf.getsockname()[1]) as running:
             eventually(lambda: "without an answer" in running.delivery.health().reason)
+
+
+def test_a_stop_waits_for_the_first_answer_and_the_delivery_together(
+    line: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[float] = []
+    stop = Publisher.stop
+    monkeypatch.setattr(Publisher, "stop", lambda self, drain: (given.append(drain), stop(self, drain)))
+    with socket.create_server(("127.0.0.1", 0)) as deaf, line(deaf.getsockname()[1]) as running:
+        running.send(2)
+        running.delivery.stop(0.5)
+        assert given == [0.0], "the half second went by in waiting for an answer"
+        assert running.outbox.stats().messages == 2, "nothing is lost by it"
 
 
 def test_same_client_id_twice_is_said(tmp_path: Path, base: str, broker: EmbeddedBroker, eventually: Any) -> None:

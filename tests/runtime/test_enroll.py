@@ -261,6 +261,14 @@ def test_refusals(engines, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
+def test_missing_support_is_refused_before_torch_is_loaded(tmp_path):
+    code = "import sys\nfrom andon.cli import main\nassert main(sys.argv[1:]) == 1 and 'torch' not in sys.modules"
+    command = [sys.executable, "-c", code, "enroll", "--support", str(tmp_path / "none"), "--out", str(tmp_path / "b")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "not enough images of good parts" in done.stderr and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("method", ["knn", "hvq"])
 def test_a_bundle_of_another_method_is_refused_with_a_command_that_exists(make_bundle, method, tmp_path, capsys):
     """`andon enroll --method hvq` does not exist: hvq keeps no memory to enroll into."""

@@ -11,10 +11,8 @@ limits, and speed.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import sys
-from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -22,6 +20,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+
+from .cudadouble import World, cuda_python_driver, pycuda_driver
 
 _NUMPY = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 9: "bool", 10: "float16"}
 _ENUMS = {
@@ -31,104 +31,6 @@ _ENUMS = {
     "DeviceType": "GPU DLA",
     "LayerType": "CONSTANT SHAPE QUANTIZE DEQUANTIZE CONVOLUTION",
 }
-
-
-class World:
-    """The machine: memory, one stream, and a record of what happened.
-
-    executed: (stage's first output name, addresses by tensor) of every stage run. log: calls in order.
-    """
-
-    def __init__(self, version: str = "10.3.0"):
-        self.version = version
-        self.major = int(version.split(".")[0])
-        self.blocks: dict[int, np.ndarray] = {}
-        self.pinned: list[np.ndarray] = []
-        self.queue: list[Callable[[], None]] = []
-        self.recording: list[Callable[[], None]] | None = None
-        self.graphs: dict[int, list[Callable[[], None]]] = {}
-        self.executed: list[tuple[str, dict[str, int]]] = []
-        self.mallocs = self.enqueues = self.graph_launches = self.builds = self.syncs = 0
-        self.refuse_capture = self.refuse_execute = self.refuse_build = self.refuse_plan = False
-        self.scratch: set[int] = set()
-        self.contexts = 0
-        self.dla_cores = 0
-        self.interrupt_build_of = ""
-        self.network: Any = None
-        self.config: Any = None
-
-    # -- memory and stream ---------------------------------------------------------------------------------------------
-
-    def malloc(self, size: int) -> int:
-        block = np.zeros(size + 256, np.uint8)
-        address = block.ctypes.data + (-block.ctypes.data) % 256
-        self.blocks[address] = block
-        self.mallocs += 1
-        return address
-
-    def view(self, address: int, size: int) -> np.ndarray:
-        """Bytes at an address; they must lie in one allocated block."""
-        for start, block in self.blocks.items():
-            if start <= address and address + size <= start + block.size - 256:
-                return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address)) if size else block[:0]
-        raise AssertionError(f"access to {size} bytes at {address:#x}, which was never allocated")
-
-    def submit(self, work: Callable[[], None]) -> None:
-        (self.queue if self.recording is None else self.recording).append(work)
-
-    def synchronize(self) -> None:
-        assert self.recording is None, "synchronising while capturing"
-        self.syncs += 1
-        while self.queue:
-            self.queue.pop(0)()
-
-    def copy_in(self, target: int, array: np.ndarray) -> None:
-        assert array.flags.c_contiguous
-        pinned = any(np.shares_memory(array, p) for p in self.pinned)
-        source = array if pinned else array.copy()  # the driver stages pageable memory before it returns
-        self.view(target, array.nbytes)
-        self.submit(lambda: np.copyto(self.view(target, source.nbytes), source.reshape(-1).view(np.uint8)))
-
-    def copy_out(self, out: np.ndarray, source: int) -> None:
-        self.submit(lambda: np.copyto(out.reshape(-1).view(np.uint8), self.view(source, out.nbytes)))
-
-    def copy(self, target: int, source: int, size: int) -> None:
-        self.submit(lambda: np.copyto(self.view(target, size), self.view(source, size)))
-
-    def fill(self, target: int, size: int) -> None:
-        self.submit(lambda: self.view(target, size).fill(0))
-
-    # -- graphs, as libcuda.so.1 has them ------------------------------------------------------------------------------
-
-    def cuStreamBeginCapture_v2(self, stream: Any, mode: Any) -> int:
-        assert self.recording is None
-        self.recording = []
-        return 0
-
-    def cuStreamEndCapture(self, stream: Any, graph: Any) -> int:
-        work, self.recording = self.recording, None
-        assert work is not None
-        if self.refuse_capture:
-            return 901  # CUDA_ERROR_STREAM_CAPTURE_INVALIDATED
-        graph._obj.value = len(self.graphs) + 1
-        self.graphs[graph._obj.value] = work
-        return 0
-
-    def cuGraphInstantiateWithFlags(self, executable: Any, graph: Any, flags: Any) -> int:
-        executable._obj.value = graph.value
-        return 0
-
-    def cuGraphLaunch(self, executable: Any, stream: Any) -> int:
-        self.graph_launches += 1
-        self.queue.extend(self.graphs[executable.value])
-        return 0
-
-    def cuGraphDestroy(self, graph: Any) -> int:
-        return 0
-
-    def cuGraphExecDestroy(self, executable: Any) -> int:
-        self.graphs.pop(executable.value, None)
-        return 0
 
 
 def install(monkeypatch: pytest.MonkeyPatch, version: str = "10.3.0", bindings: str = "pycuda") -> World:
@@ -151,110 +53,6 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str = "10.3.0", bindings: 
         "andon.runtime.engine.probe._module", lambda name: name in ("tensorrt", bindings, "cuda.bindings")
     )
     return world
-
-
-# -- CUDA bindings -----------------------------------------------------------------------------------------------------
-
-
-def pycuda_driver(world: World) -> Any:
-    """pycuda.driver, the part that is used."""
-
-    class Error(Exception):
-        pass
-
-    class Allocation:
-        def __init__(self, size: int):
-            self.address = world.malloc(size)
-
-        def __int__(self) -> int:
-            return self.address
-
-        def free(self) -> None:
-            del world.blocks[self.address]
-
-    class Stream:
-        handle = 77
-
-        def synchronize(self) -> None:
-            world.synchronize()
-
-    class Device:
-        def __init__(self, index: int):
-            self.index = index
-
-        def retain_primary_context(self) -> Any:
-            return SimpleNamespace(push=lambda: None, pop=lambda: None, detach=lambda: None)
-
-        def name(self) -> str:
-            return "Orin (double)"
-
-        def compute_capability(self) -> tuple[int, int]:
-            return 8, 7
-
-        def total_memory(self) -> int:
-            return 8 << 30
-
-    def pagelocked_zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        world.pinned.append(np.zeros(shape, dtype))
-        return world.pinned[-1]
-
-    return SimpleNamespace(
-        Error=Error,
-        init=lambda: None,
-        Device=Device,
-        Stream=Stream,
-        mem_alloc=Allocation,
-        memset_d8=lambda target, value, count: world.fill(target, count),
-        pagelocked_zeros=pagelocked_zeros,
-        memcpy_htod_async=lambda target, source, stream: world.copy_in(target, source),
-        memcpy_dtoh_async=lambda target, source, stream: world.copy_out(target, source),
-        memcpy_dtod_async=lambda target, source, size, stream: world.copy(target, source, size),
-    )
-
-
-def cuda_python_driver(world: World) -> Any:
-    """cuda.bindings.driver, the part that is used: every call returns its error code first."""
-
-    def at(address: int, size: int) -> np.ndarray:
-        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
-
-    def host_alloc(size: int, flags: int) -> tuple[int, int]:
-        world.pinned.append(np.zeros(size, np.uint8))
-        return 0, world.pinned[-1].ctypes.data
-
-    def done(work: Callable[..., object]) -> Callable[..., tuple[int]]:
-        def call(*arguments: Any) -> tuple[int]:
-            work(*arguments)
-            return (0,)
-
-        return call
-
-    attributes = SimpleNamespace(
-        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR="major", CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR="minor"
-    )
-    return SimpleNamespace(
-        CUdevice_attribute=attributes,
-        cuInit=lambda flags: (0,),
-        cuDeviceGet=lambda index: (0, index),
-        cuDevicePrimaryCtxRetain=lambda device: (0, 1),
-        cuDevicePrimaryCtxRelease=lambda device: (0,),
-        cuCtxPushCurrent=lambda context: (0,),
-        cuCtxPopCurrent=lambda: (0, 1),
-        cuStreamCreate=lambda flags: (0, 77),
-        cuStreamDestroy=lambda stream: (0,),
-        cuStreamSynchronize=done(lambda stream: world.synchronize()),
-        cuDeviceGetAttribute=lambda attribute, device: (0, {"major": 8, "minor": 7}[attribute]),
-        cuDeviceGetName=lambda length, device: (0, b"Orin (double)\0"),
-        cuDeviceTotalMem=lambda device: (0, 8 << 30),
-        cuMemAlloc=lambda size: (0, world.malloc(size)),
-        cuMemFree=done(lambda block: world.blocks.pop(block)),
-        cuMemHostAlloc=host_alloc,
-        cuMemFreeHost=lambda address: (0,),
-        cuMemsetD8Async=done(lambda target, value, count, stream: world.fill(target, count)),
-        cuMemcpyHtoDAsync=done(lambda target, source, size, stream: world.copy_in(target, at(source, size))),
-        cuMemcpyDtoHAsync=done(lambda target, source, size, stream: world.copy_out(at(target, size), source)),
-        cuMemcpyDtoDAsync=done(lambda target, source, size, stream: world.copy(target, source, size)),
-    )
 
 
 # -- TensorRT ----------------------------------------------------------------------------------------------------------
