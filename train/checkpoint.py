@@ -49,6 +49,7 @@ class Provenance(BaseModel):
     holdout: tuple[str, ...] = Field(description="Keys of the good images kept for thresholds alone")
     constants: tuple[str, ...] = Field(default=(), description="Keys of the good images that set the constants only")
     trained_on: int = Field(description="Good images trained on")
+    views: int = Field(default=0, description="Views of them that were added (train/augment.py)")
     skipped: tuple[str, ...] = Field(default=(), description="Sample keys left out because they could not be decoded")
     steps: int = Field(description="Optimisation steps taken")
     seconds: float = Field(description="Training time of the steps")

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from ..runtime.dataset import Sample, read_rgb
 from ..runtime.manifest import Preprocess
 from ..runtime.preprocess import resize
+from .augment import View
 from .backbones import state_hash
 from .featurecache import INDEX, Lease, limit, prune, used
 from .method import AnomalyModel, Batch
@@ -77,8 +78,9 @@ def cache_root() -> Path:
 
 
 def load_frame(sample: Sample, preprocess: Preprocess) -> Array:
-    """A sample's image as the network takes it: uint8 [height, width, 3] RGB."""
-    return resize(read_rgb(sample.path), preprocess)
+    """A sample's image, or its view, as the network takes it: uint8 [height, width, 3] RGB."""
+    image = read_rgb(sample.path)
+    return resize(sample.of(image) if isinstance(sample, View) else image, preprocess)
 
 
 def extract(
@@ -137,6 +139,8 @@ def _key(model: AnomalyModel, samples: Sequence[Sample]) -> str:
         except OSError:
             read_rgb(sample.path)  # raises the error that names the file
             raise
+        if isinstance(sample, View):
+            digest.update(sample.recipe.encode())
     return digest.hexdigest()[:32]
 
 

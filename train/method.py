@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -63,6 +63,28 @@ class Schedule(Config):
         return "off" if value is False else value
 
 
+class Augmentation(Config):
+    """Views of good images where there are few (train/augment.py)."""
+
+    images: int = Field(
+        default=0,
+        ge=0,
+        description="A product with fewer images to train on gets views up to this many; 0: none",
+    )
+    flips: tuple[Literal["horizontal", "vertical"], ...] = Field(
+        default=("horizontal", "vertical"),
+        description="Mirrored views; leave out an axis where a part lying the other way round is a defect",
+    )
+    rotation: float = Field(default=10.0, ge=0, le=180, description="Views are turned by up to so many degrees")
+    scale: float = Field(default=0.05, ge=0, lt=1, description="Views are larger or smaller by up to this share")
+    shift: float = Field(default=0.05, ge=0, lt=1, description="Views are moved by up to this share of the image")
+
+    @property
+    def moves(self) -> bool:
+        """True if views differ in more than being mirrored."""
+        return max(self.rotation, self.scale, self.shift) > 0
+
+
 class MethodConfig(Config):
     """Fields every method's configuration has; methods add their own."""
 
@@ -75,6 +97,11 @@ class MethodConfig(Config):
     holdout: float = Field(
         default=0.1, ge=0, lt=1, description="Share of good images held out for constants and thresholds"
     )
+    augment: Augmentation = Field(default=Augmentation(), description="Views of good images where there are few")
+
+    def for_images(self, count: int) -> MethodConfig:
+        """This configuration with what depends on the number of images to train on (without views) decided."""
+        return self
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from ..runtime.dataset import Dataset, Sample, open_dataset, split_readable
 from ..runtime.errors import ConfigError, SourceError
 from ..runtime.quality import Metrics, mean_metrics, table
 from . import distributed
+from .augment import augmented, described
 from .backbones import backbones_in
 from .checkpoint import (
     CONFIG,
@@ -130,6 +131,10 @@ def train(request: Request) -> dict[str, Any]:
         f"good images: {len(split.fitting)} to train on; "
         f"held out: {len(split.constants)} for constants, {len(split.thresholds)} for thresholds"
     )
+    config = config.for_images(len(split.fitting))
+    fitting, constants = augmented(split, config.augment)
+    if views := len(fitting) - len(split.fitting):
+        _say(f"few images: {views} views of them are added for training ({described(config.augment)})")
 
     torch.manual_seed(config.seed)
     random.seed(config.seed)
@@ -138,8 +143,8 @@ def train(request: Request) -> dict[str, Any]:
     for backbone in backbones:
         _say(f"backbone {backbone.record.id}, weights {backbone.record.weights} ({backbone.record.sha256[:12]})")
     show = distributed.is_main()
-    trainset = extract(model, split.fitting, device=device, progress=show)
-    calibration = extract(model, split.constants, device=device, progress=show)
+    trainset = extract(model, fitting, device=device, progress=show)
+    calibration = extract(model, constants, device=device, progress=show)
     resume = ResumeFile(folder / "resume.pt", _run_hash(config, trainset, data.products), request.save_every)
     try:
         fitted = fit(model, trainset, device, log=lambda r: write_log(folder, r), resume=resume, progress=show)
@@ -157,7 +162,7 @@ def train(request: Request) -> dict[str, Any]:
     _say(f"{fitted.steps} steps in {fitted.seconds:.0f} s" + (" (time limit)" if fitted.stopped_early else ""))
 
     # Weights first: a test image that cannot be read must not cost the training.
-    _write(folder, model, request, data, fitted, split, [s.key for s in skipped])
+    _write(folder, model, request, data, fitted, split, views, [s.key for s in skipped])
     resume.remove()
     (folder / _REQUEST).unlink()
     print(f"checkpoint {folder}")
@@ -206,10 +211,12 @@ def _write(
     data: Dataset,
     fitted: Fitted,
     split: Split,
+    views: int,
     skipped: list[str],
 ) -> None:
     """Weights, then provenance, whose presence makes the checkpoint complete."""
     digest = save_weights(model, folder)
+    (folder / CONFIG).write_text(dump_config(model.config), encoding="utf-8")  # as the images decided it
     backbones = backbones_in(model)
     provenance = Provenance(
         method=request.method,
@@ -222,6 +229,7 @@ def _write(
         holdout=tuple(s.key for s in split.thresholds),
         constants=tuple(s.key for s in split.constants),
         trained_on=len(split.fitting),
+        views=views,
         skipped=tuple(skipped),
         steps=fitted.steps,
         seconds=round(fitted.seconds, 2),

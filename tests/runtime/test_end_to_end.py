@@ -40,7 +40,8 @@ def run(*arguments: object) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def exported(synthetic_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("exported")
-    settings = ("--set", "schedule.steps=3", "--set", "backbone.weights=random:0", "--no-eval")
+    short = ("schedule.steps=3", "backbone.weights=random:0", "augment.images=0")
+    settings = (*(part for s in short for part in ("--set", s)), "--no-eval")
     train = run("train", "--method", "hvq", "--data", synthetic_data, *settings, "--out", root / "run")
     assert train["code"] == 0
     arguments = ("--checkpoint", root / "run", "--fp16", "--out", root / "bundle", "--threads", 1)

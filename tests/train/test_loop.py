@@ -322,6 +322,7 @@ def test_resume_file_of_another_run_or_torn_is_refused(toy: ModuleType, trainset
 
 def andon_train(folder: Path, data: Path, *extra: str) -> list[str]:
     settings = ("backbone.weights=random:0", "schedule.steps=24", "schedule.warmup=2", "schedule.ema=0.9")
+    settings += ("augment.images=0",)
     sets = [part for s in settings for part in ("--set", s)]
     common = ["--method", "hvq", "--data", str(data), "--out", str(folder), "--no-eval", "--save-every", "0.05"]
     return [sys.executable, "-m", "andon.train", *common, *sets, *extra]

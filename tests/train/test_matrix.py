@@ -28,6 +28,7 @@ METHODS = list_methods()
 def settings(method: str) -> list[str]:
     """Overrides of the edge preset for a short training."""
     values: dict[str, object] = {"backbone.weights": "random:0", "schedule.warmup": 5, "schedule.max_seconds": None}
+    values["augment.images"] = 14  # of 11 images a product: three views of them
     if load_config(method).schedule.steps > 0:
         values["schedule.steps"] = 30
     own = SHORT / f"{method}.yaml"

@@ -12,7 +12,9 @@ import ot
 import pytest
 import torch
 import yaml
+from andon.cli import main
 from andon.runtime.errors import CalibrationError, ConfigError
+from andon.train.checkpoint import load_checkpoint
 from andon.train.method import Batch
 from andon.train.methods.vpdm.config import DenoiserConfig, VpdmConfig
 from andon.train.methods.vpdm.denoiser import FlatDenoiser, UNet
@@ -258,6 +260,21 @@ def test_rms_distance() -> None:
     rows, prototypes = torch.randn(4, 30), torch.randn(5, 30)
     expected = torch.cdist(rows, prototypes) / 30**0.5
     torch.testing.assert_close(rms_distance(rows, prototypes, prototypes.square().sum(1)), expected)
+
+
+def test_scope_is_decided_by_the_images_and_kept_with_the_checkpoint(synthetic_data: Path, tmp_path: Path) -> None:
+    config = small_config(prototypes={"count": 4, "grid": 2, "scope": "auto"})
+    assert [config.for_images(n).prototypes.scope for n in (7, 8)] == ["position", "image"]
+    assert small_config().for_images(1) == small_config(), "what is set stays"
+    short = ("backbone.weights=random:0", "schedule.steps=2", "schedule.warmup=1", "augment.images=0")
+    for count, scope in ((16, "image"), (17, "position")):  # of 33 images
+        settings = [part for s in (*short, f"prototypes.count={count}") for part in ("--set", s)]
+        out = tmp_path / scope
+        command = ["train", "--method", "vpdm", "--data", str(synthetic_data), "--no-eval", "--out", str(out)]
+        assert main([*command, *settings]) == 0
+        model = load_checkpoint(out)
+        assert isinstance(model, Vpdm) and model.config.prototypes.scope == scope
+        assert model.prototypes.shape[1] == (152 * 49 if scope == "image" else 152)
 
 
 @pytest.mark.parametrize("scope", ["image", "position"])

@@ -24,8 +24,10 @@ class PrototypeConfig(Config):
 
     count: int = Field(default=50, gt=0, description="Number of prototypes K")
     grid: int = Field(default=8, gt=0, description="Side of the low-passed map that a prototype stands for")
-    scope: Literal["image", "position"] = Field(
-        default="image", description="A prototype is a whole low-passed image, or the vector of one position"
+    scope: Literal["image", "position", "auto"] = Field(
+        default="image",
+        description="A prototype is a whole low-passed image, or the vector of one position; auto: images if there are "
+        "two to train on for every prototype",
     )
     temperature: float | None = Field(
         default=0.05, gt=0, description="eps_c of the condition, in RMS units; none: set from `perplexity` at the start"
@@ -35,6 +37,11 @@ class PrototypeConfig(Config):
     sinkhorn_iterations: int = Field(default=50, gt=0, description="Log-domain iterations of L_OT")
     queue: int = Field(default=512, ge=0, description="Recent feature vectors that join the batch in L_OT; 0: none")
     weight: float = Field(default=1.0, ge=0, description="Weight of L_OT")
+
+    @property
+    def whole(self) -> bool:
+        """True if a prototype is a whole image, which an undecided `auto` is too."""
+        return self.scope != "position"
 
 
 class DiffusionConfig(Config):
@@ -86,6 +93,13 @@ class VpdmConfig(MethodConfig):
     score: ScoreConfig = Field(default=ScoreConfig(), description="Scoring")
     sampler: str = Field(default="ddim10", description="Default sampler: see train/methods/vpdm/samplers.py")
     restore_t: int = Field(default=300, gt=0, description="t at which the `restore` sampler enters")
+
+    def for_images(self, count: int) -> VpdmConfig:
+        """`prototypes.scope` auto decided: a prototype of a whole image is a mean of some, or it is no prototype."""
+        if self.prototypes.scope != "auto":
+            return self
+        scope = "image" if count >= 2 * self.prototypes.count else "position"
+        return self.model_copy(update={"prototypes": self.prototypes.model_copy(update={"scope": scope})})
 
     @model_validator(mode="after")
     def _check(self) -> VpdmConfig:

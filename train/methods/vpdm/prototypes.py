@@ -43,13 +43,13 @@ class Condition(nn.Module):
         super().__init__()
         self.config, self.channels, self.grid = config, channels, grid
         self.factor = grid // config.grid
-        image = config.scope == "image"
+        image = config.whole
         self.dimension = channels * config.grid**2 if image else channels
 
     def rows(self, x0: Tensor) -> Tensor:
         """T_down: low-passed features as rows [R, d]; one row an image, or one a position."""
         down = F.avg_pool2d(x0, self.factor)
-        return down.flatten(1) if self.config.scope == "image" else down.permute(0, 2, 3, 1).reshape(-1, self.channels)
+        return down.flatten(1) if self.config.whole else down.permute(0, 2, 3, 1).reshape(-1, self.channels)
 
     def forward(self, x0: Tensor, prototypes: Tensor, square: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
         weights = F.softmax(-rms_distance(self.rows(x0), prototypes, square) / temperature, dim=1)
@@ -58,7 +58,7 @@ class Condition(nn.Module):
     def up(self, rows: Tensor) -> Tensor:
         """T_up: rows [R, d] as maps [B, C, g, g], bilinear."""
         side = self.config.grid
-        if self.config.scope == "image":
+        if self.config.whole:
             maps = rows.reshape(-1, self.channels, side, side)
         else:
             maps = rows.reshape(-1, side, side, self.channels).permute(0, 3, 1, 2)
