@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from ..runtime.dataset import Sample
 
-_MIN_HOLDOUT = 40  # 20 of each kind: conformal prediction needs 19 to promise 5 %
+_MIN_HOLDOUT = 40  # about 20 of each kind: conformal prediction needs 19 to promise 5 %
+_ROUND = 20  # 19, 39, ... promise 5 % exactly; with 20 to 38 the largest score is the threshold: stricter than asked
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,10 @@ class Split:
 
 
 def split_good(samples: Sequence[Sample], share: float) -> Split:
-    """Split good images; `share` of each product is held out, half for constants and half for thresholds.
+    """Split good images; `share` of each product is held out, about half for constants and half for thresholds.
 
-    At least 40 images of a product are held out where that is no more than a quarter of it; constants get the odd one.
+    At least 40 images of a product are held out where that is no more than a quarter of it. Thresholds get the number
+    nearest to half of them at which a promise of 5 % false alarms is kept without being stricter than asked.
     The choice depends on the images' keys alone, not on the run's seed: seeds are comparable, and features are
     computed once.
     """
@@ -40,8 +42,11 @@ def split_good(samples: Sequence[Sample], share: float) -> Split:
         keys = sorted(s.key for s in samples if s.product == product)
         count = min(max(round(share * len(keys)), min(_MIN_HOLDOUT, len(keys) // 4)), len(keys) - 1)
         held = random.Random(0).sample(keys, count)
-        thresholds.update(held[: count // 2])
-        constants.update(held[count // 2 :])
+        kept = count // 2
+        if kept >= _ROUND - 1:
+            kept = _ROUND * round((kept + 1) / _ROUND) - 1
+        thresholds.update(held[:kept])
+        constants.update(held[kept:])
     return Split(
         [s for s in samples if s.key not in constants and s.key not in thresholds],
         [s for s in samples if s.key in constants],

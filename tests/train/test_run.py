@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from andon.cli import main
-from andon.runtime.dataset import open_dataset
+from andon.runtime.dataset import Sample, open_dataset
 from andon.runtime.errors import ConfigError
 from andon.train import run
 from andon.train.checkpoint import load_checkpoint, newest_checkpoint, read_provenance
@@ -22,8 +23,10 @@ from andon.train.errors import CheckpointError
 from andon.train.evaluate import evaluate
 from andon.train.holdout import Split, split_good
 from andon.train.methods.hvq.model import HvqModel
+from hypothesis import given
+from hypothesis import strategies as st
 
-SETTINGS = ("backbone.weights=random:0", "schedule.steps=4", "schedule.warmup=1")
+SETTINGS = ("backbone.weights=random:0", "schedule.steps=4", "schedule.warmup=1", "augment.images=0")
 SETS = [part for s in SETTINGS for part in ("--set", s)]
 
 
@@ -104,7 +107,19 @@ def test_the_hold_out_has_two_parts_and_is_the_same_every_time(synthetic_data: P
     half = split_good(samples[:10], 0.5)
     assert (len(half.fitting), len(half.constants), len(half.thresholds)) == (5, 3, 2)
     many = [dataclasses.replace(samples[0], key=str(i)) for i in range(200)]
-    assert len(split_good(many, 0.1).thresholds) == 20, "enough to promise 5 % false alarms"
+    assert len(split_good(many, 0.1).thresholds) == 19, "enough to promise 5 % false alarms"
+
+
+@given(st.integers(1, 3000), st.sampled_from((0.1, 0.25, 0.5)))
+def test_thresholds_get_a_number_of_images_that_promises_what_is_asked(images: int, share: float) -> None:
+    split = split_good([Sample(Path(f"{i}.png"), str(i), "nut", "good", "train") for i in range(images)], share)
+    kept, held = len(split.thresholds), len(split.thresholds) + len(split.constants)
+    assert len(split.fitting) + held == images and len(split.fitting) >= 1
+    if held >= 38:
+        exact = (kept + 1 - math.ceil(0.95 * (kept + 1) - 1e-9)) / (kept + 1)
+        assert exact == pytest.approx(0.05) and abs(kept - held / 2) <= 10.5 and split.constants
+    else:
+        assert kept == held // 2, "too few for 5 % whatever is done"
 
 
 # ---- checkpoint
