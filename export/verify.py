@@ -170,8 +170,8 @@ def model_parity(engine: Scored, torch_model: Scored, frames: Frames, threshold:
         Check("program fp32", "verdict flips to torch", flips, "0", flips == 0, where),
     ]
     if engine.map.shape == torch_model.map.shape:
-        difference = np.abs(engine.map - torch_model.map) / max(float(np.abs(torch_model.map).max()), 1e-12)
-        error = float(np.quantile(np.nan_to_num(difference, nan=np.inf), 1 - MAP_OUTLIERS))
+        apart = np.abs(engine.map - torch_model.map) / max(float(np.abs(torch_model.map).max()), 1e-12)
+        error = float(np.quantile(np.nan_to_num(apart, nan=np.inf), 1 - MAP_OUTLIERS))
         name = f"map, relative to torch, {1 - MAP_OUTLIERS:.1%} of pixels"
         checks.append(Check("program fp32", name, error, f"< {SCORE_PARITY:g}", error < SCORE_PARITY))
     return checks

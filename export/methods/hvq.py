@@ -28,20 +28,25 @@ _POT_STATE = {"off": (), "ct_level1": ("unit",), "sinkhorn_all": ("epsilon",)}
 
 
 class Encode(nn.Module):
-    """frame uint8 [1, S, S, 3] -> f [1, N, C], hs [L + 1, N, dim] (h0..hL), logits [1, classes]."""
+    """frame uint8 [1, S, S, 3] -> f [1, N, C], hs [L + 1, N, dim] (h0..hL), logits [1, classes] of several products.
+
+    One product alone has no logits: no gradient ever reaches their weights, so they are noise, and noise has no parity.
+    """
 
     positions: Tensor
 
     def __init__(self, model: HvqModel) -> None:
         super().__init__()
-        self.features, self.encoder, self.classifier = model.features, model.encoder, model.classifier
+        self.features, self.encoder = model.features, model.encoder
+        self.classifier = model.classifier if len(model.classes) > 1 else None
         self.register_buffer("positions", model.positions().detach())
 
-    def forward(self, frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, frame: Tensor) -> tuple[Tensor, ...]:
         """See the class."""
         aligned = self.features(frame)["aligned"]
         features, hidden = self.encoder(aligned, self.positions)
-        return features, torch.cat(hidden), self.classifier(aligned)
+        found = (features, torch.cat(hidden))
+        return found if self.classifier is None else (*found, self.classifier(aligned))
 
 
 class Quantize(nn.Module):
@@ -184,6 +189,7 @@ def cut(model: AnomalyModel, options: Mapping[str, Any]) -> StagedModel:
     with_term = model.config.pot.mode != "off"
     state = _state(model)
     encode, decode, score = Encode(model).eval(), Decode(model).eval(), Score(model).eval()
+    logits = ("logits",) if encode.classifier is not None else ()
     maps = ("map14", "sot") if with_term else ("map14",)
     score_inputs = {"map14": "decode.map14", "map_mean": "class:map_mean", "map_std": "class:map_std"}
     if with_term:
@@ -194,7 +200,7 @@ def cut(model: AnomalyModel, options: Mapping[str, Any]) -> StagedModel:
         classes=model.classes,
         preprocess=model.preprocess,
         stages=(
-            StageDef("encode", encode, {"frame": "frame"}, ("f", "hs", "logits"), fp32=_islands(encode)),
+            StageDef("encode", encode, {"frame": "frame"}, ("f", "hs", *logits), fp32=_islands(encode)),
             StageDef(
                 "decode",
                 decode,
@@ -206,7 +212,10 @@ def cut(model: AnomalyModel, options: Mapping[str, Any]) -> StagedModel:
         ),
         program=(Run(run="encode"), Run(run="decode"), Run(run="score")),
         outputs=Outputs(
-            score="score.score", map="score.map", logits="encode.logits", telemetry={"codes": "decode.idx"}
+            score="score.score",
+            map="score.map",
+            logits="encode.logits" if logits else None,
+            telemetry={"codes": "decode.idx"},
         ),
         state={n: t.detach().contiguous().numpy() for n, t in (state | statistics).items()}
         | ({"lam": model.lam.numpy()} if with_term else {}),

@@ -43,12 +43,12 @@ class Edge:
 
 
 @cache
-def edge(method: str) -> Edge:
+def edge(method: str, classes: tuple[str, ...] = CLASSES) -> Edge:
     """Build, fit on a few made-up frames what is not trained by gradient, cut, export every stage."""
     torch.manual_seed(0)
     config = load_config(method, overrides=("backbone.weights=random:0",))
-    model = get_method(method).build(config, CLASSES)
-    made = frames(14, model.preprocess.height)
+    model = get_method(method).build(config, classes)
+    made = frames(14, model.preprocess.height, len(classes))
     some = made.select(range(10, 14))
     data = _training_data(model, made.select(range(10)))
     model.prepare(data)

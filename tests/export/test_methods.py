@@ -83,6 +83,20 @@ def test_fp32_stages_match_torch_and_keep_the_rules(method: str) -> None:
                 assert difference(value, reference) <= stage.tolerance, (stage.name, name)
 
 
+@pytest.mark.parametrize("method", ["hgad", "hvq"])
+def test_one_product_alone_has_no_classifier_to_export(method: str) -> None:
+    assert edge(method).staged.outputs.logits is not None
+    alone = edge(method, ("only",))
+    assert alone.staged.outputs.logits is None
+    for stage in alone.staged.stages:
+        assert "logits" not in stage.outputs
+        for inputs, outputs in alone.calls[stage.name]:
+            for (name, reference), value in zip(
+                outputs.items(), run(alone.graphs[stage.name].model, inputs), strict=True
+            ):
+                assert difference(value, reference) <= stage.tolerance, (stage.name, name)
+
+
 @pytest.mark.parametrize("variant", (*VARIANTS[1:], STORED))
 @pytest.mark.parametrize("method", METHODS)
 def test_reduced_stages_run_stay_finite_and_keep_islands_wide(method: str, variant: str) -> None:
