@@ -73,13 +73,13 @@ def augmented(split: Split, settings: Augmentation) -> tuple[list[Sample], list[
 
 def described(settings: Augmentation) -> str:
     """What the views are, and what to do where that is wrong: only the user knows which way round a part may lie."""
-    parts = [
-        f"turned up to {settings.rotation:g} degrees, scaled by {settings.scale:.0%}, shifted by {settings.shift:.0%}"
-    ]
-    if settings.flips:
-        parts.insert(0, f"mirrored {' and '.join(settings.flips)}")
-        parts.append("if a part that lies the wrong way round is a defect: --set augment.flips=[]")
-    return "; ".join(parts)
+    parts = [f"mirrored {' and '.join(settings.flips)}"] if settings.flips else []
+    if settings.moves:
+        moved = f"scaled by {settings.scale:.0%}, shifted by {settings.shift:.0%}"
+        parts.append(f"turned up to {settings.rotation:g} degrees, {moved}")
+    return "; ".join(
+        [*parts, "if such a part is a defect: --set augment.flips=[] --set augment.rotation=5, or images=0"]
+    )
 
 
 def _views(samples: Sequence[Sample], count: int, settings: Augmentation) -> list[Sample]:

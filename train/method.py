@@ -75,9 +75,9 @@ class Augmentation(Config):
         default=("horizontal", "vertical"),
         description="Mirrored views; leave out an axis where a part lying the other way round is a defect",
     )
-    rotation: float = Field(default=10.0, ge=0, le=180, description="Views are turned by up to so many degrees")
-    scale: float = Field(default=0.05, ge=0, lt=1, description="Views are larger or smaller by up to this share")
-    shift: float = Field(default=0.05, ge=0, lt=1, description="Views are moved by up to this share of the image")
+    rotation: float = Field(default=45.0, ge=0, le=180, description="Views are turned by up to so many degrees")
+    scale: float = Field(default=0.15, ge=0, lt=1, description="Views are larger or smaller by up to this share")
+    shift: float = Field(default=0.1, ge=0, lt=1, description="Views are moved by up to this share of the image")
 
     @property
     def moves(self) -> bool:

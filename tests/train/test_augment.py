@@ -120,7 +120,9 @@ def test_training_says_so_and_records_it(
 
 
 def test_what_the_views_are_is_said() -> None:
-    assert described(Augmentation()).startswith("mirrored horizontal and vertical; turned up to 10 degrees")
-    assert "wrong way round" not in described(Augmentation(flips=()))
+    assert described(Augmentation(rotation=10)).startswith("mirrored horizontal and vertical; turned up to 10 degrees")
+    assert "mirrored" not in described(Augmentation(flips=()))
+    still = Augmentation.model_validate({"flips": ("vertical",), **STILL})
+    assert described(still).startswith("mirrored vertical; if such a part is a defect")
     config = load_config("hvq", None, ["augment.flips=[]", "augment.rotation=0"])
     assert config.augment.flips == () and config.augment.rotation == 0
