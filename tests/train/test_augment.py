@@ -21,6 +21,7 @@ from andon.train.config import load_config
 from andon.train.features import extract, load_frame
 from andon.train.holdout import Split, split_good
 from andon.train.method import Augmentation
+from andon.train.methods.hvq.model import HvqModel
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -117,6 +118,30 @@ def test_training_says_so_and_records_it(
     assert (provenance.trained_on, provenance.views) == (11, 3)
     assert main([*arguments, "--out", str(tmp_path / "none"), *sets, "--set", "augment.images=0"]) == 0
     assert "views" not in capsys.readouterr().out and read_provenance(tmp_path / "none").views == 0
+
+
+def test_training_and_constants_see_the_views(
+    synthetic_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[str]] = {}
+    for name in ("prepare", "finalize"):
+        whole = getattr(HvqModel, name)
+        monkeypatch.setattr(
+            HvqModel,
+            name,
+            lambda self, data, name=name, whole=whole: (
+                seen.update({name: [s.key for s in data.samples]}),
+                whole(self, data),
+            ),
+        )
+    arguments = ["train", "--method", "hvq", "--data", str(synthetic_data), "--products", "grid", "--no-eval"]
+    settings = ("backbone.weights=random:0", "schedule.steps=1", "schedule.warmup=0", "augment.images=33")
+    sets = [part for s in settings for part in ("--set", s)]
+    assert main([*arguments, "--out", str(tmp_path / "run"), *sets]) == 0
+    assert len(seen["prepare"]) == 33 and sum("#" in key for key in seen["prepare"]) == 22
+    assert len(seen["finalize"]) == 6 and sum("#" in key for key in seen["finalize"]) == 4
+    kept = read_provenance(tmp_path / "run").holdout
+    assert kept and not {k.partition("#")[0] for part in seen.values() for k in part} & set(kept)
 
 
 def test_what_the_views_are_is_said() -> None:
