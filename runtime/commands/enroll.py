@@ -41,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--foreground",
         default="auto",
         metavar="HOW",
-        help="auto (GrabCut) | all (textures) | mask:FILE-OR-FOLDER | onnx:FILE | sam:ENCODER,DECODER",
+        help="auto (GrabCut) | all (textures) | mask:FILE-OR-FOLDER | onnx:FILE[,MEAN,STD] | sam:ENCODER,DECODER",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="onnxruntime's threads; default: every CPU it may use")
 

@@ -90,10 +90,18 @@ def _separate(mask: Array, image: Array, margin: int) -> bool:
     return bool(np.sqrt(front * back).sum() < 0.6)  # Bhattacharyya coefficient
 
 
-class Saliency:
-    """A segmentation model in one ONNX file: image [1, 3, h, w] float to a probability [1, 1, h, w] (U2-Net, ISNet)."""
+#: Normalisation of the pixels in 0..1 that U2-Net and most models with an ImageNet backbone were trained with.
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
-    def __init__(self, path: Path) -> None:
+
+class Saliency:
+    """A segmentation model in one ONNX file: image [1, 3, h, w] float to a probability [1, 1, h, w] (U2-Net, ISNet).
+
+    normalize: (mean, deviation) of the pixels in 0..1; ImageNet's if None. ISNet's own is (0.5, 1).
+    """
+
+    def __init__(self, path: Path, normalize: tuple[float, float] | None = None) -> None:
+        self._mean, self._deviation = (np.array(v, np.float32) for v in normalize or _IMAGENET)
         self._session = _session(path)
         entry = self._session.get_inputs()[0]
         if len(entry.shape) != 4 or entry.shape[1] != 3:
@@ -109,7 +117,7 @@ class Saliency:
     def __call__(self, image: Array, path: Path) -> Array | None:
         small = cv2.resize(image, self._size[::-1], interpolation=cv2.INTER_AREA).astype(np.float32)
         small /= max(float(small.max()), 1e-6)
-        small = (small - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
+        small = (small - self._mean) / self._deviation
         tensor = np.ascontiguousarray(small.transpose(2, 0, 1)[None], np.float32)
         output = np.squeeze(self._session.run(None, {self._name: tensor})[0]).astype(np.float32)
         spread = float(output.max() - output.min())
@@ -258,7 +266,7 @@ def _session(path: Path) -> Any:
 
 
 def choose(spec: str) -> Foreground:
-    """auto (GrabCut) | all | mask:FILE-OR-FOLDER | onnx:FILE | sam:ENCODER,DECODER.
+    """auto (GrabCut) | all | mask:FILE-OR-FOLDER | onnx:FILE[,MEAN,STD] | sam:ENCODER,DECODER.
 
     Raises:
         ConfigError: anything else, or a model that cannot be used.
@@ -271,14 +279,20 @@ def choose(spec: str) -> Foreground:
     if kind == "mask" and rest:
         return UserMask(Path(rest))
     if kind == "onnx" and rest:
-        return Saliency(Path(rest))
+        file, *numbers = rest.split(",")
+        try:
+            mean, deviation = (float(n) for n in numbers) if numbers else (0.0, 1.0)
+        except ValueError:  # not two, or not numbers
+            deviation = 0.0
+        if file and deviation > 0:
+            return Saliency(Path(file), (mean, deviation) if numbers else None)
     if kind == "sam" and rest.count(",") == 1:
         encoder, decoder = rest.split(",")
         return Sam(Path(encoder), Path(decoder))
     raise ConfigError(
         "unknown --foreground",
         found=spec,
-        expected="auto | all | mask:FILE-OR-FOLDER | onnx:FILE | sam:ENCODER,DECODER",
+        expected="auto | all | mask:FILE-OR-FOLDER | onnx:FILE[,MEAN,STD] | sam:ENCODER,DECODER",
         next_step="choose one of these",
     )
 

@@ -73,7 +73,34 @@ def test_a_segmentation_model_in_one_file(tmp_path):
     assert overlap(fg.choose(f"onnx:{path}")(image, Path("x")), truth) > 0.95
 
 
-@pytest.mark.parametrize("spec", ["", "grab", "mask:", "onnx:", "sam:a", "all:x"])
+def test_a_segmentation_model_gets_the_pixels_it_was_trained_with(tmp_path, monkeypatch):
+    path = save(
+        """saliency (float[1,3,64,64] image) => (float[1,3,64,64] out) { out = Identity(image) }""", tmp_path / "m.onnx"
+    )
+    seen = []
+    for spec in (f"onnx:{path}", f"onnx:{path},0.5,1"):
+        model = fg.choose(spec)
+        monkeypatch.setattr(model, "_session", Recorder(model._session, seen))
+        model(np.full((64, 64, 3), 255, np.uint8), Path("x"))
+    imagenet, half = (tensor[0, :, 0, 0] for tensor in seen)
+    np.testing.assert_allclose(imagenet, [(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225], rtol=1e-5)
+    np.testing.assert_allclose(half, [0.5] * 3, rtol=1e-6)
+
+
+class Recorder:
+    """A session that keeps what it was given and answers with nothing that stands out."""
+
+    def __init__(self, session, seen):
+        self._seen = seen
+
+    def run(self, names, inputs):
+        self._seen.extend(inputs.values())
+        return [np.zeros((1, 1, 64, 64), np.float32)]
+
+
+@pytest.mark.parametrize(
+    "spec", ["", "grab", "mask:", "onnx:", "sam:a", "all:x", "onnx:m,0.5", "onnx:m,a,b", "onnx:m,0.5,0"]
+)
 def test_unknown_foreground_is_refused(spec):
     with pytest.raises(ConfigError, match="foreground"):
         fg.choose(spec)
