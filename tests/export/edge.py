@@ -43,10 +43,10 @@ class Edge:
 
 
 @cache
-def edge(method: str, classes: tuple[str, ...] = CLASSES) -> Edge:
+def edge(method: str, classes: tuple[str, ...] = CLASSES, overrides: tuple[str, ...] = ()) -> Edge:
     """Build, fit on a few made-up frames what is not trained by gradient, cut, export every stage."""
     torch.manual_seed(0)
-    config = load_config(method, overrides=("backbone.weights=random:0",))
+    config = load_config(method, overrides=("backbone.weights=random:0", *overrides))
     model = get_method(method).build(config, classes)
     made = frames(14, model.preprocess.height, len(classes))
     some = made.select(range(10, 14))
@@ -81,9 +81,9 @@ def _training_data(model: AnomalyModel, some: Frames) -> FeatureSet:
 
 
 @cache
-def stage_model(method: str, stage: str, variant: str) -> onnx.ModelProto:
-    """A stage's graph in a variant, as the exporter makes it (before any fall-back)."""
-    made = edge(method)
+def stage_model(method: str, stage: str, variant: str, *how: tuple[str, ...]) -> onnx.ModelProto:
+    """A stage's graph in a variant, as the exporter makes it (before any fall-back). how: as for :func:`edge`."""
+    made = edge(method, *how)
     graph = made.graphs[stage]
     definition = next(s for s in made.staged.stages if s.name == stage)
     if variant == "fp32":

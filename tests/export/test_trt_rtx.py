@@ -19,7 +19,7 @@ import pytest
 from andon.train.registry import list_methods
 from onnx import TensorProto, helper
 
-from .edge import STORED, VARIANTS, edge, stage_model
+from .edge import CLASSES, STORED, VARIANTS, edge, stage_model
 
 SCRIPT = Path(__file__).parents[1] / "fixtures" / "trt_rtx_build.py"
 
@@ -39,15 +39,32 @@ def build(*files: Path) -> list[dict[str, Any]]:
     return results
 
 
+def stages_are_built(folder: Path, method: str, variant: str, *how: tuple[str, ...]) -> None:
+    """Fail with what the builder says of any stage that it refuses."""
+    files = []
+    for stage in edge(method, *how).staged.stages:
+        files.append(folder / f"{stage.name}.{variant}.onnx")
+        onnx.save(stage_model(method, stage.name, variant, *how), str(files[-1]))
+    refused = [r for r in build(*files) if not r["ok"]]
+    assert not refused, "\n".join(f"{Path(r['file']).name}: {error}" for r in refused for error in r["errors"])
+
+
 @pytest.mark.parametrize("variant", (*VARIANTS, STORED))
 @pytest.mark.parametrize("method", list_methods())
 def test_every_stage_is_parsed_and_built(method: str, variant: str, tmp_path: Path) -> None:
-    files = []
-    for stage in edge(method).staged.stages:
-        files.append(tmp_path / f"{stage.name}.{variant}.onnx")
-        onnx.save(stage_model(method, stage.name, variant), str(files[-1]))
-    refused = [r for r in build(*files) if not r["ok"]]
-    assert not refused, "\n".join(f"{Path(r['file']).name}: {error}" for r in refused for error in r["errors"])
+    stages_are_built(tmp_path, method, variant)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("method", "classes", "overrides"),
+    [("vpdm", CLASSES, ("prototypes.scope=position",)), ("hvq", ("only",), ())],
+    ids=["vpdm-positions", "hvq-one-product"],
+)
+def test_what_few_images_or_products_change_is_built_too(
+    method: str, classes: tuple[str, ...], overrides: tuple[str, ...], variant: str, tmp_path: Path
+) -> None:
+    stages_are_built(tmp_path, method, variant, classes, overrides)
 
 
 def _save(path: Path, node: onnx.NodeProto, kind: int, shape: list[int], extra: list[Any] | None = None) -> Path:

@@ -22,14 +22,14 @@ def _one_thread() -> None:
     torch.manual_seed(0)
 
 
-def small_model(kind: str = "flat", prediction: str = "v") -> Vpdm:
+def small_model(kind: str = "flat", prediction: str = "v", scope: str = "image") -> Vpdm:
     config = VpdmConfig.model_validate(
         {
             "method": "vpdm",
             "size": 64,
             "backbone": {"id": "tf_efficientnet_lite0", "weights": "random:0", "taps": [2, 3]},
             "features": {"grid": 4, "resample": "area", "smooth": True},
-            "prototypes": {"count": 4, "grid": 2},
+            "prototypes": {"count": 4, "grid": 2, "scope": scope},
             "diffusion": {"prediction": prediction, "steps": 100, "t": [1, 100]},
             "denoiser": {
                 "kind": kind,
@@ -57,9 +57,11 @@ def small_model(kind: str = "flat", prediction: str = "v") -> Vpdm:
     return model
 
 
-@pytest.mark.parametrize(("kind", "prediction"), [("flat", "v"), ("unet", "eps")])
-def test_every_program_is_the_models_sampler(kind: str, prediction: str) -> None:
-    model = small_model(kind, prediction)
+@pytest.mark.parametrize(
+    ("kind", "prediction", "scope"), [("flat", "v", "image"), ("unet", "eps", "image"), ("flat", "v", "position")]
+)
+def test_every_program_is_the_models_sampler(kind: str, prediction: str, scope: str) -> None:
+    model = small_model(kind, prediction, scope)
     staged = cut(model, {})
     assert set(staged.alternatives) == {"ddpm100", "ddim50", "ddim25", "ddim10", "ddim10_t40"}
     frame = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
@@ -88,9 +90,9 @@ def test_default_program_calls_the_step_once_and_is_an_option() -> None:
         cut(model, {"steps": 4})
 
 
-@pytest.mark.parametrize("kind", ["flat", "unet"])
-def test_stages_export_and_match(kind: str) -> None:
-    staged = cut(small_model(kind), {})
+@pytest.mark.parametrize(("kind", "scope"), [("flat", "image"), ("unet", "image"), ("flat", "position")])
+def test_stages_export_and_match(kind: str, scope: str) -> None:
+    staged = cut(small_model(kind, scope=scope), {})
     seen = examples(staged, np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), dtype=np.uint8))
     for stage in staged.stages:
         inputs, outputs = seen[stage.name]
