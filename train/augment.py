@@ -84,7 +84,7 @@ def described(settings: Augmentation) -> str:
 
 def _views(samples: Sequence[Sample], count: int, settings: Augmentation) -> list[Sample]:
     """`count` views or as many as there are different ones, of every sample equally many (or one more)."""
-    axes = [_FLIP_AXIS[flip] for flip in settings.flips]
+    axes = list(dict.fromkeys(_FLIP_AXIS[flip] for flip in settings.flips))  # named twice is named once
     flips = [c for n in range(len(axes) + 1) for c in itertools.combinations(axes, n)]
     numbers = itertools.count(1) if settings.moves else range(1, len(flips))
     # the order depends on the keys alone, like the hold-out: the same images in any order give the same views

@@ -47,7 +47,7 @@ def test_a_product_is_filled_up_to_the_number(count: int, images: int, order: li
     assert sorted(s.key for s in again) == sorted(s.key for s in fitting), "whatever the order"
 
 
-@pytest.mark.parametrize(("flips", "most"), [((), 5), (("horizontal",), 10), (("horizontal", "vertical"), 20)])
+@pytest.mark.parametrize(("flips", "most"), [((), 5), (("horizontal",) * 2, 10), (("horizontal", "vertical"), 20)])
 def test_mirrored_only_there_are_so_many_different_ones(flips: tuple[str, ...], most: int) -> None:
     settings = Augmentation.model_validate({"images": 96, "flips": flips, **STILL})
     fitting, _ = augmented(Split(good(5), [], []), settings)
