@@ -66,7 +66,7 @@ def override(config: MethodConfig, settings: Iterable[str]) -> MethodConfig:
         raise ConfigError(
             f"the configuration does not hold with {' '.join(settings)}",
             found=problems,
-            next_step="andon train --help, or see the descriptions in configs/schema",
+            next_step=f"see the preset configs/edge/{config.method}.yaml for what there is",
         ) from error
 
 
