@@ -21,6 +21,7 @@ from ...train.method import AnomalyModel
 from ...train.methods.hgad.flow import CouplingBlock, Flow, axis_code
 from ...train.methods.hgad.mixture import Mixture, intra_density, negative_entropy
 from ...train.methods.hgad.model import Hgad, class_likelihood
+from ...train.methods.hgad.score import Constants
 from ..stage import StageDef, StagedModel
 
 
@@ -170,8 +171,10 @@ class Score(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         *values, reach = (x[None] for x in inputs)
-        densities, entropies, ceilings = values[: self.count], values[self.count : -self.count], values[-self.count :]
-        map_, score = self.scoring(densities, entropies, ceilings, reach)
+        levels = [values[i : i + self.count] for i in range(0, len(values), self.count)]
+        densities, entropies = levels.pop(0), levels.pop(0) if self.scoring.delta is not None else []
+        ceilings, gains = levels if self.scoring.by_position else (levels[0], [])
+        map_, score = self.scoring(densities, entropies, Constants(ceilings, gains, reach))
         return map_, score
 
 
@@ -192,6 +195,8 @@ def _state(model: Hgad) -> dict[str, NDArray[Any]]:
     state = {"reach": _array(model.reach)}
     for number, level in enumerate(model.each_level, 1):
         state[f"ceiling{number}"] = _array(model.ceilings[number - 1])
+        if model.gains:
+            state[f"gain{number}"] = _array(model.gains[number - 1])
         state[f"centres{number}"] = _array(level.mixture.centres())
         state[f"log_weights{number}"] = _array(level.mixture.log_weights())
     return state
@@ -208,6 +213,8 @@ def _stages(model: Hgad) -> tuple[StageDef, ...]:
         density |= {f"z{n}": f"hgad_flow.z{n}", f"log_det{n}": f"hgad_flow.log_det{n}"}
         density |= {f"centres{n}": f"class:centres{n}", f"log_weights{n}": f"class:log_weights{n}"}
     score = {f"lp{n}": f"hgad_density.lp{n}" for n in numbers} | {name: f"hgad_flow.{name}" for name in entropies}
+    kinds = ("ceiling", "gain") if model.gains else ("ceiling",)
+    constants = [*(f"{kind}{n}" for kind in kinds for n in numbers), "reach"]
     names = model.features.names
     return (
         StageDef(
@@ -229,7 +236,7 @@ def _stages(model: Hgad) -> tuple[StageDef, ...]:
         StageDef(
             "hgad_score",
             Score(model),
-            score | {f"ceiling{n}": f"class:ceiling{n}" for n in numbers} | {"reach": "class:reach"},
+            score | {name: f"class:{name}" for name in constants},
             ("map", "score"),
             fp32=("",),
             int8=False,

@@ -12,12 +12,12 @@ import torch
 import yaml
 from andon.runtime.errors import CalibrationError
 from andon.train.method import Batch
-from andon.train.methods.hgad.config import HgadConfig, LossConfig
+from andon.train.methods.hgad.config import HgadConfig, LossConfig, ScoreConfig
 from andon.train.methods.hgad.features import LevelFeatures
 from andon.train.methods.hgad.flow import CouplingBlock, Flow, position_code, random_rotation
 from andon.train.methods.hgad.mixture import Mixture, intra_density, negative_entropy
 from andon.train.methods.hgad.model import Hgad
-from andon.train.methods.hgad.score import typical
+from andon.train.methods.hgad.score import calibrated, typical
 from torch import Tensor
 from torch.autograd.functional import jacobian
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
@@ -267,6 +267,43 @@ def test_calibration_by_position_follows_the_positions() -> None:
             ceiling[:] = ceiling.mean(-1, keepdim=True)
         flat = model.score_features([data.features[n] for n in model.features.names], data.class_ids).map.mean(0)
     assert (maps[:, :3].mean() - maps[:, 8:].mean()).abs() < (flat[:, :3].mean() - flat[:, 8:].mean()).abs()
+
+
+def test_calibration_by_position_follows_the_spread() -> None:
+    """A likelihood one deviation below what is usual at its position counts the same everywhere."""
+    spread = torch.ones(8, 8)
+    spread[:, :4] = 4
+    values = spread.flatten() * torch.randn(400, 64) - 3
+    config = ScoreConfig(by_position=True, prior=10, spread_prior=1, quantile=0.99)
+    ceiling, gain = calibrated(values, 8, config)
+    columns = gain.reshape(8, 8).mean(0)
+    assert columns[7] / columns[0] == pytest.approx(4, rel=0.15)
+    over = gain * (values - ceiling)
+    assert (over > 0).float().mean() == pytest.approx(0.01, abs=0.001)  # m is the quantile of good images
+    kept = over.reshape(-1, 8, 8).std(0)
+    assert kept[:, 0].mean() == pytest.approx(float(kept[:, 7].mean()), rel=0.1)
+    few = calibrated(values[:3], 8, ScoreConfig(by_position=True, spread_prior=30))[1].reshape(8, 8).mean(0)
+    assert 1 < few[7] / few[0] < 1.5  # three images are not trusted with a spread
+
+
+def test_calibration_of_values_without_spread_is_finite() -> None:
+    """The entropy of products far apart is 0 at every position of every image."""
+    for by_position in (True, False):
+        ceiling, gain = calibrated(torch.zeros(5, 16), 4, ScoreConfig(by_position=by_position))
+        assert torch.equal(ceiling, torch.zeros(16)) and torch.equal(gain, torch.ones(16))
+
+
+def test_noise_is_for_training_alone() -> None:
+    plain, noisy = (Hgad(small_config(noise=noise), ("a", "b")) for noise in (0.0, 0.5))
+    noisy.load_state_dict(plain.state_dict())
+    data = feature_data(plain, 8, 2)
+    batch = data.batch(torch.arange(8))
+    losses = [m.training_step(batch, 0)["loss"].item() for m in (plain, plain, noisy, noisy)]
+    assert losses[0] == losses[1] and len(set(losses)) == 3  # drawn anew at every step
+    names = plain.features.names
+    with torch.no_grad():
+        scores = [m.score_features([data.features[n] for n in names], data.class_ids).map for m in (plain, noisy)]
+    assert torch.equal(*scores)
 
 
 def test_product_without_held_out_images_is_refused() -> None:

@@ -42,10 +42,11 @@ class ScoreConfig(Config):
     quantile: float = Field(default=0.999, gt=0, lt=1, description="Quantile of the calibration constants")
     by_position: bool = Field(
         default=False,
-        description="Calibrate each position by what held-out good images have there (not in the paper): for parts "
-        "that lie still under the camera",
+        description="Calibrate each position by what held-out good images have there, mean and spread (not in the "
+        "paper): for parts that lie still under the camera",
     )
     prior: float = Field(default=10.0, ge=0, description="by_position: images that the mean over positions counts for")
+    spread_prior: float = Field(default=1.0, gt=0, description="by_position: the same for the spread")
     delta: float | None = Field(
         default=0.03,
         description="S = S_l (delta + S_e); 0 is the published product, none: S_l alone, as always with one class",
@@ -58,6 +59,13 @@ class HgadConfig(MethodConfig):
     levels: tuple[Level, ...] = Field(min_length=1, description="Feature levels, one flow each")
     smooth: bool = Field(default=False, description="3x3 mean over every feature map")
     standardize: bool = Field(default=False, description="Standardise every channel on the training images")
+    noise: float = Field(
+        default=0.0,
+        ge=0,
+        description="Gaussian noise on what the flows are trained on, in its own units (with `standardize`: standard "
+        "deviations of a channel). Not in the paper: it smooths a density that few images determine (Rothfuss et al. "
+        "2019, arXiv:1907.08982)",
+    )
     centres: int = Field(default=10, gt=0, description="Gaussian centres of a class")
     flow: FlowConfig = Field(default=FlowConfig(), description="The flows")
     loss: LossConfig = Field(default=LossConfig(), description="Loss weights")

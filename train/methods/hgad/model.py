@@ -17,7 +17,7 @@ from .config import HgadConfig
 from .features import LevelFeatures
 from .flow import Flow
 from .mixture import Mixture, intra_density, log_sum_exp, negative_entropy, squared_distance
-from .score import DensityScore, quantile, typical
+from .score import Constants, DensityScore, calibrated, quantile
 
 
 class LevelModel(nn.Module):
@@ -42,10 +42,15 @@ class LevelModel(nn.Module):
         )
         self.mixture = Mixture(classes, config.centres, channels, generator)
 
-    def forward(self, features: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """features: [B, d, h, w] raw; index: positions to take; returns z [B, N, d] and log-determinant [B, N]."""
+    def forward(self, features: Tensor, index: Tensor | None = None, noise: float = 0.0) -> tuple[Tensor, Tensor]:
+        """features: [B, d, h, w] raw; index: positions to take; noise: standard deviation of what is added to the
+        flow's input; returns z [B, N, d] and log-determinant [B, N]."""
         x = self.standardize(features).flatten(2).transpose(1, 2)
-        z, log_det = self.flow(x if index is None else x[:, index], index)
+        if index is not None:
+            x = x[:, index]
+        if noise:
+            x = x + noise * torch.randn_like(x)
+        z, log_det = self.flow(x, index)
         return z, log_det
 
 
@@ -84,6 +89,8 @@ class Hgad(AnomalyModel):
         self.scoring = DensityScore(self.features.grids, config.score, len(classes))
         for number, grid in enumerate(self.features.grids, 1):
             self.register_buffer(f"ceiling{number}", torch.zeros(len(classes), 2, grid * grid))
+            if config.score.by_position:
+                self.register_buffer(f"gain{number}", torch.ones(len(classes), 2, grid * grid))
         self.register_buffer("reach", torch.full((len(classes), 2), float(len(self.levels))))
 
     @property
@@ -95,6 +102,12 @@ class Hgad(AnomalyModel):
     def ceilings(self) -> list[Tensor]:
         """m of every level, [Y, 2, N_l]: of log-likelihood and negative entropy, by position."""
         return [self.get_buffer(f"ceiling{number}") for number in range(1, len(self.levels) + 1)]
+
+    @property
+    def gains(self) -> list[Tensor]:
+        """k of every level like `ceilings`; empty without calibration by position, where each is 1."""
+        numbers = range(1, len(self.levels) + 1) if self.config.score.by_position else ()
+        return [self.get_buffer(f"gain{number}") for number in numbers]
 
     @property
     def preprocess(self) -> Preprocess:
@@ -127,8 +140,9 @@ class Hgad(AnomalyModel):
     def score_features(self, features: Sequence[Tensor], class_ids: Tensor) -> Scores:
         """Scores from what the front end gave, levels of [B, d, h, w]."""
         densities, logits = self.densities(features, class_ids)
-        ceilings = [c[class_ids] for c in self.ceilings]
-        maps, score = self.scoring(densities.likelihood, densities.entropy, ceilings, self.reach[class_ids])
+        ceilings, gains = ([x[class_ids] for x in of_levels] for of_levels in (self.ceilings, self.gains))
+        constants = Constants(ceilings, gains, self.reach[class_ids])
+        maps, score = self.scoring(densities.likelihood, densities.entropy, constants)
         return Scores(maps[:, 0], score, logits)
 
     def forward(self, images: Tensor, class_ids: Tensor) -> Scores:
@@ -158,7 +172,7 @@ class Hgad(AnomalyModel):
         generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + step)
         for number, (level, x) in enumerate(zip(self.each_level, self._inputs(batch), strict=True)):
             index = self._positions(number, x.shape[2] * x.shape[3], generator)
-            z, log_det = level(x, None if index is None else index.to(x.device))
+            z, log_det = level(x, None if index is None else index.to(x.device), self.config.noise)
             with torch.autocast(z.device.type, enabled=False):
                 terms = level.mixture.losses(z, log_det, batch.class_ids, self.config.loss, intra)
             loss = terms.pop("loss")
@@ -195,10 +209,12 @@ class Hgad(AnomalyModel):
             for kind in range(2):
                 for level, grid in enumerate(self.features.grids):
                     values = torch.cat([chunk[kind][level] for chunk in chunks])
-                    offset = typical(values, grid, c.prior) if c.by_position else torch.zeros_like(values[0])
-                    self.ceilings[level][index, kind] = offset + quantile([values - offset], c.quantile)
-                ceilings = [m[index, kind][None] for m in self.ceilings]
-                totals = [self.scoring.total(chunk[kind], ceilings) for chunk in chunks]
+                    ceiling, gain = calibrated(values, grid, c)
+                    self.ceilings[level][index, kind] = ceiling
+                    if self.gains:
+                        self.gains[level][index, kind] = gain
+                ceilings, gains = ([x[index, kind] for x in of_levels] for of_levels in (self.ceilings, self.gains))
+                totals = [self.scoring.total(chunk[kind], ceilings, gains) for chunk in chunks]
                 self.reach[index, kind] = quantile(totals, c.quantile)
 
     def _class_densities(self, data: TrainingData, index: int) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
