@@ -45,7 +45,7 @@ class Encode(nn.Module):
 
 
 class Score(nn.Module):
-    """x0, yhat, u0 -> map [1, 1, S, S], score [1], with the channel weights baked in."""
+    """x0, yhat, u0, then mean and deviation if calibrated by position -> map [1, 1, S, S], score [1]."""
 
     std: Tensor
 
@@ -54,8 +54,8 @@ class Score(nn.Module):
         self.scoring = model.scoring
         self.register_buffer("std", model.standardize.std.clone())
 
-    def forward(self, x0: Tensor, yhat: Tensor, u0: Tensor) -> tuple[Tensor, Tensor]:
-        map_, score = self.scoring(x0, yhat, u0, self.std)
+    def forward(self, x0: Tensor, yhat: Tensor, u0: Tensor, *usual: Tensor) -> tuple[Tensor, Tensor]:
+        map_, score = self.scoring(x0, yhat, u0, self.std, *usual)
         return map_, score
 
 
@@ -75,7 +75,7 @@ def _state(model: Vpdm) -> dict[str, NDArray[Any]]:
         if sampler.start == "noise":
             empty = torch.zeros_like(model.start)
             state[f"start_t{sampler.times[0]}"] = _float32(model.initial(sampler, empty, empty).numpy())
-    return state
+    return state | {name: _float32(constant.numpy()) for name, constant in model.usual.items()}
 
 
 def _tables(model: Vpdm) -> dict[str, NDArray[Any]]:
@@ -104,6 +104,7 @@ def _stages(model: Vpdm) -> tuple[StageDef, ...]:
     step = {"u": "carry", "yhat": "vpdm_encode.yhat", "code": "table", "coef": "table", "noise": "carry"}
     encode = {"frame": "frame", "prototypes": "state:prototypes", "prototypes_square": "state:prototypes_square"}
     score = {"x0": "vpdm_encode.x0", "yhat": "vpdm_encode.yhat", "u0": "vpdm_step.u0"}
+    score |= {name: f"class:{name}" for name in model.usual}
     return (
         StageDef(
             "vpdm_encode",
@@ -139,6 +140,7 @@ def cut(model: AnomalyModel, options: Mapping[str, Any]) -> StagedModel:
             score="vpdm_score.score", map="vpdm_score.map", telemetry={"prototype_weights": "vpdm_encode.weights"}
         ),
         state=_state(model),
+        class_bound=frozenset(model.usual),
         tables=_tables(model),
         alternatives={name: _program(s) for name, s in known.items() if name != default.name},
         constants={"temperature": float(model.temperature)},

@@ -15,6 +15,8 @@ from andon.train.methods.vpdm.config import VpdmConfig
 from andon.train.methods.vpdm.model import Vpdm
 from andon.train.methods.vpdm.samplers import find_sampler
 
+CLASSES = torch.tensor([0, 1])
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
@@ -22,7 +24,7 @@ def _one_thread() -> None:
     torch.manual_seed(0)
 
 
-def small_model(kind: str = "flat", prediction: str = "v", scope: str = "image") -> Vpdm:
+def small_model(kind: str = "flat", prediction: str = "v", scope: str = "image", by_position: bool = True) -> Vpdm:
     config = VpdmConfig.model_validate(
         {
             "method": "vpdm",
@@ -42,15 +44,16 @@ def small_model(kind: str = "flat", prediction: str = "v", scope: str = "image")
             },
             "sampler": "restore",
             "restore_t": 30,
-            "score": {"space": "raw", "mode": "pool"},
+            "score": {"space": "raw", "mode": "pool", "by_position": by_position},
             "schedule": {"steps": 1},
         }
     )
     model = Vpdm(config, ("a", "b")).eval()
     model.prototypes.data.normal_()
     model.standardize.mean.normal_()
-    model.scoring.mean.normal_()
-    model.scoring.spread.uniform_(0.5, 2)
+    if by_position:
+        model.mean.normal_()
+        model.deviation.uniform_(0.5, 2)
     model.standardize.std.uniform_(0.5, 2)
     for parameter in model.denoiser.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
@@ -58,21 +61,26 @@ def small_model(kind: str = "flat", prediction: str = "v", scope: str = "image")
 
 
 @pytest.mark.parametrize(
-    ("kind", "prediction", "scope"), [("flat", "v", "image"), ("unet", "eps", "image"), ("flat", "v", "position")]
+    ("kind", "prediction", "scope", "by_position"),
+    [("flat", "v", "image", True), ("unet", "eps", "image", False), ("flat", "v", "position", True)],
 )
-def test_every_program_is_the_models_sampler(kind: str, prediction: str, scope: str) -> None:
-    model = small_model(kind, prediction, scope)
+def test_every_program_is_the_models_sampler(kind: str, prediction: str, scope: str, by_position: bool) -> None:
+    model = small_model(kind, prediction, scope, by_position)
     staged = cut(model, {})
+    assert staged.class_bound == ({"mean", "deviation"} if by_position else set())
     assert set(staged.alternatives) == {"ddpm100", "ddim50", "ddim25", "ddim10", "ddim10_t40"}
     frame = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
     scores = {}
     for name in programs(staged):
         sampler = find_sampler(model.config, "restore" if name == "default" else name)
         with torch.no_grad():
-            expected = model.score_features(model.front(frame)["features"], sampler)
-        values = Walk(staged, torch_call(staged), name).frame(frame.numpy())
-        np.testing.assert_allclose(values["vpdm_score.score"], expected.score, rtol=1e-4)
-        np.testing.assert_allclose(values["vpdm_score.map"][:, 0], expected.map, rtol=1e-4, atol=1e-5)
+            expected = model.score_features(model.front(frame)["features"].expand(2, -1, -1, -1), CLASSES, sampler)
+        walk = Walk(staged, torch_call(staged), name)
+        for class_id in (0, 1):
+            values = walk.frame(frame.numpy(), class_id)
+            np.testing.assert_allclose(values["vpdm_score.score"], expected.score[[class_id]], rtol=1e-4)
+            np.testing.assert_allclose(values["vpdm_score.map"][0], expected.map[[class_id]], rtol=1e-4, atol=1e-5)
+        assert bool(expected.score[0] == expected.score[1]) != by_position
         scores[name] = float(values["vpdm_score.score"][0])
     assert len(set(scores.values())) == len(scores)
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 import yaml
 from andon.runtime.errors import CalibrationError
+from andon.train.byposition import typical
 from andon.train.method import Batch
 from andon.train.methods.hgad.config import HgadConfig, LossConfig, ScoreConfig
 from andon.train.methods.hgad.features import LevelFeatures
 from andon.train.methods.hgad.flow import CouplingBlock, Flow, position_code, random_rotation
 from andon.train.methods.hgad.mixture import Mixture, intra_density, negative_entropy
 from andon.train.methods.hgad.model import Hgad
-from andon.train.methods.hgad.score import calibrated, typical
+from andon.train.methods.hgad.score import calibrated
 from torch import Tensor
 from torch.autograd.functional import jacobian
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal

@@ -18,7 +18,7 @@ from andon.train.checkpoint import load_checkpoint
 from andon.train.method import Batch
 from andon.train.methods.vpdm.config import DenoiserConfig, VpdmConfig
 from andon.train.methods.vpdm.denoiser import FlatDenoiser, UNet
-from andon.train.methods.vpdm.model import ResidualScore, Update, Vpdm, prediction_target, roll
+from andon.train.methods.vpdm.model import Update, Vpdm, prediction_target, roll
 from andon.train.methods.vpdm.prototypes import initial_prototypes, rms_distance, sinkhorn, temperature_for
 from andon.train.methods.vpdm.samplers import NoiseSchedule, Sampler, coefficients, find_sampler, samplers
 from torch import Tensor
@@ -373,9 +373,9 @@ def test_learns_normal(kind: str) -> None:
     with torch.no_grad():
         for name in ("restore", "ddim10"):
             sampler = find_sampler(model.config, name)
-            of_good, of_bad = model.score_features(good, sampler), model.score_features(bad, sampler)
+            of_good, of_bad = (model.score_features(x, data.class_ids[:16], sampler) for x in (good, bad))
             assert of_bad.score.min() > of_good.score.max()
-            again = model.score_features(good, sampler)
+            again = model.score_features(good, data.class_ids[:16], sampler)
             assert torch.equal(of_good.score, again.score)
 
 
@@ -392,28 +392,34 @@ def test_score_of_a_frame_is_its_own() -> None:
     assert together.std() > 0
 
 
-def test_calibration_by_position() -> None:
-    """Held-out images come out with mean 0 and deviation 1 at each position, the less so the more the prior counts."""
-    scoring = ResidualScore(small_config())
-    usual = torch.linspace(1, 5, 16).reshape(1, 1, 4, 4)
-    norms = usual * (1 + 0.2 * torch.randn(200, 1, 4, 4))
-    scoring.calibrate(norms, prior=1e-9)
-    z = (norms - scoring.mean) / scoring.spread
-    torch.testing.assert_close(z.mean(0), torch.zeros(1, 4, 4), rtol=0, atol=1e-5)
-    torch.testing.assert_close(z.std(0, correction=0), torch.ones(1, 4, 4))
-    scoring.calibrate(norms, prior=1e9)
-    torch.testing.assert_close(scoring.mean, norms.mean().expand(1, 1, 4, 4))
-    torch.testing.assert_close(scoring.spread, norms.std(correction=0).expand(1, 1, 4, 4))
+def test_calibration_is_the_products_own() -> None:
+    """Where residuals of a product's good images are large, more is expected of that product and of no other."""
+    config = small_config(score={"space": "std", "mode": "max", "by_position": True, "prior": 1, "spread_prior": 1})
+    model = Vpdm(config, ("left", "right"))
+    data = feature_data(model, 40)
+    data.class_ids[:] = torch.arange(40) % 2
+    features, grid = data.features["features"], config.features.grid
+    model.prepare(data)
+    features[0::2, :, :, : grid // 2] *= 4
+    features[1::2, :, :, grid // 2 :] *= 4
+    model.finalize(data)
+    left, right = model.mean[:, 0, :, : grid // 2].mean((1, 2)), model.mean[:, 0, :, grid // 2 :].mean((1, 2))
+    assert left[0] > 1.5 * right[0] and right[1] > 1.5 * left[1]
+    with torch.no_grad():
+        own = model.score_features(features, data.class_ids).score
+        other = model.score_features(features, 1 - data.class_ids).score
+    assert own.max() < other.min()
 
 
 def test_finalize_calibrates_when_asked() -> None:
+    data = feature_data(Vpdm(small_config(), ("a",)), 12)
     for asked in (False, True):
         model = Vpdm(small_config(score={"space": "std", "mode": "max", "by_position": asked}), ("a",))
-        data = feature_data(model, 12)
         model.prepare(data)
         model.finalize(data)
-        assert bool((model.scoring.mean != 0).all()) == asked
-    with pytest.raises(CalibrationError, match="held-out"):
+        assert set(model.usual) == ({"mean", "deviation"} if asked else set())
+        assert all((constant != start).all() for constant, start in zip(model.usual.values(), (0, 1), strict=False))
+    with pytest.raises(CalibrationError, match="held-out good image of product 'a'"):
         model.finalize(Data({"features": data.features["features"][:0]}, data.class_ids[:0]))
 
 

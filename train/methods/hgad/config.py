@@ -46,7 +46,7 @@ class ScoreConfig(Config):
         "paper): for parts that lie still under the camera",
     )
     prior: float = Field(default=10.0, ge=0, description="by_position: images that the mean over positions counts for")
-    spread_prior: float = Field(default=1.0, gt=0, description="by_position: the same for the spread")
+    spread_prior: float = Field(default=1.0, ge=0, description="by_position: the same for the spread")
     delta: float | None = Field(
         default=0.03,
         description="S = S_l (delta + S_e); 0 is the published product, none: S_l alone, as always with one class",

@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ....runtime.errors import CalibrationError
 from ....runtime.manifest import Preprocess
 from ...align import Standardize
+from ...errors import no_constants
 from ...method import AnomalyModel, Batch, Optimizer, Scores, TrainingData
 from .config import HgadConfig
 from .features import LevelFeatures
@@ -200,12 +200,7 @@ class Hgad(AnomalyModel):
         for index, name in enumerate(self.classes):
             chunks = list(self._class_densities(holdout, index))
             if not chunks:
-                raise CalibrationError(
-                    f"no held-out good image of product {name!r} to calibrate on",
-                    found=0,
-                    expected="at least one",
-                    next_step="raise `holdout` or add good images of this product",
-                )
+                raise no_constants(name)
             for kind in range(2):
                 for level, grid in enumerate(self.features.grids):
                     values = torch.cat([chunk[kind][level] for chunk in chunks])

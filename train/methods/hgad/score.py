@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...byposition import position_statistics
 from ...scoremap import gaussian_matrix, interpolation_matrix
 from .config import ScoreConfig
 
@@ -96,21 +97,9 @@ def calibrated(values: Tensor, grid: int, config: ScoreConfig) -> tuple[Tensor, 
     if not config.by_position:
         one = torch.ones_like(values[0])
         return one * quantile([values], config.quantile), one
-    offset = typical(values, grid, config.prior)
-    residuals = values - offset
-    variance = typical(residuals.square(), grid, config.spread_prior)
-    usual = residuals.square().mean()
+    mean, deviation = position_statistics(values, grid, config.prior, config.spread_prior)
+    residuals = values - mean
+    usual = residuals.square().mean().sqrt()
     # values that are all the same (an entropy may be 0 everywhere) have no spread to tell positions apart
-    gain = (usual / variance.clamp_min(1e-6 * usual)).sqrt() if usual > 0 else torch.ones_like(offset)
-    return offset + quantile([gain * residuals], config.quantile) / gain, gain
-
-
-def typical(values: Tensor, grid: int, prior: float) -> Tensor:
-    """What good images have at each position, [N], from a few of them: values [images, N], N = grid^2.
-
-    The mean over images, a little blurred, drawn to the mean over all positions as if `prior` more images were there.
-    """
-    mean, images = values.mean(0), len(values)
-    blur = gaussian_matrix(grid, 1.0).to(mean)
-    local = (blur @ mean.reshape(grid, grid) @ blur.T).flatten()
-    return (images * local + prior * mean.mean()) / (images + prior)
+    gain = usual / deviation if usual > 0 else torch.ones_like(mean)
+    return mean + quantile([gain * residuals], config.quantile) / gain, gain

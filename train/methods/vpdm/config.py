@@ -77,10 +77,11 @@ class ScoreConfig(Config):
     sigma: float = Field(default=0.0, ge=0, description="Gaussian blur of the map, in pixels")
     by_position: bool = Field(
         default=False,
-        description="Residuals in standard deviations of held-out good images at that position (not in the paper); "
-        "measured with the default sampler",
+        description="Residuals in standard deviations of the product's held-out good images at that position (not in "
+        "the paper); measured with the default sampler",
     )
-    prior: float = Field(default=10.0, gt=0, description="by_position: images that all positions together count for")
+    prior: float = Field(default=10.0, ge=0, description="by_position: images that the mean over positions counts for")
+    spread_prior: float = Field(default=1.0, ge=0, description="by_position: the same for the spread")
 
 
 class VpdmConfig(MethodConfig):

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ....runtime.errors import CalibrationError
 from ....runtime.manifest import Preprocess
 from ...align import AlignedFeatures, Standardize
+from ...byposition import position_statistics
+from ...errors import no_constants
 from ...method import AnomalyModel, Batch, Scores, TrainingData
 from ...scoremap import ScoreMap
 from .config import VpdmConfig
@@ -86,20 +87,15 @@ def roll(noise: Tensor) -> Tensor:
 class ResidualScore(nn.Module):
     """x0, yhat, u0 [B, C, g, g] -> map [B, 1, S, S] and score [B]: norm over channels of what was not restored.
 
-    std: [1, C, 1, 1] weighs channels by their feature units when `score.space` is raw. mean, spread: [1, 1, g, g], what
-    the norm is on good images by position; 0 and 1 unless calibrated.
+    std: [1, C, 1, 1] weighs channels by their feature units when `score.space` is raw. usual: mean and deviation of the
+    norm on good images of the product by position, both [B, 1, g, g]; empty without calibration by position.
     """
-
-    mean: Tensor
-    spread: Tensor
 
     def __init__(self, config: VpdmConfig) -> None:
         super().__init__()
-        s, grid = config.score, config.features.grid
+        s = config.score
         self.raw = s.space == "raw"
-        self.map = ScoreMap(grid, config.size, align_corners=False, sigma=s.sigma, mode=s.mode)
-        self.register_buffer("mean", torch.zeros(1, 1, grid, grid))
-        self.register_buffer("spread", torch.ones(1, 1, grid, grid))
+        self.map = ScoreMap(config.features.grid, config.size, align_corners=False, sigma=s.sigma, mode=s.mode)
 
     def norm(self, x0: Tensor, yhat: Tensor, u0: Tensor, std: Tensor) -> Tensor:
         """[B, 1, g, g]."""
@@ -108,24 +104,22 @@ class ResidualScore(nn.Module):
             residual = residual * std
         return (residual * residual).sum(1, keepdim=True).sqrt()
 
-    def forward(self, x0: Tensor, yhat: Tensor, u0: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        map_, score = self.map((self.norm(x0, yhat, u0, std) - self.mean) / self.spread)
+    def forward(self, x0: Tensor, yhat: Tensor, u0: Tensor, std: Tensor, *usual: Tensor) -> tuple[Tensor, Tensor]:
+        norm = self.norm(x0, yhat, u0, std)
+        if usual:
+            mean, deviation = usual
+            norm = (norm - mean) / deviation
+        map_, score = self.map(norm)
         return map_, score
-
-    def calibrate(self, norms: Tensor, prior: float) -> None:
-        """Set mean and spread from good images [n, 1, g, g]; all positions together count for `prior` more images."""
-        n = len(norms)
-        mean = norms.mean(0, keepdim=True)
-        squares = (norms - mean).square().sum(0, keepdim=True)
-        self.mean.copy_((n * mean + prior * norms.mean()) / (n + prior))
-        self.spread.copy_(((squares + prior * norms.var(correction=0)) / (n + prior)).sqrt().clamp_min(1e-6))
 
 
 class Vpdm(AnomalyModel):
-    """VPDM (METHODS.md 2): one model for all classes, no class needed at test time."""
+    """VPDM (METHODS.md 2): one model for all classes; only a calibration by position needs the class at test time."""
 
     config: VpdmConfig
     temperature: Tensor
+    mean: Tensor
+    deviation: Tensor
     noise: Tensor
     start: Tensor
     queue: Tensor
@@ -144,6 +138,9 @@ class Vpdm(AnomalyModel):
         self.prototypes = nn.Parameter(torch.zeros(p.count, self.condition.dimension))
         self.step = StepEngine(build_denoiser(channels, grid, config.denoiser))
         self.scoring = ResidualScore(config)
+        if config.score.by_position:
+            self.register_buffer("mean", torch.zeros(len(classes), 1, grid, grid))
+            self.register_buffer("deviation", torch.ones(len(classes), 1, grid, grid))
         generator = torch.Generator().manual_seed(config.seed)
         self.register_buffer("noise", torch.randn(1, channels, grid, grid, generator=generator))
         self.register_buffer("start", torch.randn(1, channels, grid, grid, generator=generator))
@@ -166,6 +163,11 @@ class Vpdm(AnomalyModel):
     def denoiser(self) -> nn.Module:
         """(u, yhat, time code) -> prediction."""
         return self.step.denoiser
+
+    @property
+    def usual(self) -> dict[str, Tensor]:
+        """Mean and deviation of good images' norms by product and position, [Y, 1, g, g]; empty if not asked for."""
+        return {"mean": self.mean, "deviation": self.deviation} if self.config.score.by_position else {}
 
     def conditioned(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Standardised x0, condition yhat (both [B, C, g, g]) and prototype weights of raw features."""
@@ -190,15 +192,16 @@ class Vpdm(AnomalyModel):
             u, u0, noise = self.step(u, yhat, codes[k : k + 1], coef[k : k + 1], noise)
         return u0
 
-    def score_features(self, features: Tensor, sampler: Sampler | None = None) -> Scores:
-        """Scores of raw features [B, C, g, g]; sampler: default the configured one."""
+    def score_features(self, features: Tensor, class_ids: Tensor, sampler: Sampler | None = None) -> Scores:
+        """Scores of raw features [B, C, g, g], class_ids [B] int64; sampler: default the configured one."""
         x0, yhat, _ = self.conditioned(features)
         u0 = self.restored(x0, yhat, sampler or find_sampler(self.config, self.config.sampler))
-        map_, score = self.scoring(x0, yhat, u0, self.standardize.std)
+        usual = (constant[class_ids] for constant in self.usual.values())
+        map_, score = self.scoring(x0, yhat, u0, self.standardize.std, *usual)
         return Scores(map_[:, 0], score)
 
     def forward(self, images: Tensor, class_ids: Tensor) -> Scores:
-        return self.score_features(self.front(images)[_FEATURE])
+        return self.score_features(self.front(images)[_FEATURE], class_ids)
 
     @torch.no_grad()
     def prepare(self, data: TrainingData) -> None:
@@ -216,25 +219,26 @@ class Vpdm(AnomalyModel):
 
     @torch.no_grad()
     def finalize(self, holdout: TrainingData) -> None:
-        """What residual is usual where, from held-out good images of all products, if the configuration asks for it.
+        """What residual is usual where, from held-out good images, if the configuration asks for it.
 
         Raises:
-            CalibrationError: there are no held-out images.
+            CalibrationError: a class has no held-out image.
         """
         if not self.config.score.by_position:
             return
-        sampler, std, norms = find_sampler(self.config, self.config.sampler), self.standardize.std, []
+        sampler, std, c = find_sampler(self.config, self.config.sampler), self.standardize.std, self.config.score
+        norms: list[list[Tensor]] = [[] for _ in self.classes]
         for batch in holdout.batches(16):
             x0, yhat, _ = self.conditioned(batch.features[_FEATURE].to(std.device))
-            norms.append(self.scoring.norm(x0, yhat, self.restored(x0, yhat, sampler), std))
-        if not any(len(n) for n in norms):
-            raise CalibrationError(
-                "no held-out good image to calibrate on",
-                found=0,
-                expected="at least one",
-                next_step="raise `holdout` or set score.by_position=false",
-            )
-        self.scoring.calibrate(torch.cat(norms), self.config.score.prior)
+            norm = self.scoring.norm(x0, yhat, self.restored(x0, yhat, sampler), std)
+            for class_id, own in zip(batch.class_ids.tolist(), norm, strict=True):
+                norms[class_id].append(own.flatten())
+        for index, (name, own) in enumerate(zip(self.classes, norms, strict=True)):
+            if not own:
+                raise no_constants(name)
+            found = position_statistics(torch.stack(own), self.config.features.grid, c.prior, c.spread_prior)
+            for constant, values in zip(self.usual.values(), found, strict=True):
+                constant[index] = values.reshape(constant[index].shape)
 
     def _rows(self, data: TrainingData) -> Iterator[Tensor]:
         for batch in data.batches(64):
