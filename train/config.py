@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,19 @@ def override(config: MethodConfig, settings: Iterable[str]) -> MethodConfig:
 def dump_config(config: MethodConfig) -> str:
     """The configuration as YAML that :func:`load_config` reads back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def differences(before: MethodConfig, after: MethodConfig) -> dict[str, Any]:
+    """Settings of `after` that are not those of `before`, by dotted key as `override` takes them."""
+    old, new = _leaves(before.model_dump(mode="json")), _leaves(after.model_dump(mode="json"))
+    return {key: value for key, value in new.items() if old.get(key) != value}
+
+
+def _leaves(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in data.items():
+        out |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
 
 
 def _value(setting: str, text: str) -> Any:

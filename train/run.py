@@ -36,7 +36,7 @@ from .checkpoint import (
     save_weights,
     write_log,
 )
-from .config import dump_config, load_config
+from .config import differences, dump_config, load_config
 from .errors import CheckpointError
 from .evaluate import evaluate
 from .features import FeatureSet, extract
@@ -131,7 +131,9 @@ def train(request: Request) -> dict[str, Any]:
         f"good images: {len(split.fitting)} to train on; "
         f"held out: {len(split.constants)} for constants, {len(split.thresholds)} for thresholds"
     )
-    config = config.for_images(len(split.fitting))
+    asked, config = config, config.for_images(len(split.fitting))
+    for key, value in differences(asked, config).items():
+        _say(f"decided by the number of images: {key}={value}")
     fitting, constants = augmented(split, config.augment)
     if views := len(fitting) - len(split.fitting):
         _say(f"few images: {views} views of them are added for training ({described(config.augment)})")

@@ -18,7 +18,7 @@ from andon.runtime.dataset import Sample, open_dataset
 from andon.runtime.errors import ConfigError
 from andon.train import run
 from andon.train.checkpoint import load_checkpoint, newest_checkpoint, read_provenance
-from andon.train.config import dump_config, load_config
+from andon.train.config import differences, dump_config, load_config
 from andon.train.errors import CheckpointError
 from andon.train.evaluate import evaluate
 from andon.train.holdout import Split, split_good
@@ -58,6 +58,13 @@ def test_overrides_and_round_trip(tmp_path: Path) -> None:
     assert load_config("hvq", None, ["schedule.amp=off"]).schedule.amp == "off", "a word, not YAML's truth value"
     path.write_text(dump_config(config).replace("amp: auto", "amp: off"))
     assert load_config("hvq", path).schedule.amp == "off"
+
+
+def test_differences_are_settings_that_give_the_other() -> None:
+    plain = load_config("hvq")
+    other = load_config("hvq", None, ["schedule.steps=7", "augment.flips=[]"])
+    assert differences(plain, other) == {"schedule.steps": 7, "augment.flips": []}
+    assert differences(plain, plain) == {}
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,9 @@ def test_rms_distance() -> None:
     torch.testing.assert_close(rms_distance(rows, prototypes, prototypes.square().sum(1)), expected)
 
 
-def test_scope_is_decided_by_the_images_and_kept_with_the_checkpoint(synthetic_data: Path, tmp_path: Path) -> None:
+def test_scope_is_decided_by_the_images_said_and_kept(
+    synthetic_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = small_config(prototypes={"count": 4, "grid": 2, "scope": "auto"})
     assert [config.for_images(n).prototypes.scope for n in (7, 8)] == ["position", "image"]
     assert small_config().for_images(1) == small_config(), "what is set stays"
@@ -272,6 +274,7 @@ def test_scope_is_decided_by_the_images_and_kept_with_the_checkpoint(synthetic_d
         out = tmp_path / scope
         command = ["train", "--method", "vpdm", "--data", str(synthetic_data), "--no-eval", "--out", str(out)]
         assert main([*command, *settings]) == 0
+        assert f"decided by the number of images: prototypes.scope={scope}\n" in capsys.readouterr().out
         model = load_checkpoint(out)
         assert isinstance(model, Vpdm) and model.config.prototypes.scope == scope
         assert model.prototypes.shape[1] == (152 * 49 if scope == "image" else 152)
