@@ -95,6 +95,33 @@ def achievable_rate(samples: int, confidence: float | None = None) -> float | No
     return 1 - (1 - confidence) ** (1 / samples)
 
 
+def chance_of_as_many(
+    false_alarms: int, parts: int, samples: int, false_alarm_rate: float, confidence: float | None = None
+) -> float:
+    """Probability that `false_alarms` or more of `parts` good parts lie above the threshold set on `samples` others.
+
+    Exact if all of them are alike (exchangeable, no ties), whatever the score's distribution: the number above the k-th
+    smallest of n scores is negative hypergeometric. A tiny value says that the parts are not like those of the
+    calibration; the promise was about parts that are.
+
+    Raises:
+        CalibrationError: so many samples cannot promise this rate.
+    """
+    k = rank(samples, false_alarm_rate, confidence)
+    if k is None:
+        raise CalibrationError(
+            f"{samples} good scores cannot promise a false-alarm rate of {false_alarm_rate}",
+            found=samples,
+            expected=f"at least {samples_needed(false_alarm_rate, confidence)}",
+        )
+    above, every = samples - k, _log_choose(samples + parts, parts)
+    logs = [
+        _log_choose(m + above, m) + _log_choose(parts - m + k - 1, k - 1) - every
+        for m in range(false_alarms, parts + 1)
+    ]
+    return min(1.0, sum(map(math.exp, logs)))
+
+
 def pixel_threshold(maps: Sequence[Array] | Array, quantile: float = PIXEL_QUANTILE) -> float:
     """Map value that a share `quantile` of the pixels of good parts stays below.
 
@@ -122,11 +149,12 @@ def _less(samples: int, confidence: float | None) -> str:
     return f"--false-alarm-rate {rounded:g} is what {samples} images can promise, or give more good images"
 
 
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+
+
 def _binomial_cdf(k: int, n: int, p: float) -> float:
     """P(X <= k) for X ~ Binomial(n, p), summed in the log domain."""
-    logs = [
-        math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * math.log(p) + (n - i) * math.log1p(-p)
-        for i in range(k + 1)
-    ]
+    logs = [_log_choose(n, i) + i * math.log(p) + (n - i) * math.log1p(-p) for i in range(k + 1)]
     top = max(logs)
     return min(1.0, math.exp(top) * sum(math.exp(x - top) for x in logs))

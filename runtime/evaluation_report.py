@@ -8,7 +8,7 @@ import numpy as np
 
 from .dataset import Dataset
 from .detector import Detector
-from .evaluation import Array, Evaluated
+from .evaluation import Array, Evaluated, unlike_calibration
 from .images import read_mask, read_rgb
 from .report.evaluation import Evaluation, Part, write
 
@@ -47,6 +47,9 @@ def write_report(path: Path, detector: Detector, dataset: Dataset, evaluated: Ev
         (f"{total:.1f} ms", "median per image"),
     ]
     lead = f"{len(parts)} images of {dataset.spec}, judged by the engines of this machine."
+    lead = " ".join(
+        [lead, *(f"{product}: {text}." for product, text in unlike_calibration(detector, evaluated).items())]
+    )
     title = f"{manifest.name}: {manifest.method}"
     return write(
         Evaluation(title, lead, parts, evaluated.products, thresholds, stages, tiles, list(facts.items())), path, look

@@ -15,7 +15,7 @@ from ..detector import Detector
 from ..engine.base import Backend
 from ..engine.select import open_backend
 from ..errors import ConfigError
-from ..evaluation import Evaluated, confusion_table, evaluate, latency_table, percentiles
+from ..evaluation import Evaluated, confusion_table, evaluate, latency_table, percentiles, unlike_calibration
 from ..quality import mean_metrics, table
 from ..recorded import from_verdicts, read_verdicts
 from . import fewshot, options
@@ -83,6 +83,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                     evaluated = _run(detector, samples, auto=args.product == "auto")
                 _print(detector, evaluated, auto=args.product == "auto")
                 results[name] = as_dict(evaluated)
+                if not args.verdicts:  # those were judged with the thresholds of their line, not with the bundle's
+                    results[name]["unlike"] = _unlike(detector, evaluated)
                 if args.checkpoint and name == args.program:
                     results[name]["torch"] = _beside_torch(args.checkpoint, evaluated)
                 if args.report and name == args.program:
@@ -175,6 +177,16 @@ def _print(detector: Detector, evaluated: Evaluated, *, auto: bool) -> None:
         print(f"{product}: the classifier finds the product of {share:.1%} of the good images")
     print(latency_table(evaluated.latency_ms))
     print(f"{len(evaluated.judged) / evaluated.seconds:.1f} images a second")
+
+
+def _unlike(detector: Detector, evaluated: Evaluated) -> list[str]:
+    """Say which products' good images are unlike those of the calibration; their names."""
+    found = unlike_calibration(detector, evaluated)
+    for product, text in found.items():
+        print(f"{product}: {text}")
+    if found:
+        print(f"next, if the line looks like this: andon calibrate --bundle {detector.bundle.path} --data GOOD_IMAGES")
+    return list(found)
 
 
 def _beside_torch(checkpoint: Path, evaluated: Evaluated) -> dict[str, float | None]:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from andon.calib.errors import CalibrationError
-from andon.calib.threshold import achievable_rate, conformal_threshold, pixel_threshold, rank, samples_needed
+from andon.calib.threshold import (
+    achievable_rate,
+    chance_of_as_many,
+    conformal_threshold,
+    pixel_threshold,
+    rank,
+    samples_needed,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import beta
@@ -81,3 +88,23 @@ def test_nonsense_is_refused() -> None:
 def test_the_pixel_threshold_is_a_quantile_over_all_pixels() -> None:
     maps = np.arange(10_000, dtype=np.float32).reshape(4, 50, 50)
     assert pixel_threshold(maps) == pytest.approx(np.quantile(maps, 0.999))
+
+
+@given(samples=st.integers(19, 200), parts=st.integers(1, 200))
+def test_the_chance_of_false_alarms_is_a_distribution_with_the_promised_mean(samples: int, parts: int) -> None:
+    """Sum over m >= 1 of P(M >= m) is the mean of M: of n + 1 places for a new part, n + 1 - k are above."""
+    chances = [chance_of_as_many(m, parts, samples, 0.05) for m in range(parts + 1)]
+    assert chances[0] == pytest.approx(1) and chances == sorted(chances, reverse=True)
+    k = rank(samples, 0.05)
+    assert k is not None
+    assert sum(chances[1:]) == pytest.approx(parts * (samples + 1 - k) / (samples + 1))
+
+
+def test_the_chance_of_false_alarms_is_what_draws_give() -> None:
+    draws = np.random.default_rng(0).random((20_000, 19 + 40))
+    thresholds = np.sort(draws[:, :19], axis=1)[:, rank(19, 0.05) - 1]
+    counted = (draws[:, 19:] > thresholds[:, None]).sum(1)
+    for number in (1, 3, 8):
+        assert chance_of_as_many(number, 40, 19, 0.05) == pytest.approx((counted >= number).mean(), abs=0.01)
+    with pytest.raises(CalibrationError, match="cannot promise"):
+        chance_of_as_many(1, 40, 10, 0.05)

@@ -108,6 +108,23 @@ def test_calibrate_uses_the_held_out_images_and_eval_reports_what_that_does(
     assert set(result["latency_ms"]) == {"preprocess", "encode", "score", "total"}
 
 
+def test_eval_says_when_good_images_are_unlike_those_of_the_calibration(
+    make_bundle: MakeBundle, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another lamp over the test's good parts: their alarms are no chance, and the promise was not for them."""
+    root = make_bundle(report={"holdout": held()})
+    assert run(capsys, "calibrate", "--bundle", root, "--data", data, "--false-alarm-rate", 0.05, *ENGINE)[0] == 0
+    arguments = ("eval", "--bundle", root, "--data", data, "--report", tmp_path / "r.html", *ENGINE)
+    code, result, text = run(capsys, *arguments)
+    assert code == 0 and result["unlike"] == [] and "unlike them" not in text  # 4 of 8 may happen: once in 250
+    for image in (data / "a/test/good").iterdir():
+        write(image, level(41, "a"))
+    code, result, text = run(capsys, *arguments)
+    assert code == 0 and result["unlike"] == ["a"] and "andon calibrate --bundle" in text
+    assert "a: 8 of 8 good images are called NG where 5.0% were promised" in text and "b: 8 of 8" not in text
+    assert "8 of 8 good images are called NG" in (tmp_path / "r.html").read_text()
+
+
 def test_calibrate_refuses_before_it_works_and_says_how_many_images_it_takes(
     make_bundle: MakeBundle, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
