@@ -3,10 +3,14 @@ same images with synthetic defects and their masks. Nothing of a test split is r
 
     python -m measure.validation --data elpv --out runs/validation/elpv
     python -m measure.validation --data elpv --train 24 --out runs/validation/elpv24     # a set of a few dozen images
+    python -m measure.validation --data elpv --graded 0.67 --out runs/validation/elpv67  # real ones of uncertain label
 
 Four kinds of defects, of 0.3 % to 3 % of the image: a patch of the image pasted elsewhere in it (CutPaste, Li et
 al. 2021), a thin scar, a smudge (blurred, with a faint shade) and a patch of noise blended in (after DRAEM, Zavrtanik
 et al. 2021). Their contrast is drawn from 8 to 35 % of the range, so that not all of them are easy.
+
+With --graded the held-out images stand beside elpv's cells that experts called defective with that probability instead;
+they are in neither split.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
@@ -89,32 +94,47 @@ def write(path: Path, image: Image) -> None:
     cv2.imwrite(str(path), image[..., ::-1] if image.ndim == 3 else image)
 
 
-def product_set(samples: list[Sample], out: Path, train: int | None) -> None:
-    """One product in MVTec's layout: train/good, test/good, test/<kind>, ground_truth/<kind>."""
+def product_set(samples: list[Sample], out: Path, train: int | None, graded: list[Path] | None = None) -> None:
+    """One product in MVTec's layout: train/good, test/good, and test/<kind>, ground_truth/<kind> or test/graded."""
     samples = random.Random(1).sample(sorted(samples, key=lambda s: s.key), len(samples))
     count = min(AT_MOST, max(8, round(HELD * len(samples))))
     for index, sample in enumerate(samples[:count]):
         image = read_rgb(sample.path)
         write(out / "test/good" / f"{index:03}.png", image)
+        if graded is not None:
+            continue
         kinds = list(KINDS) if count < EACH_KIND_BELOW else [list(KINDS)[index % len(KINDS)]]
         for kind in kinds:
             spoilt, mask = spoil(image, kind, 1000 * index + list(KINDS).index(kind))
             write(out / "test" / kind / f"{index:03}.png", spoilt)
             write(out / "ground_truth" / kind / f"{index:03}_mask.png", mask)
+    for index, path in enumerate(graded or []):
+        write(out / "test/graded" / f"{index:03}.png", read_rgb(path))
     for index, sample in enumerate(samples[count:][:train]):
         write(out / "train/good" / f"{index:03}.png", read_rgb(sample.path))
+
+
+def graded_cells(grade: float, product: str) -> list[Path]:
+    """elpv's cells of a product that were graded so: 0.33 or 0.67."""
+    package = find_spec("elpv_dataset")
+    assert package is not None and package.submodule_search_locations, "pip install elpv-dataset"
+    root = Path(package.submodule_search_locations[0]) / "data"
+    rows = [line.split() for line in (root / "labels.csv").read_text().splitlines() if line.strip()]
+    return [root / name for name, given, kind in rows if kind == product and abs(float(given) - grade) < 0.02]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make a validation set of a data set's good training images.")
     parser.add_argument("--data", required=True)
     parser.add_argument("--train", type=int, metavar="N", help="at most N images of a product to train on")
+    parser.add_argument("--graded", type=float, metavar="P", help="elpv: cells graded P instead of synthetic defects")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     data = open_dataset(args.data)
     good = [s for s in data.samples if s.split == "train" and s.good]
     for product in data.products:
-        product_set([s for s in good if s.product == product], args.out / product, args.train)
+        graded = None if args.graded is None else graded_cells(args.graded, product)
+        product_set([s for s in good if s.product == product], args.out / product, args.train, graded)
     print(open_dataset(args.out).describe())
 
 
