@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..calib.threshold import chance_of_as_many, rank
 from .dataset import Sample
 from .detector import AUTO, Detector
 from .errors import ProductError
@@ -19,7 +18,6 @@ from .quality import Metrics, map_at, mask_at, mean_metrics, summarize
 
 Array = NDArray[Any]
 Step = Callable[[int], object]
-_UNLIKE = 1e-3  # probability below which "parts like the calibration's, and bad luck" is no explanation
 
 
 @dataclass(frozen=True)
@@ -121,30 +119,6 @@ def _product(
     if auto and threshold is not None:
         metrics.update(_rates(mine))  # each image was held against the threshold of the product it was judged as
     return metrics
-
-
-def unlike_calibration(detector: Detector, evaluated: Evaluated) -> dict[str, str]:
-    """What to say of products whose good images raise more alarms than parts like the calibration's would.
-
-    A threshold's promise is about parts like those it was set on. Images under another light, lens or batch break it,
-    and then every figure here says as much about that as about defects.
-    """
-    found = {}
-    for product, metrics in evaluated.products.items():
-        threshold, rate, good = detector.threshold(product), metrics.get("false_alarm_rate"), metrics.get("good")
-        if threshold is None or not threshold.samples or rate is None or not good:
-            continue
-        promise, number = threshold.false_alarm_rate, round(rate * good)
-        if rank(threshold.samples, promise, threshold.confidence) is None:
-            continue
-        chance = chance_of_as_many(number, int(good), threshold.samples, promise, threshold.confidence)
-        if chance < _UNLIKE:
-            found[product] = (
-                f"{number} of {good:.0f} good images are called NG where {promise:.1%} were promised; good parts like "
-                f"the {threshold.samples} of the calibration would do that with probability {chance:.1g}. These are "
-                "unlike them (light, lens, batch?), and the figures say as much about that as about defects"
-            )
-    return found
 
 
 def _rates(judged: Sequence[Judged]) -> Metrics:

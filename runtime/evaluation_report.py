@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from .dataset import Dataset
 from .detector import Detector
-from .evaluation import Array, Evaluated, unlike_calibration
+from .evaluation import Array, Evaluated
 from .images import read_mask, read_rgb
 from .report.evaluation import Evaluation, Part, write
 
 
-def write_report(path: Path, detector: Detector, dataset: Dataset, evaluated: Evaluated) -> Path:
-    """Write the report; pictures are judged once more, with the product they were judged as."""
+def write_report(
+    path: Path, detector: Detector, dataset: Dataset, evaluated: Evaluated, remarks: Mapping[str, str]
+) -> Path:
+    """Write the report; pictures are judged once more, with the product they were judged as. remarks: by product."""
     manifest = detector.bundle.manifest
     samples = {j.sample.key: j for j in evaluated.judged}
     parts = [Part(j.sample.key, j.sample.product, j.sample.label, j.score, j.label) for j in evaluated.judged]
@@ -47,9 +50,7 @@ def write_report(path: Path, detector: Detector, dataset: Dataset, evaluated: Ev
         (f"{total:.1f} ms", "median per image"),
     ]
     lead = f"{len(parts)} images of {dataset.spec}, judged by the engines of this machine."
-    lead = " ".join(
-        [lead, *(f"{product}: {text}." for product, text in unlike_calibration(detector, evaluated).items())]
-    )
+    lead = " ".join([lead, *(f"{product}: {text}." for product, text in remarks.items())])
     title = f"{manifest.name}: {manifest.method}"
     return write(
         Evaluation(title, lead, parts, evaluated.products, thresholds, stages, tiles, list(facts.items())), path, look

@@ -35,8 +35,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Train, evaluate, write the checkpoint."""
+    from ..calib.errors import AndonError
     from .distributed import process_group
     from .run import Request, train
 
     with process_group():
-        return train(Request.from_arguments(args))
+        request = Request.from_arguments(args)
+        try:
+            return train(request)
+        except AndonError:
+            if args.resume is None:
+                request.withdraw()
+            raise

@@ -99,6 +99,11 @@ class MethodConfig(Config):
     )
     augment: Augmentation = Field(default=Augmentation(), description="Views of good images where there are few")
 
+    @property
+    def needs_constants(self) -> bool:
+        """Whether `finalize` needs a held-out image of every product."""
+        return False
+
     def for_images(self, count: int) -> MethodConfig:
         """This configuration with what depends on the number of images to train on (without views) decided."""
         return self

@@ -37,7 +37,7 @@ from .checkpoint import (
     write_log,
 )
 from .config import differences, dump_config, load_config
-from .errors import CheckpointError
+from .errors import CheckpointError, no_constants
 from .evaluate import evaluate
 from .features import FeatureSet, extract
 from .holdout import Split, split_good
@@ -93,6 +93,14 @@ class Request:
         distributed.barrier()
         return request
 
+    def withdraw(self) -> None:
+        """Leave no folder of a run that was refused before it had anything to keep: the command may be given again."""
+        folder = Path(self.folder)
+        if distributed.is_main() and {p.name for p in folder.iterdir()} <= {CONFIG, _REQUEST}:
+            for name in (CONFIG, _REQUEST):
+                (folder / name).unlink(missing_ok=True)
+            folder.rmdir()
+
     @classmethod
     def resumed(cls, folder: Path) -> Request:
         """The request of an interrupted run.
@@ -131,9 +139,13 @@ def train(request: Request) -> dict[str, Any]:
         f"good images: {len(split.fitting)} to train on; "
         f"held out: {len(split.constants)} for constants, {len(split.thresholds)} for thresholds"
     )
+    if config.needs_constants:
+        for product in data.products:  # now, not after the training
+            if not any(s.product == product for s in split.constants):
+                raise no_constants(product, sum(s.product == product for s in split.fitting))
     asked, config = config, config.for_images(len(split.fitting))
     for key, value in differences(asked, config).items():
-        _say(f"decided by the number of images: {key}={value}")
+        _say(f"decided by the number of images: {key}={json.dumps(value)}")
     fitting, constants = augmented(split, config.augment)
     if views := len(fitting) - len(split.fitting):
         _say(f"few images: {views} views of them are added for training ({described(config.augment)})")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from ..detector import Detector
 from ..engine.base import Backend
 from ..engine.select import open_backend
 from ..errors import ConfigError
-from ..evaluation import Evaluated, confusion_table, evaluate, latency_table, percentiles, unlike_calibration
+from ..evaluation import Evaluated, confusion_table, evaluate, latency_table, percentiles
 from ..quality import mean_metrics, table
 from ..recorded import from_verdicts, read_verdicts
+from ..unlike import unlike_calibration
 from . import fewshot, options
 
 #: Where the workstation side offers the study of all methods (export/study.py), which the device side cannot import.
@@ -82,13 +83,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                 else:
                     evaluated = _run(detector, samples, auto=args.product == "auto")
                 _print(detector, evaluated, auto=args.product == "auto")
-                results[name] = as_dict(evaluated)
-                if not args.verdicts:  # those were judged with the thresholds of their line, not with the bundle's
-                    results[name]["unlike"] = _unlike(detector, evaluated)
+                # Recorded verdicts were judged with the thresholds of their line, not with the bundle's.
+                unlike = {} if args.verdicts else unlike_calibration(detector, evaluated.judged)
+                _print_unlike(detector, unlike)
+                results[name] = as_dict(evaluated) | {"unlike": list(unlike)}
                 if args.checkpoint and name == args.program:
                     results[name]["torch"] = _beside_torch(args.checkpoint, evaluated)
                 if args.report and name == args.program:
-                    results[name]["report"] = str(_report(args.report, detector, dataset, evaluated))
+                    results[name]["report"] = str(_report(args.report, detector, dataset, evaluated, unlike))
         if args.samplers:
             print(_samplers(results))
         variant = options.choose_variant(args.variant, bundle, backend.name)
@@ -179,14 +181,15 @@ def _print(detector: Detector, evaluated: Evaluated, *, auto: bool) -> None:
     print(f"{len(evaluated.judged) / evaluated.seconds:.1f} images a second")
 
 
-def _unlike(detector: Detector, evaluated: Evaluated) -> list[str]:
-    """Say which products' good images are unlike those of the calibration; their names."""
-    found = unlike_calibration(detector, evaluated)
-    for product, text in found.items():
+def _print_unlike(detector: Detector, unlike: Mapping[str, str]) -> None:
+    for product, text in unlike.items():
         print(f"{product}: {text}")
-    if found:
-        print(f"next, if the line looks like this: andon calibrate --bundle {detector.bundle.path} --data GOOD_IMAGES")
-    return list(found)
+    if unlike:
+        print(
+            "next, if the line looks like this: train again with such images among the good ones, or move the "
+            f"thresholds alone: andon calibrate --bundle {detector.bundle.path} --data FOLDER (good images of "
+            "every product)"
+        )
 
 
 def _beside_torch(checkpoint: Path, evaluated: Evaluated) -> dict[str, float | None]:
@@ -227,7 +230,7 @@ def _samplers(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _report(path: Path, detector: Detector, dataset: Dataset, evaluated: Evaluated) -> Path:
+def _report(path: Path, detector: Detector, dataset: Dataset, evaluated: Evaluated, remarks: Mapping[str, str]) -> Path:
     from ..evaluation_report import write_report
 
-    return write_report(path, detector, dataset, evaluated)
+    return write_report(path, detector, dataset, evaluated, remarks)

@@ -1,4 +1,4 @@
-"""Statistics by position from a few images: exact with many, careful with few, never without a spread."""
+"""Statistics by position: what is there with many images, careful with few, never without a spread."""
 
 from __future__ import annotations
 
@@ -41,6 +41,16 @@ def test_few_images_are_drawn_to_what_is_usual_anywhere() -> None:
 
 
 def test_one_image_and_no_spread_are_finite() -> None:
-    for values in (torch.randn(1, 16), torch.zeros(3, 16), torch.full((3, 16), 7.0)):
+    for values in (torch.randn(1, 16), torch.zeros(3, 16), torch.full((3, 16), 0.1), 1e-12 * torch.randn(3, 16)):
         mean, deviation = position_statistics(values, 4, prior=10, spread_prior=1)
         assert mean.isfinite().all() and deviation.isfinite().all() and (deviation > 0).all()
+
+
+def test_the_deviation_scales_with_the_values() -> None:
+    values = halves(6)
+    mean, deviation = position_statistics(values, 12, prior=10, spread_prior=1)
+    for scale in (1e-9, 1e6):
+        scaled = position_statistics(scale * values, 12, prior=10, spread_prior=1)
+        torch.testing.assert_close(scaled[0], scale * mean)
+        torch.testing.assert_close(scaled[1], scale * deviation)
+    assert torch.equal(position_statistics(torch.full((3, 16), 0.1), 4, 10, 1)[1], torch.ones(16))

@@ -290,8 +290,40 @@ def test_calibration_by_position_follows_the_spread() -> None:
 def test_calibration_of_values_without_spread_is_finite() -> None:
     """The entropy of products far apart is 0 at every position of every image."""
     for by_position in (True, False):
-        ceiling, gain = calibrated(torch.zeros(5, 16), 4, ScoreConfig(by_position=by_position))
-        assert torch.equal(ceiling, torch.zeros(16)) and torch.equal(gain, torch.ones(16))
+        for value in (0.0, 0.1):
+            ceiling, gain = calibrated(torch.full((5, 16), value), 4, ScoreConfig(by_position=by_position))
+            torch.testing.assert_close(ceiling, torch.full((16,), value))
+            torch.testing.assert_close(gain, torch.ones(16))
+
+
+@pytest.mark.parametrize("delta", [None, 0.03])
+def test_the_score_uses_the_gains_that_finalize_found(delta: float | None) -> None:
+    """S_l = c - sum over levels of the enlarged exp(min(k (v - m), 0)), from the constants by hand."""
+    config = small_config(
+        score={"map": 16, "sigma": 0.0, "delta": delta, "by_position": True, "prior": 0, "spread_prior": 0}
+    )
+    model = Hgad(config, ("a", "b"))
+    data = feature_data(model, 48, 2)
+    for x in data.features.values():
+        x[..., : x.shape[-1] // 2] *= 1 + torch.rand(len(x), 1, 1, 1)  # on the left good images differ more
+    fit(model, data, 5)
+    for gain, grid in zip(model.gains, model.features.grids, strict=True):
+        of_columns = gain[:, 0].reshape(2, grid, grid).mean(1)
+        assert (of_columns[:, 0] < 0.8 * of_columns[:, -1]).all()
+    features = [data.features[n] for n in model.features.names]
+    with torch.no_grad():
+        found, _ = model.densities(features, data.class_ids)
+        maps = model.score_features(features, data.class_ids).map
+        parts = []
+        for kind, levels in enumerate((found.likelihood, found.entropy)):
+            total = torch.zeros_like(maps)
+            for v, m, k, grid in zip(levels, model.ceilings, model.gains, model.features.grids, strict=True):
+                p = (k[data.class_ids, kind] * (v - m[data.class_ids, kind])).clamp_max(0).exp()
+                p = p.reshape(-1, 1, grid, grid)
+                total += torch.nn.functional.interpolate(p, size=(16, 16), mode="bilinear", align_corners=True)[:, 0]
+            parts.append((model.reach[data.class_ids, kind, None, None] - total).clamp_min(0))
+    expected = parts[0] if delta is None else parts[0] * (delta + parts[1])
+    torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_noise_is_for_training_alone() -> None:

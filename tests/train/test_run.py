@@ -18,7 +18,7 @@ from andon.runtime.dataset import Sample, open_dataset
 from andon.runtime.errors import ConfigError
 from andon.train import run
 from andon.train.checkpoint import load_checkpoint, newest_checkpoint, read_provenance
-from andon.train.config import differences, dump_config, load_config
+from andon.train.config import differences, dump_config, load_config, override
 from andon.train.errors import CheckpointError
 from andon.train.evaluate import evaluate
 from andon.train.holdout import Split, split_good
@@ -63,8 +63,9 @@ def test_overrides_and_round_trip(tmp_path: Path) -> None:
 def test_differences_are_settings_that_give_the_other() -> None:
     plain = load_config("hvq")
     other = load_config("hvq", None, ["schedule.steps=7", "augment.flips=[]"])
-    assert differences(plain, other) == {"schedule.steps": 7, "augment.flips": []}
-    assert differences(plain, plain) == {}
+    found = differences(plain, other)
+    assert found == {"schedule.steps": 7, "augment.flips": []} and differences(plain, plain) == {}
+    assert override(plain, [f"{key}={json.dumps(value)}" for key, value in found.items()]) == other
 
 
 @pytest.mark.parametrize(
@@ -286,6 +287,19 @@ def test_unreadable_test_image_does_not_cost_the_training(
     assert load_checkpoint(out).config.method == "hvq"
 
 
+def refusal_of(out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """What is said when a resumed run is refused; its folder stays, for its settings are nowhere else."""
+
+    def refused(*args: object, **settings: object) -> None:
+        raise CheckpointError("this does not go on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "fit", refused)
+        told = refusal(capsys, "--resume", str(out))
+    assert (out / "run.json").is_file()
+    return told
+
+
 def test_interrupt_says_how_to_go_on(
     synthetic_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -297,6 +311,7 @@ def test_interrupt_says_how_to_go_on(
     assert main(["train", "--method", "hvq", "--data", data, "--products", "grid", "--out", str(out), *SETS]) == 130
     assert f"andon train --resume {out}" in capsys.readouterr().out
     monkeypatch.undo()
+    assert "not go on" in refusal_of(out, monkeypatch, capsys)
     assert main(["train", "--resume", str(out)]) == 0
     assert read_provenance(out).steps == 4
 
@@ -305,3 +320,19 @@ def test_nothing_held_out(synthetic_data: Path, tmp_path: Path, capsys: pytest.C
     arguments = ["train", "--method", "hvq", "--data", str(synthetic_data), "--products", "grid", "--no-eval"]
     assert main([*arguments, "--out", str(tmp_path / "run"), "--set", "holdout=0", *SETS]) == 0
     assert read_provenance(tmp_path / "run").holdout == () and "no image held out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["hgad", "vpdm"])
+def test_a_product_without_an_image_for_its_constants_is_refused_before_the_training(
+    method: str, synthetic_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copytree(synthetic_data, tmp_path / "data")
+    for image in sorted((data / "grid/train/good").iterdir())[3:]:
+        image.unlink()
+    arguments = ("--method", method, "--data", str(data), "--out", str(tmp_path / "run"), *SETS)
+    told = refusal(capsys, *arguments)
+    assert "no held-out good image of product 'grid'" in told and "3 good training images" in told
+    assert not (tmp_path / "run").exists(), "a refusal leaves no folder, so the command may be given again"
+    if method == "vpdm":
+        assert "score.by_position=false" in told
+        assert main(["train", *arguments, "--set", "score.by_position=false", "--no-eval"]) == 0

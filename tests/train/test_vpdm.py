@@ -274,7 +274,7 @@ def test_scope_is_decided_by_the_images_said_and_kept(
         out = tmp_path / scope
         command = ["train", "--method", "vpdm", "--data", str(synthetic_data), "--no-eval", "--out", str(out)]
         assert main([*command, *settings]) == 0
-        assert f"decided by the number of images: prototypes.scope={scope}\n" in capsys.readouterr().out
+        assert f'decided by the number of images: prototypes.scope="{scope}"\n' in capsys.readouterr().out
         model = load_checkpoint(out)
         assert isinstance(model, Vpdm) and model.config.prototypes.scope == scope
         assert model.prototypes.shape[1] == (152 * 49 if scope == "image" else 152)

@@ -72,6 +72,10 @@ class HgadConfig(MethodConfig):
     score: ScoreConfig = Field(default=ScoreConfig(), description="Scoring")
     betas: tuple[float, float] = Field(default=(0.95, 0.99), description="Adam's decay rates")
 
+    @property
+    def needs_constants(self) -> bool:
+        return True
+
     @model_validator(mode="after")
     def _check(self) -> HgadConfig:
         for level in self.levels:

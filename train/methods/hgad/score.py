@@ -92,14 +92,12 @@ def quantile(values: Sequence[Tensor], q: float) -> float:
 def calibrated(values: Tensor, grid: int, config: ScoreConfig) -> tuple[Tensor, Tensor]:
     """Ceiling m and gain k of a level by position, both [N], from good images: values [images, N], N = grid^2.
 
-    A position's gain is the usual deviation over its own, so that one k (v - m) means as much everywhere.
+    A position's gain is the usual deviation over its own, so that one k (v - m) means as much everywhere; it is 1 for
+    values that are all the same (an entropy may be 0 everywhere).
     """
     if not config.by_position:
         one = torch.ones_like(values[0])
         return one * quantile([values], config.quantile), one
     mean, deviation = position_statistics(values, grid, config.prior, config.spread_prior)
-    residuals = values - mean
-    usual = residuals.square().mean().sqrt()
-    # values that are all the same (an entropy may be 0 everywhere) have no spread to tell positions apart
-    gain = usual / deviation if usual > 0 else torch.ones_like(mean)
-    return mean + quantile([gain * residuals], config.quantile) / gain, gain
+    gain = deviation.square().mean().sqrt() / deviation
+    return mean + quantile([gain * (values - mean)], config.quantile) / gain, gain

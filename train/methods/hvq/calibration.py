@@ -16,7 +16,8 @@ def position_statistics(maps: Tensor, class_ids: Tensor, classes: int, prior: fl
 
     A camera over a station sees the same part of the product at the same place: where good parts vary (an edge, a bus
     bar) a large error means little. The product's mean and variance over all positions count for `prior` more images,
-    so that a few held-out images do not make a position overconfident.
+    so that a few held-out images do not make a position overconfident. hgad and vpdm have statistics of their own
+    (train/byposition.py), with a blur over neighbours; here those were no better on validation.
 
     maps: [n, N]; class_ids: [n]. A product without held-out images gets the statistics of all products.
     """

@@ -95,6 +95,10 @@ class VpdmConfig(MethodConfig):
     sampler: str = Field(default="ddim10", description="Default sampler: see train/methods/vpdm/samplers.py")
     restore_t: int = Field(default=300, gt=0, description="t at which the `restore` sampler enters")
 
+    @property
+    def needs_constants(self) -> bool:
+        return self.score.by_position
+
     def for_images(self, count: int) -> VpdmConfig:
         """`prototypes.scope` auto decided: a prototype of a whole image is a mean of some, or it is no prototype."""
         if self.prototypes.scope != "auto":

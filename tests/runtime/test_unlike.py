@@ -1,0 +1,75 @@
+"""Good images unlike the calibration's: said where chance is excluded, silent where it is not known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from andon.runtime.dataset import Sample
+from andon.runtime.detector import Detector
+from andon.runtime.evaluation import Judged
+from andon.runtime.manifest import Threshold
+from andon.runtime.unlike import unlike_calibration
+
+MakeBundle = Callable[..., Path]
+PROMISE = Threshold(value=0.5, false_alarm_rate=0.05, samples=19)
+
+
+@pytest.fixture
+def detector(make_bundle: MakeBundle) -> Iterator[Detector]:
+    with Detector.open(make_bundle(), backend="onnxruntime", threads=1) as opened:
+        opened.set_threshold("a", PROMISE)
+        yield opened
+
+
+def judged(labels: str, product: str = "a", good: bool = True) -> list[Judged]:
+    """Images of product a; labels: N for NG, O for OK, U for UNKNOWN."""
+    names = {"N": "NG", "O": "OK", "U": "UNKNOWN"}
+    sample = Sample(Path("x.png"), "x", "a", "good" if good else "scratch", "test")
+    return [Judged(sample, names[c], float("inf") if c == "U" else 1.0, product, None) for c in labels]
+
+
+def test_many_alarms_are_said_and_a_few_are_not(detector: Detector) -> None:
+    found = unlike_calibration(detector, judged("N" * 8 + "O" * 2))
+    assert list(found) == ["a"] and "8 of 10 good images are called NG where 5.0% were promised" in found["a"]
+    assert "the 19 of the calibration" in found["a"] and "probability 1e-05" in found["a"]
+    assert "probability below 1e-09" in unlike_calibration(detector, judged("N" * 200))["a"]
+    assert not unlike_calibration(detector, judged("NN" + "O" * 8))
+    assert not unlike_calibration(detector, [])
+
+
+def test_what_is_no_matter_of_the_light_does_not_count(detector: Detector) -> None:
+    assert not unlike_calibration(detector, judged("U" * 30)), "nothing was judged: that is for the table of labels"
+    assert not unlike_calibration(detector, judged("N" * 30, product="b")), "the classifier took them for b"
+    assert not unlike_calibration(detector, judged("N" * 30, good=False)), "alarms on defects are what is wanted"
+    mixed = judged("N" * 6 + "U" * 30) + judged("O" * 30, good=False)
+    assert "6 of 6 good images" in unlike_calibration(detector, mixed)["a"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"samples": 0},  # by hand
+        {"false_alarm_rate": 1.0},
+        {"samples": 5},  # promises less than it says: not conformal
+        {"source": "provisional, from 1 support image, 2026-01-01"},
+    ],
+)
+def test_thresholds_of_which_the_chance_is_not_known_are_left_out(
+    detector: Detector, changes: dict[str, object]
+) -> None:
+    detector.set_threshold("a", PROMISE.model_copy(update=changes))
+    assert not unlike_calibration(detector, judged("N" * 40))
+    detector.set_threshold("a", None)
+    assert not unlike_calibration(detector, judged("N" * 40))
+
+
+def test_programs_with_a_past_are_left_out(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their good images were not scored as the calibration's were, whatever the light."""
+    from andon.runtime import unlike
+    from andon.runtime.manifest import Loop
+
+    loop = Loop(loop="s", count=1, carry={"x": "y"}, init={"y": "state:y"}, persist={"y": "y"})
+    monkeypatch.setattr(unlike, "programs", lambda manifest: {"default": (loop,)})
+    assert not unlike_calibration(detector, judged("N" * 40))
