@@ -29,14 +29,30 @@ from andon.runtime.images import read_rgb
 Image = np.ndarray
 HELD = 0.2
 AT_MOST = 60
+PLAIN = 12.0  # grey levels: deviation of a background that counts as plain
 EACH_KIND_BELOW = 20  # so few held-out images get every kind of defect, others one kind in turn
 
 
-def shape(size: tuple[int, int], rng: np.random.Generator, thin: bool) -> Image:
-    """A soft mask float32 [H, W] in 0..1 of a blob or a scar somewhere in the middle nine tenths."""
-    height, width = size
+def on_part(image: Image) -> Image:
+    """Where a part lies on a plain background, bool [H, W]; everywhere if what borders the image is not plain."""
+    grey = image.mean(-1)
+    rim = max(1, round(0.02 * min(grey.shape)))
+    border = np.concatenate([grey[:rim].ravel(), grey[-rim:].ravel(), grey[:, :rim].ravel(), grey[:, -rim:].ravel()])
+    if border.std() > PLAIN:
+        return np.ones(grey.shape, bool)
+    part = np.abs(cv2.GaussianBlur(grey, (0, 0), 2) - np.median(border)) > 2 * PLAIN
+    return part if part.any() else np.ones(grey.shape, bool)
+
+
+def shape(image: Image, rng: np.random.Generator, thin: bool) -> Image:
+    """A soft mask float32 [H, W] in 0..1 of a blob or a scar on the part, in the middle nine tenths."""
+    size = height, width = image.shape[:2]
     mask = np.zeros(size, np.float32)
-    centre = (int(width * rng.uniform(0.15, 0.85)), int(height * rng.uniform(0.15, 0.85)))
+    part = on_part(image)
+    for _ in range(200):
+        centre = (int(width * rng.uniform(0.15, 0.85)), int(height * rng.uniform(0.15, 0.85)))
+        if part[centre[1], centre[0]]:
+            break
     side = np.sqrt(height * width)
     if thin:
         length, thick = side * rng.uniform(0.12, 0.35), max(2, round(side * rng.uniform(0.008, 0.02)))
@@ -51,7 +67,7 @@ def shape(size: tuple[int, int], rng: np.random.Generator, thin: bool) -> Image:
 
 
 def paste(image: Image, rng: np.random.Generator) -> tuple[Image, Image]:
-    mask = shape(image.shape[:2], rng, thin=False)
+    mask = shape(image, rng, thin=False)
     height, width = mask.shape
     shift = (int(rng.uniform(0.2, 0.8) * height), int(rng.uniform(0.2, 0.8) * width))
     other = np.roll(image, shift, axis=(0, 1)) + 255 * rng.uniform(0.05, 0.2) * rng.choice((-1, 1))
@@ -59,18 +75,18 @@ def paste(image: Image, rng: np.random.Generator) -> tuple[Image, Image]:
 
 
 def scar(image: Image, rng: np.random.Generator) -> tuple[Image, Image]:
-    return image + 255 * rng.uniform(0.08, 0.35) * rng.choice((-1, 1)), shape(image.shape[:2], rng, thin=True)
+    return image + 255 * rng.uniform(0.08, 0.35) * rng.choice((-1, 1)), shape(image, rng, thin=True)
 
 
 def smudge(image: Image, rng: np.random.Generator) -> tuple[Image, Image]:
     blurred = cv2.GaussianBlur(image, (0, 0), 0.02 * np.sqrt(image.shape[0] * image.shape[1]))
-    return blurred + 255 * rng.uniform(0.04, 0.15) * rng.choice((-1, 1)), shape(image.shape[:2], rng, thin=False)
+    return blurred + 255 * rng.uniform(0.04, 0.15) * rng.choice((-1, 1)), shape(image, rng, thin=False)
 
 
 def noise(image: Image, rng: np.random.Generator) -> tuple[Image, Image]:
     small = rng.standard_normal((image.shape[0] // 4 + 1, image.shape[1] // 4 + 1)).astype(np.float32)
     grain = cv2.resize(small, image.shape[1::-1], interpolation=cv2.INTER_CUBIC)[..., None]
-    return image + 255 * rng.uniform(0.08, 0.3) * grain, shape(image.shape[:2], rng, thin=False)
+    return image + 255 * rng.uniform(0.08, 0.3) * grain, shape(image, rng, thin=False)
 
 
 KINDS: dict[str, Callable[[Image, np.random.Generator], tuple[Image, Image]]] = {
