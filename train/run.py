@@ -96,7 +96,7 @@ class Request:
     def withdraw(self) -> None:
         """Leave no folder of a run that was refused before it had anything to keep: the command may be given again."""
         folder = Path(self.folder)
-        if distributed.is_main() and {p.name for p in folder.iterdir()} <= {CONFIG, _REQUEST}:
+        if distributed.is_main() and folder.is_dir() and {p.name for p in folder.iterdir()} <= {CONFIG, _REQUEST}:
             for name in (CONFIG, _REQUEST):
                 (folder / name).unlink(missing_ok=True)
             folder.rmdir()
