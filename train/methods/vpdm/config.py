@@ -92,7 +92,11 @@ class VpdmConfig(MethodConfig):
     diffusion: DiffusionConfig = Field(default=DiffusionConfig(), description="Diffusion")
     denoiser: DenoiserConfig = Field(default=DenoiserConfig(), description="Denoiser")
     score: ScoreConfig = Field(default=ScoreConfig(), description="Scoring")
-    sampler: str = Field(default="ddim10", description="Default sampler: see train/methods/vpdm/samplers.py")
+    sampler: str = Field(
+        default="ddim10",
+        description="Default sampler: see train/methods/vpdm/samplers.py; with score.by_position the one that the score's "
+        "constants are of",
+    )
     restore_t: int = Field(default=300, gt=0, description="t at which the `restore` sampler enters")
 
     @property
