@@ -94,8 +94,8 @@ class VpdmConfig(MethodConfig):
     score: ScoreConfig = Field(default=ScoreConfig(), description="Scoring")
     sampler: str = Field(
         default="ddim10",
-        description="Default sampler: see train/methods/vpdm/samplers.py; with score.by_position the one that the score's "
-        "constants are of",
+        description="Default sampler: see train/methods/vpdm/samplers.py; with score.by_position the score's constants "
+        "are those of this one",
     )
     restore_t: int = Field(default=300, gt=0, description="t at which the `restore` sampler enters")
 
