@@ -146,10 +146,14 @@ def main() -> None:
     parser.add_argument("--graded", type=float, metavar="P", help="elpv: cells graded P instead of synthetic defects")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    if args.graded is not None and args.data != "elpv":
+        parser.error(f"--graded: only elpv has graded cells, not {args.data}")
     data = open_dataset(args.data)
     good = [s for s in data.samples if s.split == "train" and s.good]
     for product in data.products:
         graded = None if args.graded is None else graded_cells(args.graded, product)
+        if graded == []:
+            parser.error(f"--graded {args.graded}: no cell of {product} was graded so; elpv has 0.33 and 0.67")
         product_set([s for s in good if s.product == product], args.out / product, args.train, graded)
     print(open_dataset(args.out).describe())
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from andon.cli import main
 from andon.runtime.bundle import Bundle
+from andon.runtime.dataset import open_dataset
 from andon.runtime.engine.onnxruntime import OnnxRuntimeBackend
 from andon.runtime.program import Program
 from andon.runtime.replay import replay_gate
@@ -123,6 +124,25 @@ def test_eval_says_when_good_images_are_unlike_those_of_the_calibration(
     assert code == 0 and result["unlike"] == ["a"] and "andon calibrate --bundle" in text
     assert "a: 8 of 8 good images are called NG where 5.0% were promised" in text and "b: 8 of 8" not in text
     assert "8 of 8 good images are called NG" in (tmp_path / "r.html").read_text()
+    # What a line recorded was judged with that line's thresholds, so the bundle's promise has no say in it.
+    recorded = [
+        {
+            "id": s.key,
+            "part_id": s.key.removesuffix(".png"),
+            "product": s.product,
+            "label": "NG",
+            "score": 1.0,
+            "threshold": 0.1,
+            "ts_judged": "2026-01-01T00:00:00.000Z",
+            "latency_ms": {"total": 1.0},
+        }
+        for s in open_dataset(str(data)).samples
+        if s.split == "test"
+    ]
+    (tmp_path / "line.jsonl").write_text("".join(json.dumps(v) + "\n" for v in recorded))
+    code, result, text = run(capsys, *arguments, "--verdicts", tmp_path / "line.jsonl")
+    assert code == 0 and result["products"]["a"]["false_alarm_rate"] == 1
+    assert result["unlike"] == [] and "would do that" not in text + (tmp_path / "r.html").read_text()
 
 
 def test_calibrate_refuses_before_it_works_and_says_how_many_images_it_takes(
