@@ -86,7 +86,7 @@ class Walk:
                 stage = self._stage(step.run)
                 inputs = {
                     name: self._read(f"{stage.name}.{name}", source, frame, class_id, values)
-                    for name, source in stage.inputs.items()
+                    for name, source in {**stage.inputs, **step.inputs}.items()
                 }
                 self._store(stage.name, self._run(stage.name, 0, inputs), values)
         return values

@@ -78,6 +78,9 @@ class Run(Model):
     """Run a stage once."""
 
     run: Name = Field(description="Stage name")
+    inputs: dict[str, str] = Field(
+        default={}, description="Stage input -> source in this program instead of the stage's own (its constants)"
+    )
 
 
 class Loop(Model):

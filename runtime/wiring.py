@@ -164,16 +164,18 @@ class _Wiring:
                 self._fail(f"stage {name} occurs twice", name, "each stage at most once in a program")
             seen.add(name)
             stage = self._manifest.stages[name]
-            wired.append(self._run(name, stage) if isinstance(step, Run) else self._loop(name, stage, step))
+            wired.append(self._run(name, stage, step) if isinstance(step, Run) else self._loop(name, stage, step))
             self._produced.update({(name, output): tensor for output, tensor in stage.outputs.items()})
         self._persisted(wired)
         self._outputs()
         return tuple(wired)
 
-    def _run(self, name: str, stage: Stage) -> WiredStep:
+    def _run(self, name: str, stage: Stage, run: Run) -> WiredStep:
+        if unknown := sorted(set(run.inputs) - set(stage.inputs)):
+            self._fail(f"{name} has no input {unknown[0]} to bind", unknown[0], ", ".join(stage.inputs))
         inputs = {}
         for input_name, tensor in stage.inputs.items():
-            source = parse_source(tensor.source)
+            source = parse_source(run.inputs.get(input_name, tensor.source))
             if source.kind in ("carry", "table"):
                 self._fail(f"{name}.{input_name} is a {source.kind} but {name} is run once", "run", "loop")
             self._link(f"{name}.{input_name}", tensor, source)

@@ -18,7 +18,7 @@ from ...runtime.manifest import Loop, Outputs, Run, Step
 from ...train.method import AnomalyModel
 from ...train.methods.vpdm.denoiser import AttentionWeights
 from ...train.methods.vpdm.model import Vpdm
-from ...train.methods.vpdm.samplers import Sampler, coefficients, find_sampler, samplers, time_codes
+from ...train.methods.vpdm.samplers import Sampler, calibrated, coefficients, find_sampler, samplers, time_codes
 from ..stage import StageDef, StagedModel
 
 
@@ -75,7 +75,12 @@ def _state(model: Vpdm) -> dict[str, NDArray[Any]]:
         if sampler.start == "noise":
             empty = torch.zeros_like(model.start)
             state[f"start_t{sampler.times[0]}"] = _float32(model.initial(sampler, empty, empty).numpy())
-    return state | {name: _float32(constant.numpy()) for name, constant in model.usual.items()}
+    return state | {name: _float32(model.get_buffer(name).numpy()) for name in _constants(model)}
+
+
+def _constants(model: Vpdm) -> tuple[str, ...]:
+    """The constants by position of all samplers that have their own."""
+    return tuple(name for sampler in calibrated(model.config) for name in model.usual(sampler))
 
 
 def _tables(model: Vpdm) -> dict[str, NDArray[Any]]:
@@ -86,7 +91,12 @@ def _tables(model: Vpdm) -> dict[str, NDArray[Any]]:
     return tables
 
 
-def _program(sampler: Sampler) -> tuple[Step, ...]:
+def _usual(model: Vpdm, sampler: Sampler) -> dict[str, str]:
+    """Inputs of the score stage that hold constants by position, and their sources."""
+    return {i: f"class:{name}" for i, name in zip(("mean", "deviation"), model.usual(sampler), strict=False)}
+
+
+def _program(model: Vpdm, sampler: Sampler) -> tuple[Step, ...]:
     start = "vpdm_encode.u_restore" if sampler.start == "input" else f"state:start_t{sampler.times[0]}"
     loop = Loop(
         loop="vpdm_step",
@@ -95,16 +105,16 @@ def _program(sampler: Sampler) -> tuple[Step, ...]:
         init={"u": start, "noise": "state:noise"},
         tables={"code": f"code_{sampler.name}", "coef": f"coef_{sampler.name}"},
     )
-    return Run(run="vpdm_encode"), loop, Run(run="vpdm_score")
+    return Run(run="vpdm_encode"), loop, Run(run="vpdm_score", inputs=_usual(model, sampler))
 
 
-def _stages(model: Vpdm) -> tuple[StageDef, ...]:
+def _stages(model: Vpdm, default: Sampler) -> tuple[StageDef, ...]:
     island = (nn.GroupNorm, AttentionWeights)
     kept = [name for name, module in model.step.named_modules() if isinstance(module, island)]
     step = {"u": "carry", "yhat": "vpdm_encode.yhat", "code": "table", "coef": "table", "noise": "carry"}
     encode = {"frame": "frame", "prototypes": "state:prototypes", "prototypes_square": "state:prototypes_square"}
     score = {"x0": "vpdm_encode.x0", "yhat": "vpdm_encode.yhat", "u0": "vpdm_step.u0"}
-    score |= {name: f"class:{name}" for name in model.usual}
+    score |= _usual(model, default)
     return (
         StageDef(
             "vpdm_encode",
@@ -134,14 +144,14 @@ def cut(model: AnomalyModel, options: Mapping[str, Any]) -> StagedModel:
         method="vpdm",
         classes=model.classes,
         preprocess=model.preprocess,
-        stages=_stages(model),
-        program=_program(default),
+        stages=_stages(model, default),
+        program=_program(model, default),
         outputs=Outputs(
             score="vpdm_score.score", map="vpdm_score.map", telemetry={"prototype_weights": "vpdm_encode.weights"}
         ),
         state=_state(model),
-        class_bound=frozenset(model.usual),
+        class_bound=frozenset(_constants(model)),
         tables=_tables(model),
-        alternatives={name: _program(s) for name, s in known.items() if name != default.name},
+        alternatives={name: _program(model, s) for name, s in known.items() if name != default.name},
         constants={"temperature": float(model.temperature)},
     )

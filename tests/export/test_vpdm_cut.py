@@ -51,9 +51,11 @@ def small_model(kind: str = "flat", prediction: str = "v", scope: str = "image",
     model = Vpdm(config, ("a", "b")).eval()
     model.prototypes.data.normal_()
     model.standardize.mean.normal_()
-    if by_position:
-        model.mean.normal_()
-        model.deviation.uniform_(0.5, 2)
+    for name, buffer in model.named_buffers():
+        if name.startswith("mean_"):
+            buffer.normal_()
+        if name.startswith("deviation_"):
+            buffer.uniform_(0.5, 2)
     model.standardize.std.uniform_(0.5, 2)
     for parameter in model.denoiser.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
@@ -67,7 +69,8 @@ def small_model(kind: str = "flat", prediction: str = "v", scope: str = "image",
 def test_every_program_is_the_models_sampler(kind: str, prediction: str, scope: str, by_position: bool) -> None:
     model = small_model(kind, prediction, scope, by_position)
     staged = cut(model, {})
-    assert staged.class_bound == ({"mean", "deviation"} if by_position else set())
+    own = {"restore", "ddim50", "ddim25", "ddim10", "ddim10_t40"} if by_position else set()
+    assert staged.class_bound == {f"{kind}_{sampler}" for kind in ("mean", "deviation") for sampler in own}
     assert set(staged.alternatives) == {"ddpm100", "ddim50", "ddim25", "ddim10", "ddim10_t40"}
     frame = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
     scores = {}

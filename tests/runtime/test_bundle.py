@@ -302,6 +302,8 @@ WIRING: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("shapes or types differ", lambda m: m["stages"]["score"]["inputs"]["u"].update(dtype="float16")),
     ("from the frame: shapes", lambda m: m["preprocess"].update(height=5)),
     ("does not bind its tables", lambda m: m["program"].__setitem__(1, {**LOOP, "loop": "score"})),
+    ("score has no input x to bind", lambda m: m["program"].__setitem__(1, {"run": "score", "inputs": {"x": "frame"}})),
+    ("score.u from state:w", lambda m: m["program"].__setitem__(1, {"run": "score", "inputs": {"u": "state:w"}})),
     ("output score must be a stage's", lambda m: m["outputs"].update(score="frame")),
     ("output map", lambda m: m["outputs"].update(map="score.score")),
     ("output logits has the wrong shape", lambda m: m["outputs"].update(logits="encode.u")),

@@ -134,6 +134,25 @@ def test_program_equals_a_plain_python_loop(
                 np.testing.assert_allclose(program.read_state("v0", c), reference.v0[c], rtol=2e-5, atol=1e-6)
 
 
+def test_a_program_binds_constants_of_its_own(tmp_path: Path) -> None:
+    """One engine, two programs: what a run names in `inputs` is bound instead of the stage's source, for it alone."""
+    encode: dict[str, Any] = {"run": "encode"}
+    path = build(
+        tmp_path / "bundle",
+        stages={"encode": (ENCODE, {"image": "frame"}), "score": (SCORE, {"u": "encode.u"})},
+        program=[encode, {"run": "score"}],
+        alternatives={"other": [encode, {"run": "score", "inputs": {"u": "class:w"}}]},
+        state={"w": STATE["w"]},
+        class_bound=("w",),
+    )
+    bundle = Bundle.load(path)
+    for name, expected in (("default", np.full((2, 3), 0.0)), ("other", STATE["w"][:, 0])):
+        with OnnxRuntimeBackend(threads=1) as backend, Program(bundle, backend, program=name) as program:
+            program.frame[:] = 0
+            for c in (0, 1):
+                np.testing.assert_allclose(program.run(c).map[0], expected[c], atol=1e-6)
+
+
 def test_a_frame_allocates_nothing_in_the_executor(tmp_path: Path) -> None:
     """No tensor and nothing that stays: what a frame leaves behind is bounded by the one Result it returns."""
     bundle = looped(tmp_path / "bundle", 8, persist=True, counter=True, read_old=False)

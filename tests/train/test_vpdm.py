@@ -20,7 +20,15 @@ from andon.train.methods.vpdm.config import DenoiserConfig, VpdmConfig
 from andon.train.methods.vpdm.denoiser import FlatDenoiser, UNet
 from andon.train.methods.vpdm.model import Update, Vpdm, prediction_target, roll
 from andon.train.methods.vpdm.prototypes import initial_prototypes, rms_distance, sinkhorn, temperature_for
-from andon.train.methods.vpdm.samplers import NoiseSchedule, Sampler, coefficients, find_sampler, samplers
+from andon.train.methods.vpdm.samplers import (
+    NoiseSchedule,
+    Sampler,
+    calibrated,
+    coefficients,
+    constants_of,
+    find_sampler,
+    samplers,
+)
 from torch import Tensor
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -406,7 +414,8 @@ def test_calibration_is_the_products_own() -> None:
     features[0::2, :, :, : grid // 2] *= 4
     features[1::2, :, :, grid // 2 :] *= 4
     model.finalize(data)
-    left, right = model.mean[:, 0, :, : grid // 2].mean((1, 2)), model.mean[:, 0, :, grid // 2 :].mean((1, 2))
+    mean = model.get_buffer("mean_restore")[:, 0]
+    left, right = mean[:, :, : grid // 2].mean((1, 2)), mean[:, :, grid // 2 :].mean((1, 2))
     assert left[0] > 1.5 * right[0] and right[1] > 1.5 * left[1]
     with torch.no_grad():
         own = model.score_features(features, data.class_ids).score
@@ -419,11 +428,52 @@ def test_finalize_calibrates_when_asked() -> None:
     for asked in (False, True):
         model = Vpdm(small_config(score={"space": "std", "mode": "max", "by_position": asked}), ("a",))
         model.prepare(data)
+        before = {name: buffer.clone() for name, buffer in constants(model).items()}
         model.finalize(data)
-        assert set(model.usual) == ({"mean", "deviation"} if asked else set())
-        assert all((constant != start).all() for constant, start in zip(model.usual.values(), (0, 1), strict=False))
+        assert bool(before) == asked
+        assert all((buffer != before[name]).all() for name, buffer in constants(model).items())
     with pytest.raises(CalibrationError, match="held-out good image of product 'a'"):
         model.finalize(Data({"features": data.features["features"][:0]}, data.class_ids[:0]))
+
+
+def constants(model: Vpdm) -> dict[str, Tensor]:
+    return {name: b for name, b in model.named_buffers() if name.startswith(("mean_", "deviation_"))}
+
+
+def test_every_sampler_is_scored_by_its_own_constants() -> None:
+    """What one sampler leaves of good images says nothing about another: constants are as if each were alone."""
+    score = {"space": "std", "mode": "max", "by_position": True, "prior": 0, "spread_prior": 0}
+    model = Vpdm(small_config(score=score), ("a",))
+    for parameter in model.denoiser.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    data = feature_data(model, 30)
+    model.prepare(data)
+    model.finalize(data)
+    features, class_ids = data.features["features"], data.class_ids
+    for name in ("restore", "ddim25", "ddim10_t400"):
+        alone = Vpdm(small_config(score=score, sampler=name), ("a",))
+        alone.load_state_dict(model.state_dict(), strict=False)
+        for buffer in constants(alone).values():
+            buffer.fill_(9)
+        alone.finalize(data)
+        sampler = find_sampler(model.config, name)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                model.score_features(features, class_ids, sampler).map, alone.score_features(features, class_ids).map
+            )
+    assert not torch.allclose(model.get_buffer("mean_restore"), model.get_buffer("mean_ddim25"), rtol=0.05)
+
+
+def test_ddpm_has_constants_of_its_own_only_where_it_is_the_configured_sampler() -> None:
+    score = {"space": "std", "by_position": True}
+    for name, expected in (("restore", "ddim50"), ("ddpm1000", "ddpm1000")):
+        config = small_config(score=score, sampler=name)
+        assert constants_of(config, find_sampler(config, "ddpm1000")) == expected
+        model = Vpdm(config, ("a",))
+        own = {buffer.removeprefix("mean_") for buffer in constants(model) if buffer.startswith("mean_")}
+        assert own == {s.name for s in calibrated(config)}
+        assert ("ddpm1000" in own) == (name == "ddpm1000")
+        assert all(buffer in constants(model) for s in samplers(config).values() for buffer in model.usual(s))
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ class ScoreConfig(Config):
     by_position: bool = Field(
         default=False,
         description="Residuals in standard deviations of the product's held-out good images at that position (not in "
-        "the paper); measured with the default sampler",
+        "the paper), after the same sampler",
     )
     prior: float = Field(default=10.0, ge=0, description="by_position: images that the mean over positions counts for")
     spread_prior: float = Field(default=1.0, ge=0, description="by_position: the same for the spread")
@@ -92,11 +92,7 @@ class VpdmConfig(MethodConfig):
     diffusion: DiffusionConfig = Field(default=DiffusionConfig(), description="Diffusion")
     denoiser: DenoiserConfig = Field(default=DenoiserConfig(), description="Denoiser")
     score: ScoreConfig = Field(default=ScoreConfig(), description="Scoring")
-    sampler: str = Field(
-        default="ddim10",
-        description="Default sampler: see train/methods/vpdm/samplers.py; with score.by_position the score's constants "
-        "are those of this one",
-    )
+    sampler: str = Field(default="ddim10", description="Default sampler: see train/methods/vpdm/samplers.py")
     restore_t: int = Field(default=300, gt=0, description="t at which the `restore` sampler enters")
 
     @property

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ....runtime.manifest import Preprocess
 from ...align import AlignedFeatures, Standardize
 from ...byposition import position_statistics
 from ...errors import no_constants
+from ...features import bar_settings
 from ...method import AnomalyModel, Batch, Scores, TrainingData
 from ...scoremap import ScoreMap
 from .config import VpdmConfig
 from .denoiser import build_denoiser
 from .prototypes import Condition, initial_prototypes, rms_distance, sinkhorn, temperature_for
-from .samplers import NoiseSchedule, Sampler, coefficients, find_sampler, time_codes
+from .samplers import NoiseSchedule, Sampler, calibrated, coefficients, constants_of, find_sampler, time_codes
 
 _FEATURE = "features"
 _NOISE_STRIDE = 7919  # prime, so that 1,000 rolls of a tensor never bring a position the same entry twice
@@ -118,8 +120,6 @@ class Vpdm(AnomalyModel):
 
     config: VpdmConfig
     temperature: Tensor
-    mean: Tensor
-    deviation: Tensor
     noise: Tensor
     start: Tensor
     queue: Tensor
@@ -138,9 +138,9 @@ class Vpdm(AnomalyModel):
         self.prototypes = nn.Parameter(torch.zeros(p.count, self.condition.dimension))
         self.step = StepEngine(build_denoiser(channels, grid, config.denoiser))
         self.scoring = ResidualScore(config)
-        if config.score.by_position:
-            self.register_buffer("mean", torch.zeros(len(classes), 1, grid, grid))
-            self.register_buffer("deviation", torch.ones(len(classes), 1, grid, grid))
+        for sampler in calibrated(config) if config.score.by_position else ():
+            self.register_buffer(f"mean_{sampler.name}", torch.zeros(len(classes), 1, grid, grid))
+            self.register_buffer(f"deviation_{sampler.name}", torch.ones(len(classes), 1, grid, grid))
         generator = torch.Generator().manual_seed(config.seed)
         self.register_buffer("noise", torch.randn(1, channels, grid, grid, generator=generator))
         self.register_buffer("start", torch.randn(1, channels, grid, grid, generator=generator))
@@ -164,10 +164,13 @@ class Vpdm(AnomalyModel):
         """(u, yhat, time code) -> prediction."""
         return self.step.denoiser
 
-    @property
-    def usual(self) -> dict[str, Tensor]:
-        """Mean and deviation of good images' norms by product and position, [Y, 1, g, g]; empty if not asked for."""
-        return {"mean": self.mean, "deviation": self.deviation} if self.config.score.by_position else {}
+    def usual(self, sampler: Sampler) -> tuple[str, ...]:
+        """Names of two buffers, [Y, 1, g, g]: mean and deviation of good images' norms by product and position.
+
+        Empty without calibration by position.
+        """
+        own = constants_of(self.config, sampler)
+        return (f"mean_{own}", f"deviation_{own}") if self.config.score.by_position else ()
 
     def conditioned(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Standardised x0, condition yhat (both [B, C, g, g]) and prototype weights of raw features."""
@@ -194,9 +197,10 @@ class Vpdm(AnomalyModel):
 
     def score_features(self, features: Tensor, class_ids: Tensor, sampler: Sampler | None = None) -> Scores:
         """Scores of raw features [B, C, g, g], class_ids [B] int64; sampler: default the configured one."""
+        sampler = sampler or find_sampler(self.config, self.config.sampler)
         x0, yhat, _ = self.conditioned(features)
-        u0 = self.restored(x0, yhat, sampler or find_sampler(self.config, self.config.sampler))
-        usual = (constant[class_ids] for constant in self.usual.values())
+        u0 = self.restored(x0, yhat, sampler)
+        usual = (self.get_buffer(name)[class_ids] for name in self.usual(sampler))
         map_, score = self.scoring(x0, yhat, u0, self.standardize.std, *usual)
         return Scores(map_[:, 0], score)
 
@@ -219,26 +223,34 @@ class Vpdm(AnomalyModel):
 
     @torch.no_grad()
     def finalize(self, holdout: TrainingData) -> None:
-        """What residual is usual where, from held-out good images, if the configuration asks for it.
+        """What residual is usual where after each sampler, from held-out good images, if the configuration asks for it.
 
         Raises:
             CalibrationError: a class has no held-out image.
         """
         if not self.config.score.by_position:
             return
-        sampler, std, c = find_sampler(self.config, self.config.sampler), self.standardize.std, self.config.score
+        c, grid, own = self.config.score, self.config.features.grid, calibrated(self.config)
         norms: list[list[Tensor]] = [[] for _ in self.classes]
-        for batch in holdout.batches(16):
-            x0, yhat, _ = self.conditioned(batch.features[_FEATURE].to(std.device))
-            norm = self.scoring.norm(x0, yhat, self.restored(x0, yhat, sampler), std)
-            for class_id, own in zip(batch.class_ids.tolist(), norm, strict=True):
-                norms[class_id].append(own.flatten())
-        for index, (name, own) in enumerate(zip(self.classes, norms, strict=True)):
-            if not own:
+        with tqdm(total=len(holdout), desc="constants", unit="img", **bar_settings()) as bar:
+            for batch in holdout.batches(16):
+                for class_id, norm in zip(batch.class_ids.tolist(), self._norms(batch, own), strict=True):
+                    norms[class_id].append(norm)
+                bar.update(len(batch.class_ids))
+        for index, (name, of_class) in enumerate(zip(self.classes, norms, strict=True)):
+            if not of_class:
                 raise no_constants(name)
-            found = position_statistics(torch.stack(own), self.config.features.grid, c.prior, c.spread_prior)
-            for constant, values in zip(self.usual.values(), found, strict=True):
-                constant[index] = values.reshape(constant[index].shape)
+            for sampler, values in zip(own, torch.stack(of_class, 1), strict=True):
+                found = position_statistics(values, grid, c.prior, c.spread_prior)
+                for buffer, constant in zip(self.usual(sampler), found, strict=True):
+                    self.get_buffer(buffer)[index] = constant.reshape(1, grid, grid)
+
+    def _norms(self, batch: Batch, of: Sequence[Sampler]) -> Tensor:
+        """Norm of the residual that each sampler leaves, [images, samplers, g^2]."""
+        std = self.standardize.std
+        x0, yhat, _ = self.conditioned(batch.features[_FEATURE].to(std.device))
+        norms = [self.scoring.norm(x0, yhat, self.restored(x0, yhat, sampler), std).flatten(1) for sampler in of]
+        return torch.stack(norms, 1)
 
     def _rows(self, data: TrainingData) -> Iterator[Tensor]:
         for batch in data.batches(64):

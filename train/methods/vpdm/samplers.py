@@ -44,12 +44,14 @@ class Sampler:
 
     times: t of each call, falling. start: `noise` (N(0, (1 - A) I), nothing of the input leaks) or `input` (the
     residual scaled by sqrt(A), no noise). stochastic: DDPM, noise of variance btilde is added; needs steps of 1.
+    like: the sampler whose constants by position serve this one too; none: it has its own.
     """
 
     name: str
     times: tuple[int, ...]
     start: str = "noise"
     stochastic: bool = False
+    like: str | None = None
 
 
 def _quadratic(start: int, count: int) -> tuple[int, ...]:
@@ -63,7 +65,8 @@ def samplers(config: VpdmConfig) -> dict[str, Sampler]:
     truncated = round(0.4 * t)
     listed = (
         Sampler("restore", (config.restore_t,), start="input"),
-        Sampler(f"ddpm{t}", tuple(range(t, 0, -1)), stochastic=True),
+        # Its own constants would take longer than the training: every call on every held-out image.
+        Sampler(f"ddpm{t}", tuple(range(t, 0, -1)), stochastic=True, like="ddim50"),
         Sampler("ddim50", tuple(round(t * (1 - k / 50)) for k in range(50))),
         Sampler("ddim25", _quadratic(t, 25)),
         Sampler("ddim10", _quadratic(t, 10)),
@@ -82,6 +85,16 @@ def find_sampler(config: VpdmConfig, name: str) -> Sampler:
     if name not in known:
         raise ConfigError(f"unknown sampler {name!r}", found=name, expected=", ".join(known))
     return known[name]
+
+
+def constants_of(config: VpdmConfig, sampler: Sampler) -> str:
+    """Name of the sampler whose constants by position a sampler is scored with; the configured one has its own."""
+    return sampler.name if sampler.like is None or sampler.name == config.sampler else sampler.like
+
+
+def calibrated(config: VpdmConfig) -> tuple[Sampler, ...]:
+    """The samplers that have constants by position of their own."""
+    return tuple(s for name, s in samplers(config).items() if constants_of(config, s) == name)
 
 
 def coefficients(sampler: Sampler, config: VpdmConfig) -> Array:
