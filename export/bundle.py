@@ -43,7 +43,6 @@ from ..runtime.manifest import (
     State,
     Table,
     Tensor,
-    Variant,
 )
 from ..runtime.wiring import check
 from .onnx import OPSET, tensor_type
@@ -105,7 +104,7 @@ def new_bundle(target: Path) -> Iterator[Path]:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def save_stage(root: Path, stage: str, variant: Variant, model: onnx.ModelProto) -> str:
+def save_stage(root: Path, stage: str, variant: str, model: onnx.ModelProto) -> str:
     """Write a stage's graph without inferred shapes, which readers infer again; returns its bundle-relative path."""
     name = f"stages/{stage}.{variant}.onnx"
     path = root / name

@@ -32,6 +32,9 @@ BUDGETS: Mapping[Variant, tuple[float | None, ...]] = {
     "fp16": (None, 0.004, 0.0015),
     "int8": (0.08, 0.056, 0.04, 0.028, 0.02),
 }
+#: The same for a stage of an INT8 variant whose weights are stored as INT8 and that computes nothing so: activations
+#: cost most of what INT8 costs, weights weigh most
+STORED_BUDGET = 0.028
 #: Calls of a stage that the error is measured on
 SENSITIVITY_CALLS = 4
 #: Where the graphs that round on the CPU as a GPU does lie while the bundle is built
@@ -51,6 +54,13 @@ class Reduced:
     widened: dict[str, dict[str, Any]] = field(default_factory=dict)
     tried: list[dict[str, Any]] = field(default_factory=list)
 
+    def replace(self, stage: str, other: Reduced) -> None:
+        """Take over what another one knows of a stage's narrow products and constants, which may be nothing."""
+        for kind in ("quantised", "stored", "graphs"):
+            mine, theirs = getattr(self, kind), getattr(other, kind)
+            mine.pop(stage, None)
+            mine |= {name: found for name, found in theirs.items() if name == stage}
+
     def record(self) -> dict[str, Any]:
         """For report.json."""
         return {
@@ -63,6 +73,16 @@ class Reduced:
             "widened": self.widened,
             "tried": self.tried,
         }
+
+
+@dataclass(frozen=True)
+class _Wider:
+    """A stage's entry with a wider file. reduced: what was found out while it was made; None if the file was there."""
+
+    stage: str
+    entry: Stage
+    what: str
+    reduced: Reduced | None = None
 
 
 class Reducer:
@@ -144,24 +164,33 @@ class Reducer:
     ) -> Manifest:
         """Widen stage by stage, always the one that mends most, until the gate passes or nothing is left to widen."""
         while True:
-            wider = self._widest_gain(manifest, variant, full, threshold)
+            wider = self._widest_gain(manifest, variant, full, threshold, reduced)
             if wider is None:
                 break
-            name, files = wider
             reason = f"the decision gate failed in {variant}: " + ", ".join(
                 f"{c.what} {c.value:.3g} (limit {c.limit})" for c in reduced.checks if not c.ok
             )
-            self._say(f"{variant}: stage {name} falls back to {_precision_of(files[variant])}")
-            reduced.fallbacks[name] = reason
-            manifest = _with_files(manifest, name, files, variant, reason)
+            self._say(f"{variant}: stage {wider.stage} falls back to {wider.what}")
+            reduced.fallbacks[wider.stage] = reason
+            reduced.replace(wider.stage, wider.reduced or Reduced())
+            manifest = _with_entry(manifest, wider, variant, reason)
             if self._gate(manifest, variant, None, full, threshold, reduced):
                 break
         return manifest
 
     def _convert(
-        self, stage: StageDef, entry: Stage, variant: Variant, budget: float | None, reduced: Reduced
+        self,
+        stage: StageDef,
+        entry: Stage,
+        variant: Variant,
+        budget: float | None,
+        reduced: Reduced,
+        stored_only: bool = False,
     ) -> Stage:
-        """The stage's entry with a file of this variant, which may be a wider one by design."""
+        """The stage's entry with a file of this variant, which may be a wider one by design.
+
+        stored_only: INT8 is how weights are stored, nothing is computed in it.
+        """
         graph = self._graphs[stage.name]
         ranges = self._ranges[stage.name].nodes if stage.name in self._ranges else {}
         keep = keep_fp32(graph.model, graph.islands, ranges)
@@ -177,7 +206,7 @@ class Reducer:
         if "" in stage.fp32:
             why = "FP32 throughout by design (METHODS.md 6.1)"
         elif variant == "int8" and budget is not None:
-            chosen = self._chosen(stage, keep, budget, reduced)
+            chosen = [] if stored_only else self._chosen(stage, keep, budget, reduced)
             stored = self._stored(stage.name, keep, chosen, budget, reduced)
         half = variant == "int8" and not chosen and not stored
         if variant == "fp16" and budget is not None and not why:
@@ -191,14 +220,14 @@ class Reducer:
             why = why or ("nothing to quantise here: FP16" if half else None)
         else:
             converted = to_int8(graph.model, keep, self._samples[stage.name], chosen, stored)
-            name = "int8"
+            name = "int8w" if stored_only else "int8"
         converted, small = self._small(stage.name, converted, budget, reduced)
         if "" in stage.fp32:
             if not small:
                 return _entry(entry, variant, entry.files["fp32"], len(graph.model.graph.node), why)
             why = f"{why}; its large constants are stored as FP16"
         reduced.graphs[stage.name] = converted
-        file = bundle.save_stage(self._root, stage.name, name, short_names(converted.model))  # type: ignore[arg-type]
+        file = bundle.save_stage(self._root, stage.name, name, short_names(converted.model))
         rounded = self._root / ROUNDED / Path(file).name
         rounded.parent.mkdir(exist_ok=True)
         rounded.write_bytes(simulate(converted.model).SerializeToString())
@@ -295,37 +324,38 @@ class Reducer:
         return manifest.model_copy(update={"stages": stages})
 
     def _widest_gain(
-        self, manifest: Manifest, variant: Variant, full: Scored, threshold: Array
-    ) -> tuple[str, dict[Variant, str]] | None:
+        self, manifest: Manifest, variant: Variant, full: Scored, threshold: Array, reduced: Reduced
+    ) -> _Wider | None:
         """The stage whose next wider file brings the scores near the threshold closest to FP32, or None."""
         frames = self._evidence.labelled
         near = np.argsort(np.abs(full.score - threshold[frames.class_ids]))[:RANKING_FRAMES]
         some, target = frames.select(near), Scored(full.score[near], full.map[near])
-        best: tuple[float, str, dict[Variant, str]] | None = None
-        for name, stage in manifest.stages.items():
-            file = _wider(stage, variant)
-            if file is None:
+        best: tuple[float, _Wider] | None = None
+        for stage in self._staged.stages:
+            wider = self._wider(stage, manifest.stages[stage.name], variant, reduced)
+            if wider is None:
                 continue
-            files: dict[Variant, str] = {**stage.files, variant: file}
-            candidate = _with_files(manifest, name, files, variant, "candidate")
+            candidate = _with_entry(manifest, wider, variant, "candidate")
             rounded = self._with_rounded(candidate, variant)
             left = verify.distance(verify.run_engines(self._root, rounded, variant, some), target)
             if best is None or left < best[0]:
-                best = (left, name, files)
-        return None if best is None else best[1:]
+                best = (left, wider)
+        return None if best is None else best[1]
 
-
-def _precision_of(file: str) -> str:
-    return file.split(".")[-2].upper()
-
-
-def _wider(stage: Stage, variant: Variant) -> str | None:
-    """The next wider file that a stage has: INT8 to FP16 (if it was made) to FP32; None from FP32."""
-    now = stage.files[variant]
-    if now == stage.files["fp32"]:
-        return None
-    half = stage.files.get("fp16")
-    return half if half not in (None, now) else stage.files["fp32"]
+    def _wider(self, stage: StageDef, entry: Stage, variant: Variant, reduced: Reduced) -> _Wider | None:
+        """The next wider file of a stage: INT8 to INT8 weights, to FP16 (if that is made), to FP32; None from FP32."""
+        now = entry.files[variant]
+        if now == entry.files["fp32"]:
+            return None
+        if variant == "int8" and reduced.quantised.get(stage.name, {}).get("nodes"):
+            made = Reduced()
+            weights = self._convert(stage, entry, variant, STORED_BUDGET, made, stored_only=True)
+            if made.stored.get(stage.name, {}).get("int8", {}).get("nodes"):
+                return _Wider(stage.name, weights, "weights stored as INT8, computed in FP16", made)
+        if (half := entry.files.get("fp16")) not in (None, now):
+            return _Wider(stage.name, _entry(entry, variant, half, entry.fp32_nodes.get("fp16", 0), None), "FP16")
+        nodes = len(self._graphs[stage.name].model.graph.node)
+        return _Wider(stage.name, _entry(entry, variant, entry.files["fp32"], nodes, None), "FP32")
 
 
 def _entry(entry: Stage, variant: Variant, file: str, fp32_nodes: int, why: str | None) -> Stage:
@@ -338,7 +368,6 @@ def _entry(entry: Stage, variant: Variant, file: str, fp32_nodes: int, why: str 
     )
 
 
-def _with_files(manifest: Manifest, name: str, files: dict[Variant, str], variant: Variant, why: str) -> Manifest:
-    entry = manifest.stages[name]
-    changed = entry.model_copy(update={"files": files, "fallback": {**entry.fallback, variant: why}})
-    return manifest.model_copy(update={"stages": {**manifest.stages, name: changed}})
+def _with_entry(manifest: Manifest, wider: _Wider, variant: Variant, why: str) -> Manifest:
+    entry = wider.entry.model_copy(update={"fallback": {**wider.entry.fallback, variant: why}})
+    return manifest.model_copy(update={"stages": {**manifest.stages, wider.stage: entry}})

@@ -15,7 +15,8 @@ import onnx
 import pytest
 import torch
 from andon.export import bundle as writing
-from andon.export import verify
+from andon.export import reduce, verify
+from andon.export.command import narrow_lines
 from andon.export.exporter import GateError, Request, export_bundle
 from andon.runtime.bundle import Bundle, read_npz
 from andon.runtime.engine.onnxruntime import OnnxRuntimeBackend
@@ -160,6 +161,47 @@ def test_int8_quantises_the_products(toy: Toy, tmp_path: Path, monkeypatch: pyte
     assert kinds.count("Conv") == 3 and kinds.count("QuantizeLinear") >= 3
     weights = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 4]
     assert len(weights) == 3
+
+
+class Outlier(nn.Module):
+    """Activations that no INT8 tensor can hold (one value is huge and means nothing), weights that it can."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        matrix = torch.eye(64) + 0.05 * torch.rand(64, 64)
+        matrix[0] = 0
+        self.register_buffer("matrix", matrix)
+        self.register_buffer("huge", 2000.0 * (torch.arange(64) == 0))
+
+    def forward(self, frame: torch.Tensor) -> torch.Tensor:
+        x = self.inner(frame)
+        return ((x.reshape(8, 64) + self.huge) @ self.matrix).reshape(x.shape)
+
+
+def test_a_stage_that_cannot_compute_in_int8_still_stores_its_weights_so(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # All products are computed in INT8, which spoils the maps. Verdicts do not count: an untrained toy has no good ones.
+    gate = verify.Gate(flips=1, auroc_drop=1, map_correlation=0.98, rank_correlation=0.9)
+    monkeypatch.setattr(verify, "GATES", {"fp16": verify.GATES["fp16"], "int8": gate})
+    monkeypatch.setitem(reduce.BUDGETS, "int8", (1e9,))
+    module = Outlier(toy.model.encode)
+    toy.model.encode = module  # type: ignore[assignment]
+    result = export(toy.with_stage("encode", module=module, tolerance=1e-3), tmp_path / "b", "fp16", "int8")
+    stage, entry = result.manifest.stages["encode"], result.report["variants"]["int8"]
+    assert stage.files["int8"] == "stages/encode.int8w.onnx" and "decision gate" in stage.fallback["int8"]
+    assert not (tmp_path / "b" / "stages" / "encode.int8.onnx").exists()
+    model = onnx.load(str(tmp_path / "b" / stage.files["int8"]))
+    assert "QuantizeLinear" not in {node.op_type for node in model.graph.node}
+    assert [t.data_type for t in model.graph.initializer if t.dims == [64, 64]] == [onnx.TensorProto.INT8]
+    assert entry["stored"]["encode"]["int8"]["nodes"] == 1 and "encode" not in entry["quantised"]
+    assert [attempt["fallbacks"] for attempt in entry["tried"]] == [[], ["encode"]]
+    lines = [line for line in narrow_lines(result.manifest, result.report["variants"]) if "int8: stage encode" in line]
+    assert any("stores the weights of 1 of" in line for line in lines) and any("fell back" in line for line in lines)
+    assert not any("computes" in line for line in lines)
+    with OnnxRuntimeBackend(threads=1) as backend, Program(Bundle.load(tmp_path / "b"), backend, "int8") as program:
+        assert np.isfinite(program.run(0).score)
 
 
 def test_an_existing_target_is_refused(toy: Toy, tmp_path: Path) -> None:
