@@ -182,7 +182,7 @@ class Outlier(nn.Module):
 def test_a_stage_that_cannot_compute_in_int8_still_stores_its_weights_so(
     toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # All products are computed in INT8, which spoils the maps. Verdicts do not count: an untrained toy has no good ones.
+    # All products are computed in INT8, which spoils the maps; verdicts do not count: an untrained toy has none.
     gate = verify.Gate(flips=1, auroc_drop=1, map_correlation=0.98, rank_correlation=0.9)
     monkeypatch.setattr(verify, "GATES", {"fp16": verify.GATES["fp16"], "int8": gate})
     monkeypatch.setitem(reduce.BUDGETS, "int8", (1e9,))
