@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     selected = next((a for a in arguments if not a.startswith("-")), None)
     as_json = "--json" in arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):  # like stderr: a file name that is no UTF-8 must not end a command
+        sys.stdout.reconfigure(errors="backslashreplace")
     from .runtime.errors import AndonError
 
     try:

@@ -6,6 +6,8 @@ import os
 import socket
 from collections.abc import Mapping
 
+from .verdict import readable
+
 
 class Notifier:
     """Sends to the socket that systemd names in NOTIFY_SOCKET.
@@ -45,4 +47,4 @@ class Notifier:
         if not self._address:
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notify:
-            notify.sendto(text.encode(), self._address)
+            notify.sendto(readable(text).encode(), self._address)

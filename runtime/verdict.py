@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ _CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 _VALUES = {character: value for value, character in enumerate(_CROCKFORD)}
 _FRESH = b'"replayed":false}'
 _REPLAYED = b'"replayed":true}'
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Ids:
@@ -93,13 +95,32 @@ def number(value: float | None) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def readable(text: str) -> str:
+    r"""The text with escapes in place of what UTF-8 has no form for, so that it can be written, sent and read.
+
+    Python gives such characters (lone surrogates) to a file name that is not UTF-8: a Latin-1 ``Geh\xe4use`` becomes
+    those ten characters, and two names stay two.
+    """
+    return _SURROGATE.sub(lambda found: _escaped(found[0]), text)
+
+
+def _escaped(surrogate: str) -> str:
+    code = ord(surrogate)
+    byte = code - 0xDC00  # surrogateescape (PEP 383) keeps the bytes 0x80 to 0xff of a name there
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else f"\\u{code:04x}"
+
+
 def dumps(document: Mapping[str, Any]) -> bytes:
-    """Compact UTF-8 JSON.
+    """Compact UTF-8 JSON; every payload becomes bytes here. Text from outside is made :func:`readable` where need be.
 
     Raises:
         ValueError: a number is NaN or infinite.
     """
-    return json.dumps(document, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
+    text = json.dumps(document, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+    try:
+        return text.encode()
+    except UnicodeEncodeError:  # inside a JSON string, where the backslash is itself escaped
+        return _SURROGATE.sub(lambda found: "\\" + _escaped(found[0]), text).encode()
 
 
 def encode(document: Mapping[str, Any]) -> bytes:

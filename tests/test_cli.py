@@ -64,6 +64,13 @@ def test_on_a_device_the_workstations_commands_say_what_is_missing(arguments: li
     assert "andon[workstation]" in last_line(done.stdout)["next"] and "is not installed" in done.stderr
 
 
+def test_a_path_that_is_no_utf8_is_printed_all_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = tmp_path / "line.yaml"
+    line.write_text("{site: s, line: l, station: t, broker: null, cameras: {cam0: {source: {kind: test}}}}")
+    assert cli.main(["check", "--config", str(line), "--bundle", str(tmp_path / "Geh\udce4use")]) == 1
+    assert "there is no bundle at" in (said := capsys.readouterr().out) and "Geh" in said
+
+
 def test_the_operating_systems_refusal_is_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("in the way")
     arguments = ["train", "--method", "knn", "--data", "elpv", "--out", str(tmp_path / "file" / "run"), "--json"]

@@ -21,7 +21,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
 from ..errors import AndonError
-from ..verdict import dumps, timestamp
+from ..verdict import dumps, readable, timestamp
 from .session import MAX_COMMAND
 
 log = logging.getLogger("andon.commands")
@@ -136,9 +136,8 @@ class Commands:
         try:
             self._queue.put_nowait(_Job(camera, name, identifier, arguments, reply))
         except queue.Full:
-            self._finish(
-                _Job(camera, name, identifier, arguments, reply), "failed", "busy", f"{_WAITING} commands wait"
-            )
+            answer = _failure(camera, name, identifier, "busy", f"{_WAITING} commands wait")
+            self._finish(_Job(camera, name, identifier, arguments, reply), "failed", answer)
 
     def _parse(self, name: str, payload: bytes, retained: bool) -> tuple[str | None, dict[str, Any]]:
         if name not in COMMANDS:
@@ -159,6 +158,13 @@ class Commands:
                 found=f"{where}: {problem.message}"[:300],
                 next_step=f"see configs/schema/command.json, $defs/{name}",
             )
+        for field, value in document.items():
+            if isinstance(value, str) and readable(value) != value:
+                raise AndonError(
+                    "the command's text cannot be sent on",
+                    found=f"{field}: {readable(value)}, half of a surrogate pair",
+                    next_step="send UTF-8, or both \\u escapes of the character",
+                )
         arguments = {field: value for field, value in document.items() if field not in ("schema", "id")}
         return document.get("id"), arguments
 
@@ -178,35 +184,29 @@ class Commands:
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:
-            handler = self._handlers.get(job.name)
-            if handler is None:
-                self._finish(job, "failed", "this line does not take that command", job.name)
-                continue
             try:
-                result = handler(job.camera, job.arguments)
-            except AndonError as error:
-                self._finish(job, "failed", error.what, error.found, error.next_step)
-            except Exception as error:  # a handler's defect must not end the line's only command thread
-                log.exception("command %s of %s failed", job.name, job.camera)
-                self._finish(job, "failed", "internal error", f"{type(error).__name__}: {error}")
-            else:
-                log.info("command %s of %s done: %s", job.name, job.camera, job.arguments)
-                self._finish(job, "done", result=result or {})
+                self._finish(job, *self._execute(job))
+            except Exception:  # nothing that a command brings may end the line's only command thread
+                log.exception("command %s of %s cannot be answered", job.name, job.camera)
 
-    def _finish(
-        self,
-        job: _Job,
-        outcome: str,
-        error: str | None = None,
-        found: object = None,
-        next_step: str | None = None,
-        *,
-        result: Mapping[str, Any] | None = None,
-    ) -> None:
-        if error is None:
-            answer = _answer(job.camera, job.name, job.id, ok=True, result=dict(result or {}))
-        else:
-            answer = _failure(job.camera, job.name, job.id, error, found, next_step)
+    def _execute(self, job: _Job) -> tuple[str, bytes]:
+        """Outcome and answer."""
+        where = (job.camera, job.name, job.id)
+        handler = self._handlers.get(job.name)
+        if handler is None:
+            return "failed", _failure(*where, "this line does not take that command", job.name)
+        try:
+            result = handler(job.camera, job.arguments)
+            answer = _answer(*where, ok=True, result=dict(result or {}))
+        except AndonError as error:
+            return "failed", _failure(*where, error.what, error.found, error.next_step)
+        except Exception as error:
+            log.exception("command %s of %s failed", job.name, job.camera)
+            return "failed", _failure(*where, "internal error", f"{type(error).__name__}: {error}")
+        log.info("command %s of %s done: %s", job.name, job.camera, job.arguments)
+        return "done", answer
+
+    def _finish(self, job: _Job, outcome: str, answer: bytes) -> None:
         if job.id is not None:
             with self._lock:
                 self._seen[job.camera, job.name, job.id] = answer

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..verdict import readable
 from . import charts, page
 from .gallery import pair
 
@@ -157,5 +158,5 @@ def render(e: Evaluation, look: Look | None = None, each: int = 4) -> str:
 def write(e: Evaluation, path: Path, look: Look | None = None, each: int = 4) -> Path:
     """Render and write the report; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(e, look, each), encoding="utf-8")
+    path.write_text(readable(render(e, look, each)), encoding="utf-8")
     return path

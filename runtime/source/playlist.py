@@ -11,12 +11,13 @@ from ..dataset import open_dataset
 from ..errors import SourceError
 from ..images import IMAGE_SUFFIXES, on_disk, read_rgb
 from ..lineconfig import DatasetSource, FolderSource
+from ..verdict import readable
 from .base import EndOfSource, Shot
 
 
 @dataclass(frozen=True)
 class Part:
-    """One image file and whose picture it is."""
+    """One image file and whose picture it is. part_id, product: readable, though the file's name may not be UTF-8."""
 
     path: Path
     part_id: str
@@ -33,7 +34,10 @@ def parts(config: FolderSource | DatasetSource) -> list[Part]:
         samples = open_dataset(config.data).select(split=config.split).samples
         if config.limit is not None and config.limit < len(samples):
             samples = tuple(samples[index * len(samples) // config.limit] for index in range(config.limit))
-        found = [Part(sample.path, Path(sample.key).with_suffix("").as_posix(), sample.product) for sample in samples]
+        found = [
+            Part(sample.path, readable(Path(sample.key).with_suffix("").as_posix()), readable(sample.product))
+            for sample in samples
+        ]
         where = f"data set {config.data}, split {config.split}"
     else:
         root = config.path
@@ -44,7 +48,7 @@ def parts(config: FolderSource | DatasetSource) -> list[Part]:
                 expected="a folder of images",
                 next_step="name an existing folder of images as source.path",
             )
-        found = [Part(path, path.stem) for path in sorted(root.glob(config.pattern)) if on_disk(path)]
+        found = [Part(path, readable(path.stem)) for path in sorted(root.glob(config.pattern)) if on_disk(path)]
         where = f"{root} with pattern {config.pattern}"
         if config.watch:
             return found

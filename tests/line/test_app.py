@@ -84,6 +84,24 @@ def test_parts_of_a_folder_become_verdicts_on_mqtt(
     assert consumer.of("status", "cam0")[0]["state"] == "online"
 
 
+def test_a_file_name_in_latin_1_costs_the_line_nothing(
+    tmp_path: Path, bundle: Path, broker: EmbeddedBroker, consumer: Any, make_images: Any, make_line: Any
+) -> None:
+    folder = make_images(tmp_path / "parts", [10, 200, 30])
+    (folder / "part001.png").rename(folder / os.fsdecode(b"part001-Geh\xe4use.png"))
+    cameras = {"cam0": {"source": {"kind": "folder", "path": str(folder)}, "product": "mono", "drop": "block"}}
+    line = make_line(cameras, bundle=str(bundle), broker=at(broker), evidence={}, alarm={"k": 1, "n": 1})
+    finish(andon_run(line, "--until-end"))
+    verdicts = consumer.wait_for("verdict", 3)
+    assert [each["part_id"] for each in verdicts] == ["part000", r"part001-Geh\xe4use", "part002"]
+    assert [each["label"] for each in verdicts] == ["OK", "NG", "OK"]
+
+    def details() -> list[str]:
+        return [alarm["event"]["detail"] for alarm in consumer.of("alarm") if alarm["event"]]
+
+    consumer.until(lambda: any(r"last part part001-Geh\xe4use" in detail for detail in details()))
+
+
 @pytest.mark.parametrize(
     ("shades", "thresholds", "found", "following"),
     [

@@ -189,6 +189,12 @@ def test_without_systemd_nothing_is_sent() -> None:
     notifier.ready("up")
 
 
+def test_a_status_that_names_a_file_in_latin_1_is_sent(systemd: Systemd) -> None:
+    notifier = Notifier({"NOTIFY_SOCKET": str(systemd.path)})
+    notifier.status("cam0: no folder Geh\udce4use")
+    assert systemd.listen(5, "STATUS") == [{"STATUS": r"cam0: no folder Geh\xe4use"}]
+
+
 def test_watchdog_is_for_this_process_only(systemd: Systemd) -> None:
     environment = {"NOTIFY_SOCKET": str(systemd.path), "WATCHDOG_USEC": "4000000"}
     assert Notifier({**environment, "WATCHDOG_PID": str(os.getpid())}).watchdog_interval == 2.0

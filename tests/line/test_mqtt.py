@@ -294,12 +294,44 @@ def test_command_repeated_by_id_is_answered_but_not_executed(commanded: Any) -> 
         ("selfdestruct", b"{}", "unknown command"),
         ("product", b'{"product":"cat"}', "no such product"),
         ("rebuild", b"", "internal error"),
+        ("trigger", rb'{"part_id":"A-\ud800"}', "text cannot be sent on"),
+        ("acknowledge", rb'{"id":"\udc00"}', "text cannot be sent on"),
+        ("acknowledge", b'{"by":"\xed\xa0\x80"}', "text cannot be sent on"),
+        ("acknowledge", rb'{"\ud83d":1}', "schema"),
+        ("trigger", rb'{"part_id":"\ud83d\ude00","part":1}', "schema"),
     ],
 )
 def test_command_that_fails_is_answered_with_the_reason(commanded: Any, name: str, payload: bytes, says: str) -> None:
     (answer,) = commanded(name, payload)
     validate(answer)
     assert not answer["ok"] and says in answer["error"] and commanded.calls == []
+
+
+@pytest.mark.parametrize("result", [{"score": float("nan")}, {"engine": object()}])
+def test_a_result_that_cannot_be_said_does_not_end_the_commands(
+    line: Any, consumer: Any, broker: EmbeddedBroker, base: str, result: dict[str, Any]
+) -> None:
+    with line(broker.port, acknowledge=lambda camera, arguments: result, trigger=lambda *_: {"done": True}) as running:
+        assert running.delivery.wait_connected(10)
+        for name, payload in (("acknowledge", b'{"id":"1"}'), ("trigger", b'{"id":"2","part_id":"A"}')):
+            consumer.client.publish(f"{base}/cam0/cmd/{name}", payload, 1)
+        consumer.wait_for("result", 2)
+    answers = {answer["id"]: (answer["ok"], answer["error"]) for answer in consumer.of("result")}
+    assert answers == {"1": (False, "internal error"), "2": (True, None)}
+
+
+def test_an_answer_that_cannot_be_sent_does_not_end_the_commands() -> None:
+    answered = threading.Event()
+
+    def away(name: str, answer: bytes) -> None:
+        raise OSError("no connection")
+
+    commands = Commands({"rebuild": lambda *_: {}})
+    commands.start()
+    commands.receive("cam0", "rebuild", b"", False, away)
+    commands.receive("cam0", "rebuild", b"", False, lambda name, answer: answered.set())
+    assert answered.wait(20)
+    commands.stop()
 
 
 def test_retained_command_is_refused(

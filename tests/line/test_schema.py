@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from andon.runtime import types
 from andon.runtime.types import Region, Verdict
-from andon.runtime.verdict import Ids, decode_id, encode_id, mark_replayed, payload, timestamp
+from andon.runtime.verdict import Ids, decode_id, dumps, encode_id, mark_replayed, payload, readable, timestamp
 from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator, FormatChecker, ValidationError
@@ -78,7 +78,7 @@ numbers = st.floats(allow_nan=True, allow_infinity=True)
     threshold=st.none() | numbers,
     peak=numbers,
     latency=numbers,
-    part=st.none() | st.text(max_size=30),
+    part=st.none() | st.text(st.characters(codec=None, categories=None), max_size=30),
     zone=st.integers(-14, 14),
 )
 def test_any_verdict_is_json_and_can_be_marked(
@@ -92,16 +92,25 @@ def test_any_verdict_is_json_and_can_be_marked(
         threshold=threshold,
         regions=(Region((0, 0, 1, 1), 1, peak),),
         latency_ms={"total": abs(latency)},
-        part_id=None if part is None else part.encode("utf-8", "replace").decode(),
+        part_id=part,
         ts_capture=moment,
     )
     fresh = payload(verdict)
-    assert b"NaN" not in fresh.replace(json.dumps(verdict.part_id, ensure_ascii=False).encode(), b"")
+    assert b"NaN" not in fresh.replace(json.dumps(part and readable(part), ensure_ascii=False).encode(), b"")
     document = json.loads(fresh, parse_constant=lambda name: pytest.fail(name))
+    assert document["part_id"] == (part and readable(part))
     validator("verdict").validate(document)
     assert datetime.fromisoformat(document["ts_capture"].replace("Z", "+00:00")) == moment
     marked = mark_replayed(fresh)
     assert json.loads(marked) == {**document, "replayed": True} and mark_replayed(marked) == marked
+
+
+def test_text_that_is_no_unicode_stays_readable_and_unique() -> None:
+    names = [name.decode("utf-8", "surrogateescape") for name in (b"Geh\xe4use", b"Geh\xe5use", "Gehäuse".encode())]
+    assert [readable(name) for name in names] == [r"Geh\xe4use", r"Geh\xe5use", "Gehäuse"]
+    assert readable("A-\ud83d") == r"A-\ud83d" and readable("A-\U0001f600") == "A-\U0001f600"
+    keyed = {"\udce4": ["\udce4", "\\", '"']}
+    assert json.loads(dumps(keyed)) == {r"\xe4": [r"\xe4", "\\", '"']}
 
 
 def test_time_without_zone_is_refused() -> None:

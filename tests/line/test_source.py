@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -97,6 +98,18 @@ def test_a_data_set_brings_its_products(tmp_path: Path, make_images: Callable[..
     assert shots[0].part_id == "bolt/test/good/part000"
     assert len({shot.part_id for shot in shots}) == 6
     assert len(list(play(camera({"kind": "dataset", "data": str(tmp_path), "limit": 4})))) == 4
+
+
+def test_names_that_are_no_utf8_give_parts_of_their_own(tmp_path: Path, make_images: Callable[..., Path]) -> None:
+    """As a PLC or an old Windows share writes them."""
+    folder = make_images(tmp_path / "nut" / "good", [10, 20, 30, 40, 50])
+    for index, name in enumerate((b"Geh\xe4use.png", b"Geh\xe5use.png")):
+        (folder / f"part{index:03d}.png").rename(folder / os.fsdecode(name))
+    expected = {r"Geh\xe4use", r"Geh\xe5use", "part002", "part003", "part004"}
+    assert {shot.part_id for shot in play(camera({"kind": "folder", "path": folder}))} == expected
+    dataset = {"kind": "dataset", "data": str(tmp_path), "split": "train"}
+    shots = list(play(camera(dataset))) + list(play(camera({**dataset, "split": "test"})))
+    assert {shot.part_id for shot in shots} == {f"nut/good/{name}" for name in expected}
 
 
 @pytest.mark.parametrize("player", ["direct", "gstreamer"])

@@ -82,7 +82,8 @@ def test_report_is_one_well_formed_file(tmp_path) -> None:
     mask = np.zeros((50, 70), np.uint8)
     mask[10:20, 10:20] = 255
     e = Evaluation(
-        "hvq <on> tile", "lead & more", _parts(), {"tile": {"image_AUROC": 0.9, "pixel_AUROC": None}}, {"tile": 2.8},
+        "hvq <on> tile", "lead & more", [*_parts(), Part("Geh\udce4use", "tile", "crack", 99.0, "NG")],
+        {"tile": {"image_AUROC": 0.9, "pixel_AUROC": None}}, {"tile": 2.8},
         stage_ms={"encode": 3.0}, tiles=[("0.9", "AUROC")], facts=[("bundle", "x")],
     )  # fmt: skip
     path = write(
@@ -94,4 +95,5 @@ def test_report_is_one_well_formed_file(tmp_path) -> None:
     assert parser.stack == []
     assert parser.fetched == []
     assert "&lt;on&gt;" in text and "<on>" not in text
+    assert r"Geh\xe4use" in text, "a file whose name is no UTF-8"
     assert text.count("<figure>") >= 8
