@@ -132,6 +132,7 @@ class LineApp:
             require_products(self.config, bundle)
             self.overrides = Overrides(self.folder)
             stack.callback(self.overrides.close)
+            self.state.section("overrides", self.overrides.describe)
             outbox = self.config.outbox
             self.outbox = stack.enter_context(
                 Outbox(

@@ -147,6 +147,7 @@ class Judge:
         self._smooth: dict[str, _Smooth] = {}
         self._trouble: dict[str, str] = {}
         self._memory_trouble = ""
+        overrides.use(detector.bundle, detector.program.name)
         self.configure(cameras, settings)
 
     def configure(self, cameras: Mapping[str, CameraConfig], settings: JudgeConfig) -> None:
@@ -168,8 +169,11 @@ class Judge:
     def set_threshold(self, product: str, value: float | None, by: str | None = None) -> dict[str, float | None]:
         """Override a product's threshold, or take the override back with None; kept over restarts and audited.
 
+        It is for this model and program only; a new calibration does not change it.
+
         Raises:
             ProductError: unknown product.
+            ConfigError: it cannot be written; nothing has changed.
         """
         self.detector.bundle.class_index(product)
         before = self.threshold(product)
@@ -182,7 +186,7 @@ class Judge:
 
         Raises:
             ProductError: unknown product.
-            ConfigError: no such camera.
+            ConfigError: no such camera, or it cannot be written; nothing has changed.
         """
         if camera not in self._cameras:
             raise ConfigError(f"no camera '{camera}'", found=camera, expected=", ".join(self._cameras))

@@ -4,21 +4,40 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from ..calib.snapshots import AuditLog, write_atomic
+from .bundle import Bundle
 from .errors import ConfigError
 from .verdict import timestamp
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class ThresholdOverride:
+    """A threshold and whose scores it is about.
+
+    model: :attr:`Bundle.model_id`, which a new calibration keeps. program: its name. Both None in files of earlier
+    versions, which say neither: such a number fits no model.
+    """
+
+    value: float
+    model: str | None = None
+    program: str | None = None
+
+
 class Overrides:
     """Small, written whole and atomically at each change; the audit trail is ``audit.jsonl`` beside it.
 
-    Read on the judging thread, changed there too (commands run between frames).
+    A threshold is a number on the scale of one model's scores. It is in force for the model and program it was set for
+    (:meth:`use` says which runs) and rests under any other, where it could call every part OK.
+
+    Read on the judging thread, changed there too (commands run between frames); :meth:`describe` on any thread.
     """
 
     def __init__(self, folder: Path):
@@ -38,55 +57,136 @@ class Overrides:
                 expected="a folder that this user may write",
                 next_step="set 'state' in the line configuration, or $STATE_DIRECTORY",
             ) from error
-        self._thresholds: dict[str, float] = {}
-        self._products: dict[str, str] = {}
+        # Replaced, never changed: other threads read them, and a change that cannot be written must not be in force.
+        self._thresholds: Mapping[str, ThresholdOverride] = {}
+        self._products: Mapping[str, str] = {}
+        self._model: str | None = None
+        self._program: str | None = None
         if self._path.exists():
             self._load()
 
     @property
     def thresholds(self) -> MappingProxyType[str, float]:
-        """Product -> threshold."""
-        return MappingProxyType(self._thresholds)
+        """Product -> threshold, of those in force."""
+        return MappingProxyType({name: each.value for name, each in self._thresholds.items() if self._fits(each)})
 
     @property
     def products(self) -> MappingProxyType[str, str]:
         """Camera -> product."""
-        return MappingProxyType(self._products)
+        return MappingProxyType(dict(self._products))
+
+    def use(self, bundle: Bundle, program: str) -> None:
+        """Say whose scores are judged from now on: at the start and after a rebuild.
+
+        Thresholds that were set for another model or program rest until those run again, or until the command
+        `threshold` replaces them or takes them back. Each is logged as an error and audited.
+        """
+        self._model, self._program = bundle.model_id, program
+        for product, override in self._thresholds.items():
+            if self._fits(override):
+                entry = bundle.threshold(product, program)
+                calibrated = "none" if entry is None else f"{entry.value:g}"
+                log.warning(
+                    "threshold of %s is overridden by an earlier command: %g (calibrated: %s); a new calibration of "
+                    "this model does not change that, the command threshold with null does",
+                    product, override.value, calibrated,
+                )  # fmt: skip
+            else:
+                was = f"model {override.model}, program {override.program}" if override.model else "no named model"
+                why = f"set for {was}; this is model {bundle.model_id}, program {program}"
+                log.error(
+                    "threshold %g of %s by command is ignored: %s; send the command again if it is meant for this "
+                    "model, or with null to forget it",
+                    override.value, product, why,
+                )  # fmt: skip
+                self._note("threshold ignored", product, override.value, None, None, why=why)
+
+    def describe(self) -> dict[str, Any]:
+        """What is overridden, as plain JSON values; thresholds with `in_force`."""
+        thresholds, products = self._thresholds, self._products
+        return {
+            "thresholds": {name: {**asdict(each), "in_force": self._fits(each)} for name, each in thresholds.items()},
+            "products": dict(products),
+        }
 
     def set_threshold(self, product: str, value: float | None, before: float | None, by: str | None) -> None:
-        """Override a product's threshold; None takes the override back. `before` is the one in force until now."""
-        self._change("threshold", self._thresholds, product, value, before, by)
+        """Override a product's threshold for the model in use; None takes the override back, whatever model it is of.
+
+        before: the threshold in force until now.
+
+        Raises:
+            ConfigError: it cannot be written; then nothing has changed.
+        """
+        thresholds = {name: each for name, each in self._thresholds.items() if name != product}
+        if value is not None:
+            thresholds[product] = ThresholdOverride(value, self._model, self._program)
+        self._save(f"threshold of {product}", thresholds, self._products)
+        log.warning("threshold of %s: %s -> %s (by %s)", product, before, value, by or "unknown")
+        self._note("threshold", product, before, value, by, model=self._model, program=self._program)
 
     def set_product(self, camera: str, product: str | None, before: str, by: str | None) -> None:
-        """Change the product a camera expects; None goes back to the configuration's."""
-        self._change("product", self._products, camera, product, before, by)
+        """Change the product a camera expects; None goes back to the configuration's.
+
+        Raises:
+            ConfigError: it cannot be written; then nothing has changed.
+        """
+        products = {name: each for name, each in self._products.items() if name != camera}
+        if product is not None:
+            products[camera] = product
+        self._save(f"product of {camera}", self._thresholds, products)
+        log.warning("product of %s: %s -> %s (by %s)", camera, before, product, by or "unknown")
+        self._note("product", camera, before, product, by)
 
     def close(self) -> None:
         """Close the audit trail."""
-        self._audit.sync()
-        self._audit.close()
+        try:
+            self._audit.sync()
+            self._audit.close()
+        except OSError as error:
+            log.error("the audit trail %s is not complete: %s", self._audit.path, error)
 
-    def _change(self, what: str, table: dict[str, Any], key: str, value: Any, before: Any, by: str | None) -> None:
-        if value is None:
-            table.pop(key, None)
-        else:
-            table[key] = value
-        content = {"thresholds": self._thresholds, "products": self._products}
-        write_atomic(self._path, json.dumps(content, indent=1, sort_keys=True).encode())
-        self._audit.write({"ts": timestamp(), "what": what, "of": key, "before": before, "now": value, "by": by})
-        self._audit.sync()
-        log.warning("%s of %s: %s -> %s (by %s)", what, key, before, value, by or "unknown")
+    def _fits(self, override: ThresholdOverride) -> bool:
+        return override.model is not None and (override.model, override.program) == (self._model, self._program)
+
+    def _save(self, what: str, thresholds: Mapping[str, ThresholdOverride], products: Mapping[str, str]) -> None:
+        content = {"thresholds": {name: asdict(each) for name, each in thresholds.items()}, "products": products}
+        try:
+            write_atomic(self._path, json.dumps(content, indent=1, sort_keys=True).encode())
+        except OSError as error:
+            raise ConfigError(
+                f"the {what} stays as it was: {self._path} cannot be written",
+                found=error,
+                expected="space and permission in the state folder",
+                next_step=f"make room in {self._path.parent}, then send the command again",
+            ) from error
+        self._thresholds, self._products = thresholds, products
+
+    def _note(self, what: str, key: str, before: Any, now: Any, by: str | None, **more: Any) -> None:
+        """Audit what has happened already: the answer must not say otherwise because the trail cannot be written."""
+        entry = {"ts": timestamp(), "what": what, "of": key, "before": before, "now": now, "by": by, **more}
+        try:
+            self._audit.write(entry)
+            self._audit.sync()
+        except OSError as error:
+            log.error("the audit trail %s cannot be written: %s", self._audit.path, error)
 
     def _load(self) -> None:
         try:
             content = json.loads(self._path.read_bytes())
-            self._thresholds = {str(k): float(v) for k, v in content["thresholds"].items()}
+            self._thresholds = {str(name): _threshold(entry) for name, entry in content["thresholds"].items()}
             self._products = {str(k): str(v) for k, v in content["products"].items()}
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             aside = self._path.with_suffix(".damaged")
             self._path.replace(aside)
             self._thresholds, self._products = {}, {}
             log.error("%s is damaged (%s) and set aside as %s: nothing is overridden", self._path, error, aside.name)
-        for kind, table in (("threshold", self._thresholds), ("product", self._products)):
-            for key, value in table.items():
-                log.warning("%s of %s is overridden by an earlier command: %s", kind, key, value)
+        for camera, product in self._products.items():
+            log.warning("product of %s is overridden by an earlier command: %s", camera, product)
+
+
+def _threshold(entry: Any) -> ThresholdOverride:
+    """One entry of the file; in earlier versions it was the number alone."""
+    if isinstance(entry, int | float):
+        return ThresholdOverride(float(entry))
+    model, program = (None if entry[name] is None else str(entry[name]) for name in ("model", "program"))
+    return ThresholdOverride(float(entry["value"]), model, program)

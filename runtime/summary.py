@@ -86,6 +86,7 @@ def closing_summary(app: LineApp) -> dict[str, Any]:
         "delivery": snapshot["delivery"],
         "evidence": snapshot.get("evidence"),
         "thresholds": snapshot.get("thresholds", {}),
+        "overrides": snapshot["overrides"],
         "bundle": snapshot.get("bundle"),
         "backend": snapshot.get("backend"),
         "variant": snapshot.get("variant"),

@@ -111,12 +111,18 @@ async function acknowledge(button, camera, kind) {
   }
 }
 
+// Which products have one; an override of another model is ignored, and nobody should believe it is there.
+function byCommand(overrides) {
+  const all = Object.entries(overrides?.thresholds ?? {});
+  return all.map(([product, each]) => product + (each.in_force ? "" : " (ignored: another model's)")).join(", ");
+}
+
 function showLine(state) {
   const line = state.line;
   set($("station"), `${line.site} / ${line.line} / ${line.station}`);
   document.title = `Andon · ${line.station}`;
   const facts = [["method", state.method], ["bundle", state.bundle], ["engines", state.backend && `${state.backend} ${state.variant}`],
-    ["frames", count(state.frames)], ["rate", `${state.fps.toFixed(1)}/s`], ["up", duration(state.uptime_s)]];
+    ["thresholds by command", byCommand(state.overrides)], ["frames", count(state.frames)], ["rate", `${state.fps.toFixed(1)}/s`], ["up", duration(state.uptime_s)]];
   $("facts").replaceChildren(...facts.filter(([, value]) => value).map(([name, value]) => {
     const fact = make("span", `${name} `);
     fact.append(make("b", value));

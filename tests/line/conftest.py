@@ -153,6 +153,10 @@ NAN_WHEN_BLACK = BRIGHTNESS.replace("score = ReduceMax", "s = ReduceMax").replac
 )
 
 
+#: Another model for the same parts: they score a hundredth.
+DIM = BRIGHTNESS.replace("0.00392156862745098", "0.0000392156862745098")
+
+
 def write_bundle(
     root: Path, text: str = BRIGHTNESS, thresholds: float | None = 0.5, golden: Any = None, **extra: Any
 ) -> Path:
@@ -220,6 +224,11 @@ def make_bundle() -> Callable[..., Path]:
 @pytest.fixture
 def nan_when_black() -> str:
     return NAN_WHEN_BLACK
+
+
+@pytest.fixture
+def dim() -> str:
+    return DIM
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
@@ -364,6 +365,8 @@ def test_commands_change_the_line_and_are_answered(start_line: Callable[..., Lin
     line = start_line({"cam0": {"source": LIVE, "product": "mono"}}, alarm={"k": 2, "n": 3})
     answer = line.command("cam0", "threshold", threshold=-1.0, by="me")
     assert answer["result"] == {"product": "mono", "before": 0.5, "now": -1.0}
+    shown = line.app.state.snapshot()["overrides"]["thresholds"]["mono"]
+    assert (shown["value"], shown["in_force"]) == (-1.0, True)
     consumer.until(lambda: any(alarm["state"] == "raised" for alarm in consumer.of("alarm")))
     assert line.command("cam0", "threshold", threshold=None)["result"]["now"] == 0.5
     consumer.until(lambda: consumer.of("alarm")[-1]["state"] == "latched")
@@ -380,6 +383,23 @@ def test_commands_change_the_line_and_are_answered(start_line: Callable[..., Lin
         refused = line.command("cam0", name, **arguments)
         assert not refused["ok"] and refused["error"], name
     assert consumer.of("verdict")[-1]["product"] == "poly"
+
+
+def test_a_command_that_cannot_be_kept_is_refused_and_changes_nothing(
+    start_line: Callable[..., Line], consumer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("andon.runtime.overrides.write_atomic", full)
+    line = start_line({"cam0": {"source": LIVE, "product": "mono"}})
+    for name, value in (("product", "poly"), ("threshold", 0.9)):
+        refused = line.command("cam0", name, **{name: value})
+        assert not refused["ok"] and "stays as it was" in refused["error"] and "No space" in refused["found"]
+        assert refused["next"].startswith("make room in ")
+    seen = len(consumer.of("verdict"))
+    last = consumer.wait_for("verdict", seen + 2)[-1]
+    assert (last["product"], last["threshold"]) == ("mono", 0.5)
 
 
 def test_evidence_can_be_published(start_line: Callable[..., Line], broker: EmbeddedBroker, consumer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from andon.runtime.bundle import Bundle
 from andon.runtime.detector import Detector
 from andon.runtime.errors import ConfigError, EngineError, ProductError
 from andon.runtime.evidence import EvidenceStore, overlay
@@ -212,6 +214,108 @@ def test_overrides_outlive_a_restart_and_are_audited(make_judge: Callable[..., J
             call()
     with pytest.raises(ConfigError):
         judge.set_product("cam9", "mono")
+
+
+def test_a_threshold_by_command_is_for_the_model_it_was_set_for(
+    make_judge: Callable[..., Judge],
+    make_bundle: Callable[..., Path],
+    dim: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """On another scale of scores the old number would call every part OK."""
+    defect = frame(picture(250))
+    make_judge().set_threshold("mono", 0.6, by="ann")
+    caplog.clear()
+    other = make_judge(make_bundle(tmp_path / "other", dim, thresholds=0.005))
+    assert other.threshold("mono") == 0.005 and other.judge(defect).verdict.label == "NG"
+    (told,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    model = other.detector.bundle.model_id
+    assert "0.6 of mono by command is ignored" in told and f"this is model {model}, program default" in told
+    ignored = json.loads((tmp_path / "state/audit.jsonl").read_text().splitlines()[-1])
+    assert (ignored["what"], ignored["of"], ignored["before"]) == ("threshold ignored", "mono", 0.6)
+    assert make_judge().threshold("mono") == 0.6, "with the model back it is in force again"
+    assert other.set_threshold("mono", None) == {"before": 0.005, "now": 0.005}
+    assert make_judge(other.detector.bundle.path).set_threshold("mono", None)["now"] == 0.005
+    assert make_judge().threshold("mono") == 0.5, "and it can be forgotten under another model, too"
+
+
+def test_a_threshold_by_command_outlives_a_new_calibration_and_says_so(
+    make_judge: Callable[..., Judge], bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_judge().set_threshold("mono", 0.6)
+    with Bundle.load(bundle) as loaded:
+        entry = loaded.manifest.thresholds["mono"]["default"].model_copy(update={"value": 0.25})
+        loaded.save_thresholds({"mono": {"default": entry}})
+    caplog.clear()
+    assert make_judge().threshold("mono") == 0.6
+    assert "overridden by an earlier command: 0.6 (calibrated: 0.25)" in caplog.text and "with null" in caplog.text
+
+
+def test_a_threshold_by_command_is_for_one_program(make_judge: Callable[..., Judge], tmp_path: Path) -> None:
+    judge = make_judge()
+    judge.set_threshold("mono", 0.6)
+    overrides = Overrides(tmp_path / "state")
+    overrides.use(judge.detector.bundle, "default")
+    assert dict(overrides.thresholds) == {"mono": 0.6}
+    overrides.use(judge.detector.bundle, "fast")
+    assert dict(overrides.thresholds) == {}
+    described = overrides.describe()["thresholds"]["mono"]
+    model = judge.detector.bundle.model_id
+    assert described == {"value": 0.6, "model": model, "program": "default", "in_force": False}
+
+
+def test_a_threshold_of_an_earlier_version_names_no_model_and_is_ignored(
+    make_judge: Callable[..., Judge], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state/overrides.json").write_text('{"thresholds": {"mono": 0.9}, "products": {"cam": "poly"}}')
+    judge = make_judge(product="mono")
+    assert judge.threshold("mono") == 0.5 and "set for no named model" in caplog.text
+    assert judge.product_of("cam") == "poly", "a product means the same under every model"
+    judge.set_product("cam", None)
+    assert Overrides(tmp_path / "state").describe()["thresholds"]["mono"]["model"] is None, "kept as it was"
+    judge.set_threshold("mono", 0.9)
+    assert make_judge().threshold("mono") == 0.9
+
+
+def test_what_cannot_be_written_is_not_in_force(
+    make_judge: Callable[..., Judge], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = make_judge(product="mono")
+    judge.set_threshold("mono", 0.6)
+    written = (tmp_path / "state/overrides.json").read_bytes()
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("andon.runtime.overrides.write_atomic", full)
+    changes = (
+        lambda: judge.set_threshold("mono", 0.9),
+        lambda: judge.set_threshold("poly", 0.9),
+        lambda: judge.set_threshold("mono", None),
+        lambda: judge.set_product("cam", "poly"),
+    )
+    for change in changes:
+        with pytest.raises(ConfigError, match="stays as it was"):
+            change()
+    assert (judge.threshold("mono"), judge.threshold("poly"), judge.product_of("cam")) == (0.6, 0.5, "mono")
+    assert judge.judge(frame(picture(180), product=None)).verdict.threshold == 0.6
+    assert (tmp_path / "state/overrides.json").read_bytes() == written
+    assert len((tmp_path / "state/audit.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_change_that_cannot_be_audited_is_answered_as_it_is(
+    make_judge: Callable[..., Judge], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    judge = make_judge()
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("andon.calib.snapshots.AuditLog.write", full)
+    assert judge.set_threshold("mono", 0.6) == {"before": 0.5, "now": 0.6}
+    assert "audit.jsonl cannot be written" in caplog.text
 
 
 def test_damaged_overrides_are_set_aside(tmp_path: Path) -> None:
