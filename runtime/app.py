@@ -13,8 +13,8 @@ import logging
 import queue
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from .alarm import AlarmBoard, Kind
@@ -41,11 +41,9 @@ from .startup import (
     Options,
     Signals,
     alarm_rule,
-    bundle_path,
     effective,
+    open_bundle,
     pick_variant,
-    require_engine,
-    require_products,
     state_folder,
 )
 from .summary import closing_summary
@@ -103,11 +101,25 @@ class LineApp:
         """Read the configuration again and take over what can be taken over without a gap."""
         self._events.put("reload")
 
-    def rebuild(self) -> None:
-        """Read the bundle again and build its engines anew; the status topics say `ready` false meanwhile."""
+    def rebuild(self) -> Bundle:
+        """Look for the bundle again (a `*` may mean a newer one now), load it and build its engines anew.
+
+        The status topics say `ready` false meanwhile. Not on the judging thread, which goes on while files are hashed.
+
+        Raises:
+            AndonError: the bundle is refused, as at the start; the line goes on with the one it has.
+        """
+        bundle = open_bundle(self.config)
+
+        def finish(done: Future[None]) -> None:
+            if done.cancelled() or done.exception() is not None:  # the line stops: nobody took the bundle over
+                bundle.close()
+            self.delivery.announce()
+
         self.state.fact(ready=False)
         self.delivery.announce()
-        self.worker.post(self.worker.reopen).add_done_callback(lambda _: self.delivery.announce())
+        self.worker.post(lambda: self.worker.reopen(bundle)).add_done_callback(finish)
+        return bundle
 
     def replace_source(self, name: str, source: Source) -> None:
         """Let a camera of that name go and start another on the new source; the others are not touched."""
@@ -124,12 +136,10 @@ class LineApp:
         Raises:
             AndonError: it cannot start, or the judging thread failed.
         """
-        path = bundle_path(self.config)
         with ExitStack() as stack:
             stack.enter_context(Signals(self._events))
-            bundle = stack.enter_context(Bundle.load(path))
-            require_engine(self.config, bundle)
-            require_products(self.config, bundle)
+            bundle = stack.enter_context(open_bundle(self.config))
+            self.bundle_path = bundle.path
             self.overrides = Overrides(self.folder)
             stack.callback(self.overrides.close)
             self.state.section("overrides", self.overrides.describe)
@@ -146,7 +156,7 @@ class LineApp:
             evidence = self._open_evidence(stack)
             self._make_delivery(stack)
             self.worker = LineWorker(
-                lambda rebuild: self._open_judge(path, None if rebuild else bundle),
+                lambda new: self._open_judge(new or bundle, rebuild=new is not None),
                 self._detector_stack.close,
                 self.slots,
                 self.delivery,
@@ -217,17 +227,17 @@ class LineApp:
         # A tuple of frozen alarms: safe to read beside the judging thread, which replaces it.
         return alarm_payload(self.ids.next(), camera, self.boards[camera].alarms)
 
-    def _open_judge(self, path: Path, bundle: Bundle | None) -> tuple[Judge, OnlineMemory | None]:
+    def _open_judge(self, bundle: Bundle, *, rebuild: bool) -> tuple[Judge, OnlineMemory | None]:
         """Open engines, memory and judge; on the judging thread.
 
-        bundle: as loaded at the start; None: read it again, and build engines that are there, too.
+        rebuild: the bundle is a new one, to be closed with its engines; build those that are there, too.
         """
         started = time.monotonic()
         stack = self._detector_stack
+        if rebuild:
+            stack.enter_context(bundle)
+        self.bundle_path = bundle.path
         self.state.fact(ready=False)
-        rebuild = bundle is None
-        if bundle is None:
-            bundle = stack.enter_context(Bundle.load(path))
         backend = stack.enter_context(open_backend(self.config.backend, threads=self.options.threads, rebuild=rebuild))
         variant = pick_variant(self.config, bundle, backend.name)
         detector = stack.enter_context(Detector(bundle, backend, variant, self.config.program))
@@ -250,7 +260,7 @@ class LineApp:
             self.state.expects(name, judge.product_of(name))
         log.info(
             "bundle %s (%s %s) on %s, opened in %.2f s",
-            path.name, manifest.method, detector.bundle.id, detector.backend.name, time.monotonic() - started,
+            bundle.path.name, manifest.method, detector.bundle.id, detector.backend.name, time.monotonic() - started,
         )  # fmt: skip
         return judge, memory
 

@@ -100,10 +100,12 @@ class Handlers:
         return worker.call(act)
 
     def rebuild(self, camera: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Read the bundle again (a new calibration or export) and build its engines; status says when it is ready."""
+        """Take the bundle as it is now (a new calibration or export) and build its engines; status says when ready.
+
+        A bundle that is refused changes nothing. Commands that come while it is read wait.
+        """
         self._judge()
-        self._app.rebuild()
-        return {"ready": False}
+        return {"ready": False, "bundle": self._app.rebuild().id}
 
     def _judge(self) -> Any:
         judge = self._app.worker.judge

@@ -84,6 +84,22 @@ def bundle_path(config: LineConfig) -> Path:
     return max(matches, key=lambda path: path.stat().st_mtime)
 
 
+def open_bundle(config: LineConfig) -> Bundle:
+    """The bundle that is meant, loaded and held against the configuration; only its engines are not opened yet.
+
+    Raises:
+        AndonError: it cannot be found, is damaged, or does not fit the configuration or this machine.
+    """
+    bundle = Bundle.load(bundle_path(config))
+    try:
+        require_engine(config, bundle)
+        require_products(config, bundle)
+    except BaseException:
+        bundle.close()
+        raise
+    return bundle
+
+
 def state_folder(config: LineConfig, file: Path) -> Path:
     """Where outbox, overrides and memory live."""
     named = config.state or os.environ.get("STATE_DIRECTORY")

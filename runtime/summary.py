@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import AndonError
 from .process import age_at, resident_memory
-from .startup import bundle_path
 
 if TYPE_CHECKING:
     from .app import LineApp
@@ -41,7 +40,7 @@ def refusal(app: LineApp) -> AndonError | None:
     if total:
         reasons = app.state.reasons()
         step = _NEXT[max(reasons, key=lambda reason: reasons[reason])]
-        step = step.format(bundle=bundle_path(app.config), config=app.options.config)
+        step = step.format(bundle=app.bundle_path, config=app.options.config)
         what = f"not one of {total} verdicts is OK or NG"
         return AndonError(what, found=counted(reasons), expected=expected, next_step=step)
     if app.options.until_end and all(camera.finished for camera in app.cameras.values()):

@@ -15,6 +15,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, TypeVar
 
 from .alarm import AlarmBoard, AlarmEvent
+from .bundle import Bundle
 from .errors import AndonError, EngineError
 from .evidence import EvidenceStore
 from .judge import Judge, Judgement, OnlineMemory, with_evidence
@@ -35,7 +36,7 @@ class LineWorker:
 
     Args:
         open_judge: opens bundle, backend and program and makes the judge; runs on this thread, which owns the context.
-            Its argument says whether engines are to be built although they are there.
+            Its argument is the bundle of a rebuild, whose engines are to be built although they are there; else None.
         close_judge: the reverse.
         boards: camera -> its alarms.
         max_frames: stop after so many verdicts; None: never.
@@ -43,7 +44,7 @@ class LineWorker:
 
     def __init__(
         self,
-        open_judge: Callable[[bool], tuple[Judge, OnlineMemory | None]],
+        open_judge: Callable[[Bundle | None], tuple[Judge, OnlineMemory | None]],
         close_judge: Callable[[], None],
         slots: Slots,
         delivery: Delivery,
@@ -113,14 +114,14 @@ class LineWorker:
         self._slots.poke()
         return future
 
-    def reopen(self) -> None:
-        """Close bundle and engines, build the engines again and open everything; on this thread only.
+    def reopen(self, bundle: Bundle) -> None:
+        """Close bundle and engines, build the engines of this bundle and open everything; on this thread only.
 
         Nothing is judged meanwhile, on TensorRT for minutes. If it fails the line ends with that failure.
         """
         self.judge = self.memory = None
         self._shut()
-        self._open_engines(rebuild=True)
+        self._open_engines(bundle)
 
     def alarm(self, camera: str, events: Iterable[AlarmEvent]) -> None:
         """Publish transitions of a board; on this thread only."""
@@ -137,7 +138,7 @@ class LineWorker:
     # -- the thread --------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        self._open_engines(rebuild=False)
+        self._open_engines(None)
         self._ready.set()
         try:
             self._serve()
@@ -149,9 +150,9 @@ class LineWorker:
             self._shut()
             self._on_finished()
 
-    def _open_engines(self, rebuild: bool) -> None:
+    def _open_engines(self, bundle: Bundle | None) -> None:
         try:
-            self.judge, self.memory = self._open(rebuild)
+            self.judge, self.memory = self._open(bundle)
         except AndonError as error:
             self.failure = error
         except Exception as error:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import paho.mqtt.client as paho
@@ -327,7 +328,7 @@ def start_line(broker: EmbeddedBroker, consumer: Any, bundle: Path, make_line: A
 
     def start(cameras: dict[str, Any], **sections: Any) -> Line:
         ready = threading.Event()
-        path = make_line(cameras, bundle=str(bundle), broker=at(broker), **sections)
+        path = make_line(cameras, **{"bundle": str(bundle), "broker": at(broker), **sections})
         app = LineApp(Options(config=path, backend="onnxruntime", threads=1), on_ready=lambda app: ready.set())
         line = Line(app, broker.port, consumer)
         lines.append(line)
@@ -432,14 +433,45 @@ def test_rebuild_takes_over_a_new_calibration(start_line: Callable[..., Line], c
     assert len({verdict["bundle"] for verdict in consumer.of("verdict")}) == 2
 
 
-def test_a_rebuild_that_fails_ends_the_line_with_the_reason(
-    start_line: Callable[..., Line], consumer: Any, bundle: Path
+def test_rebuild_takes_over_the_newest_export(
+    start_line: Callable[..., Line], consumer: Any, make_bundle: Any, dim: str, tmp_path: Path
+) -> None:
+    def export(name: str, minutes: int, *arguments: Any, **extra: Any) -> Path:
+        path: Path = make_bundle(tmp_path / "bundles" / name, *arguments, **extra)
+        os.utime(path, (60 * minutes, 60 * minutes))
+        return path
+
+    export("hvq-1", 1)
+    white = {"cam0": {"source": {**LIVE, "pattern": "white"}, "product": "mono"}}
+    line = start_line(white, bundle=str(tmp_path / "bundles/hvq-*"))
+    consumer.wait_for("verdict", 1)
+    assert line.command("cam0", "threshold", threshold=0.6)["ok"]
+    newest = export("hvq-2", 2, dim, 0.005)
+    answer = line.command("cam0", "rebuild")
+    with Bundle.load(newest) as loaded:
+        assert answer["ok"] and answer["result"]["bundle"] == loaded.id
+    consumer.until(lambda: consumer.of("verdict")[-1]["bundle"] == loaded.id)
+    last = consumer.of("verdict")[-1]
+    assert (last["threshold"], last["label"]) == (0.005, "NG"), "0.6 was about the scores of another model"
+    assert line.app.state.snapshot()["overrides"]["thresholds"]["mono"]["in_force"] is False
+    damaged = export("hvq-3", 3)
+    (damaged / "stages/judge.onnx").write_bytes(b"damaged")
+    assert "judge.onnx" in line.command("cam0", "rebuild")["error"]
+    export("hvq-4", 4, thresholds=None, classes=["poly"])
+    assert "unknown product 'mono'" in line.command("cam0", "rebuild")["error"]
+    consumer.until(lambda: consumer.of("status")[-1]["ready"] is True)
+    seen = len(consumer.of("verdict"))
+    assert consumer.wait_for("verdict", seen + 2)[-1]["bundle"] == loaded.id, "what is refused changes nothing"
+
+
+def test_a_rebuild_whose_engines_fail_ends_the_line_with_the_reason(
+    start_line: Callable[..., Line], consumer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = start_line({"cam0": {"source": LIVE, "product": "mono"}})
-    (bundle / "stages/judge.onnx").write_bytes(b"damaged")
+    monkeypatch.setattr("andon.runtime.app.open_backend", Mock(side_effect=EngineError("CUDA is gone")))
     assert line.command("cam0", "rebuild")["ok"]
     line.thread.join(20)
-    assert not line.thread.is_alive() and "judge.onnx" in str(line.failure)
+    assert not line.thread.is_alive() and "CUDA is gone" in str(line.failure)
     consumer.until(lambda: consumer.of("status")[-1]["state"] == "stopped")
 
 

@@ -16,7 +16,7 @@ from andon.runtime.worker import LineWorker
 def make(close: Any = lambda: None) -> tuple[LineWorker, Slots, threading.Event]:
     slots, finished = Slots({"cam0": LanePolicy("block", 1, False)}), threading.Event()
     parts = (Mock(), {}, Mock(), Mock())  # delivery, boards, ids, state: nothing is judged here
-    return LineWorker(lambda rebuild: (Mock(), None), close, slots, *parts, on_finished=finished.set), slots, finished
+    return LineWorker(lambda bundle: (Mock(), None), close, slots, *parts, on_finished=finished.set), slots, finished
 
 
 def test_a_command_that_was_refused_for_lateness_does_not_happen_later(monkeypatch: pytest.MonkeyPatch) -> None:
