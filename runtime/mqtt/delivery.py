@@ -112,7 +112,8 @@ class Delivery:
         self._since = timestamp()
         self._count = 0
         self._count_lock = threading.Lock()
-        self._publishers: dict[str, Publisher] = {}
+        # Replaced, never changed: camera threads and the judging thread go through it while the line starts and stops.
+        self._publishers: Mapping[str, Publisher] = {}
         self._last: dict[str, LinkState] = {}
         self._dropped = 0
         self._set_aside: str | None = None
@@ -129,8 +130,8 @@ class Delivery:
             self._commands.start()
         gone = [camera for camera in self._outbox.cameras() if camera not in self._cameras]
         prefix = self._broker.client_id or "-".join(["andon", *self._base.split("/")[2:]])
-        for index, camera in enumerate(self._cameras):
-            self._publishers[camera] = Publisher(
+        self._publishers = {
+            camera: Publisher(
                 self._broker,
                 f"{prefix}-{camera}",
                 self._base,
@@ -139,6 +140,8 @@ class Delivery:
                 self._inflight,
                 self._hooks(camera),
             )
+            for index, camera in enumerate(self._cameras)
+        }
         for publisher in self._publishers.values():
             publisher.start()
 
@@ -159,7 +162,7 @@ class Delivery:
             thread.start()
         for thread in stoppers:
             thread.join()
-        self._publishers.clear()
+        self._publishers = {}
 
     def _await_first_answers(self, deadline: float) -> None:
         """A short run may end before its connections are up: wait until each has been answered or refused once."""

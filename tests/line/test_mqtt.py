@@ -177,6 +177,48 @@ def test_a_stop_waits_for_the_first_answer_and_the_delivery_together(
         assert running.outbox.stats().messages == 2, "nothing is lost by it"
 
 
+def test_a_camera_may_announce_while_connections_are_made(
+    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Camera threads run before delivery starts; a connection that is added must not break their way through."""
+    second, going, third = (threading.Event() for _ in range(3))
+    failures: list[RuntimeError] = []
+
+    class Slow:
+        """Makes the second connection while a camera is on its way through those there are."""
+
+        def __init__(self, _broker: Any, _client_id: str, _base: str, cameras: list[str], *_: Any):
+            if cameras[0] == "cam1":
+                second.set()
+                going.wait(20)
+            elif cameras[0] == "cam2":
+                third.set()
+
+        def start(self) -> None:
+            third.set()
+
+        def announce(self) -> None:
+            going.set()
+            third.wait(20)
+
+    def announce() -> None:
+        second.wait(20)
+        try:
+            delivery.announce()
+        except RuntimeError as error:
+            failures.append(error)
+        going.set()
+
+    monkeypatch.setattr("andon.runtime.mqtt.delivery.Publisher", Slow)
+    with Outbox(tmp_path / "outbox.db") as outbox:
+        delivery = Delivery(base, ["cam0", "cam1", "cam2"], BrokerConfig(), outbox)
+        camera = threading.Thread(target=announce)
+        camera.start()
+        delivery.start()
+        camera.join(20)
+    assert failures == []
+
+
 def test_same_client_id_twice_is_said(tmp_path: Path, base: str, broker: EmbeddedBroker, eventually: Any) -> None:
     config = BrokerConfig(port=broker.port, retry_max=0.5)
     (tmp_path / "a").mkdir()
