@@ -292,9 +292,12 @@ class LineApp:
     def _wait_ready(self) -> bool:
         """Wait for the engines, which may take minutes to build; False when the run is to stop before they are there.
 
+        Whatever else happens meanwhile is attended to when they are open.
+
         Raises:
             AndonError: they cannot be opened.
         """
+        later: list[str] = []
         while not self.worker.wait_ready(0.1):
             try:
                 event = self._events.get_nowait()
@@ -304,6 +307,12 @@ class LineApp:
                 log.info("stopping before the engines are open: %s", event.removeprefix("stop "))
                 self._abandoned = True
                 return False
+            if event == "reload":
+                log.info("the configuration is read again when the engines are open")
+            if event not in later:
+                later.append(event)
+        for event in later:
+            self._events.put(event)
         return True
 
     def _attend(self) -> None:

@@ -23,6 +23,7 @@ import pytest
 from andon.runtime.app import LineApp
 from andon.runtime.broker import EmbeddedBroker
 from andon.runtime.bundle import Bundle
+from andon.runtime.engine.select import open_backend
 from andon.runtime.errors import AndonError, EngineError
 from andon.runtime.startup import Options
 from andon.runtime.summary import _NEXT
@@ -497,6 +498,37 @@ def test_a_stop_while_engines_are_built_does_not_wait_for_them(
     assert not thread.is_alive() and answers[0]["frames"] == 0
     release.set()
     assert app.worker.join(10)
+
+
+def test_what_happens_while_engines_are_built_is_attended_to_afterwards(
+    bundle: Path, make_line: Any, monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., None]
+) -> None:
+    release, entered = threading.Event(), threading.Event()
+
+    def build(*arguments: Any, **settings: Any) -> Any:
+        entered.set()
+        release.wait(30)
+        return open_backend(*arguments, **settings)
+
+    monkeypatch.setattr("andon.runtime.app.open_backend", build)
+    line = make_line({"cam0": {"source": LIVE, "product": "mono"}}, bundle=str(bundle), broker=None)
+    app = LineApp(Options(config=line, backend="onnxruntime", threads=1))
+    thread = threading.Thread(target=app.run)
+    thread.start()
+    try:
+        assert entered.wait(10)
+        line.write_text(line.read_text() + "judge: {thresholds: {mono: -1.0}}\n")
+        app.reload()
+        app._events.put("finished")  # as the judging thread says it after --max-frames
+        eventually(app._events.empty)
+        release.set()
+        thread.join(20)
+        assert not thread.is_alive(), "the end was not forgotten"
+        assert app.config.judge.thresholds == {"mono": -1.0}, "nor was the new configuration"
+    finally:
+        release.set()
+        app.stop()
+        thread.join(20)
 
 
 def test_the_state_can_be_looked_at(start_line: Callable[..., Line], consumer: Any) -> None:
