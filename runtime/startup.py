@@ -49,7 +49,7 @@ def effective(options: Options) -> LineConfig:
     if options.bundle is not None:
         changes["bundle"] = options.bundle.absolute()
     if options.broker is not None:
-        changes["broker"] = _broker(config, options.broker)
+        changes["broker"] = broker_at(options.broker, config.broker)
     if options.until_end and (endless := [name for name, camera in config.cameras.items() if camera.endless]):
         raise ConfigError(
             "--until-end needs sources that end",
@@ -59,12 +59,25 @@ def effective(options: Options) -> LineConfig:
     return config.model_copy(update=changes)
 
 
-def _broker(config: LineConfig, address: str) -> BrokerConfig:
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit():
-        step = "give both, e.g. --broker 127.0.0.1:1883"
-        raise ConfigError(f"--broker {address} is no address", found=address, expected="HOST:PORT", next_step=step)
-    base = config.broker or BrokerConfig()
+def broker_at(address: str, settings: BrokerConfig | None = None) -> BrokerConfig:
+    """The broker that --broker names, with the other settings of a configuration's.
+
+    address: HOST:PORT; an IPv6 address stands in brackets, as in a URL.
+
+    Raises:
+        ConfigError: it is no address.
+    """
+    named, _, port = address.rpartition(":")
+    host = named[1:-1] if named.startswith("[") and named.endswith("]") else named
+    plain = host == named and ":" in host  # IPv6 without brackets: where does the address end?
+    if not host or plain or not (port.isascii() and port.isdigit()) or not 1 <= int(port) <= 65535:
+        raise ConfigError(
+            f"--broker {address} is no address",
+            found=address,
+            expected="HOST:PORT with a port from 1 to 65535, an IPv6 address in brackets: [::1]:1883",
+            next_step="give both, e.g. --broker 127.0.0.1:1883",
+        )
+    base = settings or BrokerConfig()
     return base.model_copy(update={"host": host, "port": int(port), "embedded": False})
 
 

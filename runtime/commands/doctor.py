@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..configfile import load
-from ..errors import ConfigError
 from ..lineconfig import BrokerConfig, LineConfig
 from ..machine import Finding, backends, examine
+from ..startup import broker_at
 
 #: What a line runs without, if worse: verdicts wait for the broker, times are off without a synchronised clock
 ADVISORY = frozenset({"broker", "clock"})
@@ -49,14 +49,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 def _broker(args: argparse.Namespace) -> BrokerConfig | None:
     broker = load(args.config, LineConfig).broker if args.config else None
-    if not args.broker:
-        return broker
-    host, colon, port = args.broker.rpartition(":")
-    if not colon or not port.isdigit():
-        raise ConfigError(
-            "the broker cannot be read", found=args.broker, expected="HOST:PORT, for example 10.0.0.2:1883"
-        )
-    return (broker or BrokerConfig()).model_copy(update={"host": host, "port": int(port), "embedded": False})
+    return broker_at(args.broker, broker) if args.broker else broker
 
 
 def _line(finding: Finding) -> str:

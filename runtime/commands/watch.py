@@ -21,7 +21,7 @@ from ..configfile import load
 from ..errors import ConfigError, DeliveryError
 from ..lineconfig import BrokerConfig, LineConfig
 from ..mqtt.client import explain, explain_connack, make_client, tls_context
-from ..startup import state_folder
+from ..startup import broker_at, state_folder
 
 _REMEMBERED = 100_000
 _RED, _GREEN, _YELLOW, _DIM, _BOLD, _PLAIN = "\033[31m", "\033[32m", "\033[33m", "\033[2m", "\033[1m", "\033[0m"
@@ -243,10 +243,7 @@ def _where(args: argparse.Namespace) -> tuple[BrokerConfig, str]:
     line = load(args.config, LineConfig) if args.config else None
     broker = line.broker if line is not None and line.broker is not None else BrokerConfig()
     if args.broker is not None:
-        host, _, port = args.broker.rpartition(":")
-        if not host or not port.isdigit():
-            raise ConfigError("--broker", found=args.broker, expected="HOST:PORT")
-        broker = broker.model_copy(update={"host": host.strip("[]"), "port": int(port)})
+        broker = broker_at(args.broker, broker)
     elif line is None:
         raise ConfigError("which broker?", next_step="andon watch --broker HOST:PORT, or --config line.yaml")
     elif broker.port == 0:

@@ -11,6 +11,7 @@ import yaml
 from andon.runtime.configfile import secret
 from andon.runtime.errors import ConfigError
 from andon.runtime.lineconfig import CameraConfig, LineConfig, load_line, schema
+from andon.runtime.startup import Options, effective
 from jsonschema import Draft202012Validator
 
 ROOT = Path(__file__).parents[2]
@@ -80,6 +81,28 @@ def test_what_is_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
 def test_no_such_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         load_line(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("address", "host", "port"),
+    [("127.0.0.1:1883", "127.0.0.1", 1883), ("[::1]:1883", "::1", 1883), ("broker.plant:8883", "broker.plant", 8883)],
+)
+def test_a_broker_on_the_command_line_keeps_the_rest(tmp_path: Path, address: str, host: str, port: int) -> None:
+    path = tmp_path / "line.yaml"
+    path.write_text(GOOD + "broker: {embedded: true, port: 0, keepalive: 7}")
+    broker = effective(Options(config=path, broker=address)).broker
+    assert broker is not None
+    assert (broker.host, broker.port, broker.embedded, broker.keepalive) == (host, port, False, 7)
+
+
+@pytest.mark.parametrize(
+    "address", ["nowhere", ":1883", "[]:1883", "h:", "h:x", "h:0", "h:99999", "h:\u00b2", "::1:1883"]
+)
+def test_what_is_no_address_of_a_broker_is_refused(tmp_path: Path, address: str) -> None:
+    path = tmp_path / "line.yaml"
+    path.write_text(GOOD)
+    with pytest.raises(ConfigError, match="is no address"):
+        effective(Options(config=path, broker=address))
 
 
 def test_secrets_come_from_environment_or_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
