@@ -1,8 +1,8 @@
 """Whether the line works, as systemd, a load balancer or a person may ask: alive, and ready.
 
 Alive: the judging thread gets on. It is stuck when items wait for judgement and none has been taken for a while; a line
-without parts is alive. Ready: what the line is there for works from end to end: engines open, every camera delivers,
-verdicts are stored and reach the broker.
+without parts is alive, and so is one that opens its engines. Ready: what the line is there for works from end to end:
+engines open, every camera delivers, verdicts are stored and reach the broker.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 #: Seconds without progress, while something waits, after which the judging thread counts as stuck: at least this, or
-#: five times the longest that a frame has taken; before the first frame, which warms the engines up, more.
+#: five times the longest that a frame has taken; before the first frame, which warms the engines up, more. Engines may
+#: be opened again while the line runs.
 STUCK, FIRST, SLOWER = 10.0, 300.0, 5.0
 
 
@@ -32,7 +33,7 @@ class Progress:
 
     Args:
         ask: (judged so far, waiting now).
-        limit, first: seconds after which waiting without judging means stuck, and before the first judged item.
+        limit, first: seconds after which waiting without judging means stuck, and before the engines' first item.
     """
 
     def __init__(
@@ -46,7 +47,18 @@ class Progress:
         self._judged = 0
         self._good_at = clock()
         self._longest = 0.0
+        self._warm = False
         self._lock = threading.Lock()
+
+    def opening(self) -> Check:
+        """Engines are being opened, which may take minutes in which nothing is judged: the clock starts anew.
+
+        To be asked instead of :meth:`check`, as often, until they are open.
+        """
+        judged, _ = self._ask()
+        with self._lock:
+            self._judged, self._good_at, self._warm = judged, self._clock(), False
+        return Check("judging", True, "opening engines")
 
     def check(self) -> Check:
         """Look now. It must be asked more often than ``limit`` to be exact."""
@@ -55,10 +67,11 @@ class Progress:
         with self._lock:
             if judged != self._judged:
                 self._longest = max(self._longest, now - self._good_at)
+                self._warm = True
             if judged != self._judged or waiting == 0:
                 self._judged, self._good_at = judged, now
             idle = now - self._good_at
-            limit = max(self._limit, SLOWER * self._longest) if self._judged else self._first
+            limit = max(self._limit, SLOWER * self._longest) if self._warm else self._first
         if idle >= limit:
             return Check("judging", False, f"{waiting} frames wait and none was judged for {idle:.0f} s")
         return Check("judging", True, f"{judged} judged, {waiting} waiting")

@@ -184,11 +184,6 @@ class LineState:
             facts = {name: self._facts[name] for name in names if name in self._facts}
             return {**facts, "product": held.product, "source": held.source.state, "detail": held.source.detail}
 
-    def judged_age(self) -> float | None:
-        """Seconds since the last frame was judged; None before the first. For watchdogs."""
-        with self._lock:
-            return None if self._last is None else time.monotonic() - self._last
-
     @property
     def first_judged(self) -> float | None:
         """When the first frame was judged, in seconds of time.monotonic()."""

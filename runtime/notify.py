@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Mapping
 
 from .verdict import readable
 
+log = logging.getLogger(__name__)
+
 
 class Notifier:
-    """Sends to the socket that systemd names in NOTIFY_SOCKET.
+    """Sends to the socket that systemd names in NOTIFY_SOCKET. Where nobody listens there, that is said once.
 
     Attributes:
         watchdog_interval: seconds between feedings that systemd asks for (half of WatchdogSec); None: it asks for none.
@@ -22,6 +25,7 @@ class Notifier:
         asked = environment.get("WATCHDOG_PID") in (None, str(os.getpid())) and self._address
         microseconds = environment.get("WATCHDOG_USEC", "") if asked else ""
         self.watchdog_interval = int(microseconds) / 2e6 if microseconds.isdigit() and int(microseconds) else None
+        self._unheard = False
 
     def ready(self, status: str) -> None:
         """The service is up."""
@@ -46,5 +50,10 @@ class Notifier:
     def _send(self, text: str) -> None:
         if not self._address:
             return
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notify:
-            notify.sendto(readable(text).encode(), self._address)
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notify:
+                notify.sendto(readable(text).encode(), self._address)
+        except OSError as error:  # a line that judges needs nobody who listens
+            if not self._unheard:
+                log.warning("systemd does not hear: NOTIFY_SOCKET %s: %s", self._address.replace("\0", "@"), error)
+            self._unheard = True

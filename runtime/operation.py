@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,8 @@ class Operation:
         self._progress = Progress(self._judged_and_waiting)
         self._memory: dict[str, Any] | None = None
         self._asked: Future[dict[str, Any]] | None = None
+        self._said_ready = False
+        self._failures: dict[str, str] = {}
         self._stop = threading.Event()
         self._stack = ExitStack()
         self._thread = threading.Thread(target=self._attend, name="operation", daemon=True)
@@ -70,7 +73,7 @@ class Operation:
 
     def alive(self) -> list[Check]:
         """For /healthz and the watchdog."""
-        return [self._progress.check()]
+        return [self._progress.check() if self._engines_open() else self._progress.opening()]
 
     def ready(self) -> list[Check]:
         """For /readyz."""
@@ -105,27 +108,44 @@ class Operation:
     # -- the thread ------------------------------------------------------------------------------------------------
 
     def _attend(self) -> None:
-        said_ready = False
         period = min(_PERIOD, self._notifier.watchdog_interval or _PERIOD)
         while not self._stop.wait(period):
-            snapshot_ready = self._app.state.judged_age() is not None or self._engines_open()
-            if not snapshot_ready:
-                self._notifier.starting("opening engines", _PATIENCE)
-                self._notifier.feed("opening engines")
-                continue
+            with self._surviving("the line"):
+                self._tell_systemd()
+                self._ask_memory()
+
+    @contextmanager
+    def _surviving(self, what: str) -> Iterator[None]:
+        """Whatever fails here is said once; without this thread systemd would kill a line that judges."""
+        try:
+            yield
+        except Exception as error:
+            if self._failures.get(what) != repr(error):
+                log.exception("%s cannot be looked at", what)
+            self._failures[what] = repr(error)
+        else:
+            self._failures.pop(what, None)
+
+    def _tell_systemd(self) -> None:
+        (check,) = self.alive()
+        if not self._engines_open():
+            self._notifier.starting(check.detail, _PATIENCE)
+            self._notifier.feed(check.detail)
+            return
+        status = "its state cannot be looked at"
+        with self._surviving("its state"):
             status = self._status()
-            if not said_ready:
-                self._notifier.ready(status)
-                said_ready = True
-            check = self._progress.check()
-            if check.ok:
-                self._notifier.feed(status)
-            else:
-                log.error("the watchdog is not fed: %s", check.detail)
-                self._notifier.status(check.detail)
-            self._ask_memory()
+        if not self._said_ready:
+            self._notifier.ready(status)
+            self._said_ready = True
+        if check.ok:
+            self._notifier.feed(status)
+        else:
+            log.error("the watchdog is not fed: %s", check.detail)
+            self._notifier.status(check.detail)
 
     def _engines_open(self) -> bool:
+        """Not at the start, and not while `rebuild` opens them anew."""
         return self._app.worker.judge is not None
 
     def _status(self) -> str:
@@ -134,14 +154,16 @@ class Operation:
 
     def _ask_memory(self) -> None:
         """Ask the judging thread, which owns the memory, without waiting for it."""
-        worker = self._app.worker
-        if worker.memory is None:
+        memory = self._app.worker.memory
+        if memory is None:
             return
-        if self._asked is not None and self._asked.done():
+        if self._asked is not None and not self._asked.done():
+            return
+        answer, self._asked = self._asked, self._app.worker.post(memory.describe)
+        if answer is None:
+            return
+        with self._surviving("its memory"):
             try:
-                self._memory = self._asked.result()
-            except AndonError as error:
+                self._memory = answer.result()
+            except AndonError as error:  # as it is while the line stops
                 log.debug("memory: %s", error)
-            self._asked = None
-        if self._asked is None:
-            self._asked = worker.post(worker.memory.describe)

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from datetime import datetime, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from andon.runtime.health import Progress, readiness
+from andon.runtime.health import Check, Progress, readiness
 from andon.runtime.metrics import Metrics
 from andon.runtime.notify import Notifier
+from andon.runtime.operation import Operation
+from andon.runtime.slot import Slots
 from andon.runtime.types import Verdict
 from andon.runtime.verdict import Ids
 from prometheus_client.parser import text_string_to_metric_families
@@ -151,6 +157,84 @@ def test_slow_frames_are_not_stuck() -> None:
     assert not progress.check().ok
 
 
+def test_engines_that_are_opened_again_take_the_time_they_take() -> None:
+    """Then the first frame has as long as at the start, and the pause says nothing about how long frames take."""
+    now, counts = [0.0], [0, 1]
+    progress = Progress(lambda: (counts[0], counts[1]), limit=10, first=60, clock=lambda: now[0])
+    now[0], counts[0] = 1.0, 1
+    assert progress.check().ok
+    counts[0] = 2  # judged just before the rebuild began
+    for now[0] in range(2, 600):
+        assert progress.opening() == Check("judging", True, "opening engines")
+    now[0] = 599.0 + 59
+    assert progress.check().ok
+    now[0] += 1.0
+    assert not progress.check().ok, "the first frame may take long, but not for ever"
+    counts[0] = 3
+    assert progress.check().ok
+    now[0] += 5 * 60 - 1
+    assert progress.check().ok
+    now[0] += 1.0
+    assert not progress.check().ok, "its 60 s count, the 600 s before do not"
+
+
+class Told:
+    """In the place of Notifier: what systemd would hear."""
+
+    watchdog_interval = 0.01
+
+    def __init__(self) -> None:
+        self.said: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+
+    def __getattr__(self, kind: str) -> Callable[..., None]:
+        return lambda *arguments: self.said.put((kind, *arguments[:1]))
+
+    def wait(self, kind: str, times: int = 1) -> str:
+        """The text of the last of so many messages of a kind."""
+        while times:
+            found, *text = self.said.get(timeout=10)
+            times -= found == kind
+        return "".join(text)
+
+
+def operated(describe: Callable[[], dict[str, Any]], state: Callable[[], dict[str, Any]]) -> Any:
+    """A line for Operation that judges and has a memory."""
+
+    def post(function: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function())
+        except Exception as error:  # noqa: BLE001 - whoever asked gets it
+            future.set_exception(error)
+        return future
+
+    worker = SimpleNamespace(judge=object(), memory=SimpleNamespace(describe=describe), post=post)
+    line_state = SimpleNamespace(snapshot=state, section=lambda *_: None)
+    return SimpleNamespace(worker=worker, state=line_state, slots=Slots({}), config=SimpleNamespace(web=None))
+
+
+@pytest.mark.parametrize("broken", ["memory", "state"])
+def test_a_look_that_fails_does_not_starve_the_watchdog(broken: str, caplog: pytest.LogCaptureFixture) -> None:
+    failing = threading.Event()
+
+    def gone(answer: dict[str, Any]) -> dict[str, Any]:
+        if failing.is_set():
+            raise FileNotFoundError(2, "No such file or directory")
+        return answer
+
+    describe = (lambda: gone({"rows": {}})) if broken == "memory" else dict
+    snapshot = (lambda: gone({"ready": True})) if broken == "state" else lambda: {"ready": True}
+    told = Told()
+    with Operation(operated(describe, snapshot), told):  # type: ignore[arg-type]
+        assert told.wait("feed") == "judging"
+        failing.set()
+        told.wait("feed", 20)
+        failing.clear()
+        told.wait("feed", 20)
+    said = [record for record in caplog.records if "cannot be looked at" in record.message]
+    assert [record.message for record in said] == [f"its {broken} cannot be looked at"], "once"
+
+
 # -- systemd -----------------------------------------------------------------------------------------------------------
 
 
@@ -195,6 +279,27 @@ def test_a_status_that_names_a_file_in_latin_1_is_sent(systemd: Systemd) -> None
     assert systemd.listen(5, "STATUS") == [{"STATUS": r"cam0: no folder Geh\xe4use"}]
 
 
+def test_a_socket_that_is_gone_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    notifier = Notifier({"NOTIFY_SOCKET": str(tmp_path / "gone")})
+    notifier.ready("up")
+    notifier.stopping()
+    assert len(caplog.records) == 1 and str(tmp_path / "gone") in caplog.text
+
+
+def test_a_run_ends_well_although_systemd_does_not_hear(
+    tmp_path: Path, bundle: Path, make_images: Any, make_line: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from andon.runtime.app import LineApp
+    from andon.runtime.startup import Options
+
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
+    source = {"kind": "folder", "path": str(make_images(tmp_path / "parts", [10, 20]))}
+    line = make_line({"cam0": {"source": source, "product": "mono"}}, bundle=str(bundle), broker=None)
+    app = LineApp(Options(config=line, backend="onnxruntime", until_end=True))
+    assert app.run()["frames"] > 0
+    assert not app.operation._thread.is_alive()
+
+
 def test_watchdog_is_for_this_process_only(systemd: Systemd) -> None:
     environment = {"NOTIFY_SOCKET": str(systemd.path), "WATCHDOG_USEC": "4000000"}
     assert Notifier({**environment, "WATCHDOG_PID": str(os.getpid())}).watchdog_interval == 2.0
@@ -222,8 +327,6 @@ def test_service_is_ready_feeds_the_watchdog_and_stops(systemd: Systemd, bundle:
 def test_watchdog_is_not_fed_while_frames_wait_unjudged(
     systemd: Systemd, bundle: Path, make_line: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import threading
-
     from andon.runtime import health
     from andon.runtime.app import LineApp
     from andon.runtime.startup import Options
@@ -245,5 +348,49 @@ def test_watchdog_is_not_fed_while_frames_wait_unjudged(
         hang.set()
         assert stuck.result(5) and any("WATCHDOG" in message for message in systemd.listen(5, "WATCHDOG"))
     finally:
+        app.stop()
+        thread.join(30)
+
+
+def test_watchdog_is_fed_during_a_rebuild(
+    systemd: Systemd, bundle: Path, make_line: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from andon.runtime import app as module
+    from andon.runtime.startup import Options
+
+    monkeypatch.setenv("NOTIFY_SOCKET", str(systemd.path))
+    monkeypatch.setenv("WATCHDOG_USEC", "400000")
+    building, finish, opened = threading.Event(), threading.Event(), module.open_backend
+
+    def build(*arguments: Any, rebuild: bool, **options: Any) -> Any:
+        if rebuild:
+            building.set()
+            finish.wait(60)
+        return opened(*arguments, rebuild=rebuild, **options)
+
+    monkeypatch.setattr(module, "open_backend", build)
+    camera = {"source": {"kind": "test", "width": 64, "height": 48, "fps": 10}, "product": "mono"}
+    line = make_line({"cam0": camera}, bundle=str(bundle), broker=None)
+    app = module.LineApp(Options(config=line, backend="onnxruntime"))
+
+    def fed(status: str) -> bool:
+        looks = (message for _ in range(40) for message in systemd.listen(1, "WATCHDOG"))
+        return any("WATCHDOG" in message and message["STATUS"] == status for message in looks)
+
+    thread = threading.Thread(target=app.run)
+    thread.start()
+    try:
+        assert any("READY" in message for message in systemd.listen(30, "READY"))
+        app.rebuild()
+        assert building.wait(10)
+        progress = app.operation._progress
+        progress._limit = progress._first = progress._longest = 0.0  # whoever asks finds it stuck
+        assert app.operation.alive()[0].ok, "/healthz"
+        assert fed("opening engines")
+        progress._limit = progress._first = 60.0
+        finish.set()
+        assert fed("judging")
+    finally:
+        finish.set()
         app.stop()
         thread.join(30)
