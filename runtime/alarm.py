@@ -155,7 +155,8 @@ class AlarmBoard:
             if entry.get("kind") in KINDS:
                 alarm = Alarm(**{name: entry[name] for name in Alarm.__dataclass_fields__ if name in entry})
                 self._alarms[alarm.kind] = alarm
-        self._window = deque((bool(ng) for ng in dumped.get("window", ())), maxlen=self.rule.n)
+        # Not bounded here: the rule may change while the line runs, and counting drops what it does not need.
+        self._window = deque(bool(ng) for ng in dumped.get("window", ()))
         self._unknown_run = int(dumped.get("unknown_run", 0))
 
     def _count_defect(self, label: Label, part_id: str | None) -> list[AlarmEvent]:

@@ -77,6 +77,28 @@ def test_state_survives_a_restart() -> None:
     assert feed(after, "ooo") == feed(before, "ooo") == [("defect", "raised", "latched")]
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_longer_window_counts_at_once_after_a_restart_too(restarted: bool) -> None:
+    board = AlarmBoard("cam0", AlarmRule(k=3, n=5))
+    feed(board, "ooooo")
+    if restarted:
+        dumped = board.dump()
+        board = AlarmBoard("cam0", AlarmRule(k=3, n=5))
+        board.restore(dumped)
+    board.rule = AlarmRule(k=6, n=10)  # as a reload does
+    assert feed(board, "nnnnn") == []
+    assert feed(board, "n") == [("defect", "cleared", "raised")]
+
+
+def test_a_shorter_window_after_a_restart_forgets_the_oldest() -> None:
+    before = AlarmBoard("cam0", AlarmRule(k=3, n=5))
+    feed(before, "nnooo")
+    after = AlarmBoard("cam0", AlarmRule(k=2, n=3))
+    after.restore(before.dump())
+    assert feed(after, "n") == []
+    assert feed(after, "n") == [("defect", "cleared", "raised")]
+
+
 @pytest.mark.parametrize("rule", [{"k": 0}, {"k": 6, "n": 5}, {"k": 2, "clear": 2}, {"cannot_judge_after": 0}])
 def test_impossible_rules_are_refused(rule: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="found"):
