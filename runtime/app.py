@@ -76,7 +76,10 @@ class LineApp:
         self.config = effective(options)
         self.folder = state_folder(self.config, options.config)
         self._on_ready = on_ready
-        self._delivery_trouble = self._abandoned = False
+        self._abandoned = False
+        # None: not looked at yet. The boards may have been restored with an alarm of the last run, so they are told how
+        # delivery stands even if all is well.
+        self._delivery_trouble: bool | None = None
         self._events: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._detector_stack = ExitStack()
         cameras = self.config.cameras

@@ -153,11 +153,11 @@ class LineMemory:
         if drift.changed:
             detail = f"{product}: scores moved up, KS {drift.statistic:.2f} against {drift.critical:.2f}"
             log.warning("camera %s: drift %s (%s)", camera, "warning" if drift.warning else "cleared", detail)
-            self._audit.write({"time": timestamp(), "action": "drift", "camera": camera, "warning": drift.warning})
             if drift.warning:
                 self._warnings[name] = detail
             else:
                 self._warnings.pop(name, None)
+            self._audit.write({"time": timestamp(), "action": "drift", "camera": camera, "warning": drift.warning})
 
     def _record(self, outcome: Outcome, verdict: str, frame: Frame, index: int) -> None:
         change, patches = outcome.change, outcome.patches
@@ -318,12 +318,14 @@ class LineMemory:
         for index, calibrator in enumerate(self._calibrators):
             calibrator.restore(_part(arrays, f"{index}."))
             self._upload(index)
-        for name in snapshot.meta.get("drift", []):
+        for name in snapshot.meta.get("drift", []) if self._config.drift.enabled else []:
             monitor = DriftMonitor(self._config.drift.policy())
             monitor.restore(_part(arrays, f"drift.{name}."))
             self._drift[name] = monitor
+            # What was said of the monitor that this one replaces holds no more.
+            self._warnings.pop(name, None)
             if monitor.warning:
-                self._warnings[name] = f"{name.split('/', 1)[1]}: scores had moved up before the restart"
+                self._warnings[name] = f"{name.split('/', 1)[1]}: scores had moved up when this state was saved"
 
     def _upload(self, index: int, rows: slice | None = None) -> None:
         """Write episodic rows (all of them by default) into the program; a failure makes the product unjudgeable."""

@@ -153,6 +153,8 @@ class LineWorker:
     def _open_engines(self, bundle: Bundle | None) -> None:
         try:
             self.judge, self.memory = self._open(bundle)
+            for camera in self._boards:  # one may have been restored with a warning that nobody watches any more
+                self._tell_drift(camera)
         except AndonError as error:
             self.failure = error
         except Exception as error:
@@ -212,12 +214,16 @@ class LineWorker:
         """The memory's trouble must not become the line's: it is said once, and `unusable` decides about verdicts."""
         try:
             memory.after_frame(judge.detector.program, judgement, frame)
-            drift = memory.drift(frame.camera)
-            self.alarm(frame.camera, self._boards[frame.camera].condition("drift", drift is not None, drift or ""))
+            self._tell_drift(frame.camera)
         except Exception as error:  # whatever it is, the next part must be judged
             if str(error) != self._memory_trouble:
                 log.error("memory: %s", error, exc_info=not isinstance(error, AndonError))
             self._memory_trouble = str(error)
+
+    def _tell_drift(self, camera: str) -> None:
+        """Let a camera's board know what the memory says of drift; without a memory there is none."""
+        drift = self.memory.drift(camera) if self.memory is not None else None
+        self.alarm(camera, self._boards[camera].condition("drift", drift is not None, drift or ""))
 
     def _answer_calls(self) -> None:
         while self._calls:

@@ -20,14 +20,17 @@ from unittest.mock import Mock
 import numpy as np
 import paho.mqtt.client as paho
 import pytest
+from andon.runtime.alarm import AlarmBoard, Kind
 from andon.runtime.app import LineApp
 from andon.runtime.broker import EmbeddedBroker
 from andon.runtime.bundle import Bundle
 from andon.runtime.engine.select import open_backend
 from andon.runtime.errors import AndonError, EngineError
+from andon.runtime.outbox import Outbox
 from andon.runtime.startup import Options
 from andon.runtime.summary import _NEXT
 from andon.runtime.types import UNKNOWN_REASONS
+from andon.runtime.verdict import dumps
 from paho.mqtt.enums import CallbackAPIVersion
 
 RUN = [sys.executable, "-m", "andon.cli", "run", "--backend", "onnxruntime", "--threads", "1", "--json"]
@@ -402,6 +405,23 @@ def test_a_command_that_cannot_be_kept_is_refused_and_changes_nothing(
     seen = len(consumer.of("verdict"))
     last = consumer.wait_for("verdict", seen + 2)[-1]
     assert (last["product"], last["threshold"]) == ("mono", 0.5)
+
+
+@pytest.mark.parametrize("kind", ["delivery", "drift"])
+def test_an_alarm_of_the_last_run_clears_when_its_reason_is_gone(
+    start_line: Callable[..., Line], consumer: Any, tmp_path: Path, kind: Kind
+) -> None:
+    """The broker is there again; drift is not watched any more."""
+    board = AlarmBoard("cam0")
+    board.condition(kind, True, "as it was")
+    board.acknowledge(by="me")
+    (tmp_path / "state").mkdir()
+    with Outbox(tmp_path / "state" / "outbox.db") as outbox:
+        outbox.save_state("alarm/cam0", dumps(board.dump()))
+    start_line({"cam0": {"source": LIVE, "product": "mono"}}, memory={"drift": {"enabled": False}})
+    consumer.until(lambda: any(alarm["event"] for alarm in consumer.of("alarm")))
+    (event,) = [alarm["event"] for alarm in consumer.of("alarm") if alarm["event"]]
+    assert (event["kind"], event["from"], event["to"]) == (kind, "acknowledged", "cleared")
 
 
 def test_evidence_can_be_published(start_line: Callable[..., Line], broker: EmbeddedBroker, consumer: Any) -> None:

@@ -47,6 +47,7 @@ SCORE = f"""score (float[16,3] patches, float[{SEMANTIC + SPARE},3] bank, float[
 
 GUARD = GuardConfig(share=1.0, warmup=2, window=5, quantile=1.0, local_bound=1e6, global_bound=1e6)
 CONFIG = MemoryConfig(enabled=True, per_frame=2, guard=GUARD, save_every=3600, snapshot_every=1)
+DRIFTS = CONFIG.model_copy(update={"drift": DriftConfig(reference=10, window=10, alpha=0.01)})
 
 
 @pytest.fixture
@@ -288,6 +289,32 @@ def test_a_bundle_without_use_of_its_memory_still_warns_of_drift(station):
         line.memory.command("freeze", {})
     line.close()
     assert station(config).memory.drift("cam") is not None
+
+
+def drift_up(line, rng):
+    """25 usual scores, a snapshot, then larger ones until the monitor warns."""
+    for _ in range(25):
+        line.see(int(rng.integers(100, 103)), label="NG")
+    line.memory.command("snapshot", {})
+    for _ in range(12):
+        line.see(int(rng.integers(104, 106)), label="NG")
+    assert line.memory.drift("cam")
+
+
+def test_a_rollback_takes_the_drift_warning_back(station):
+    line = station(DRIFTS)
+    drift_up(line, np.random.default_rng(0))
+    line.memory.command("rollback", {"version": 0})
+    assert line.memory.drift("cam") is None and line.memory.describe()["drift"] == []
+
+
+def test_a_drift_warning_ends_where_drift_is_not_watched(station):
+    line = station(DRIFTS)
+    drift_up(line, np.random.default_rng(0))
+    line.close()
+    assert station(DRIFTS).memory.drift("cam"), "it survives a restart"
+    again = station(DRIFTS.model_copy(update={"drift": DriftConfig(enabled=False)}))
+    assert again.memory.drift("cam") is None and again.memory.describe()["drift_score"] == {}
 
 
 def test_frames_without_a_score_are_left_alone(station):
