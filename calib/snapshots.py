@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,30 +136,46 @@ class SnapshotStore:
             ) from error
 
     def _files(self, kind: Kind | None = None) -> list[tuple[int, Path]]:
-        """Snapshot files by number, newest first."""
-        found = [(m, p) for p in self.folder.iterdir() if (m := _NAME.match(p.name)) and kind in (None, m.group(1))]
+        """Snapshot files by number, newest first; none where the folder is gone.
+
+        Raises:
+            CalibrationError: the folder cannot be read.
+        """
+        try:
+            paths = list(self.folder.iterdir())
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise CalibrationError(
+                f"state folder {self.folder} cannot be read",
+                found=str(error),
+                expected="a folder that this user can read and write",
+                next_step=f"mend {self.folder}; the memory goes on unsaved until then",
+            ) from error
+        found = [(m, p) for p in paths if (m := _NAME.match(p.name)) and kind in (None, m.group(1))]
         return sorted(((int(m.group(2)), p) for m, p in found), key=lambda item: -item[0])
 
     def save(self, arrays: Mapping[str, Array], meta: Mapping[str, Any], kind: Kind = "ring") -> Snapshot:
-        """Write the next snapshot and drop the oldest of its kind beyond what is kept.
+        """Write the next snapshot and drop the oldest of its kind beyond what is kept. A removed folder is made again.
 
         Raises:
-            CalibrationError: the disk refuses the write; earlier snapshots are untouched.
+            CalibrationError: the disk refuses; earlier snapshots are untouched.
         """
         files = self._files()
         snapshot = Snapshot((files[0][0] if files else 0) + 1, self.identity, dict(arrays), dict(meta))
         path = self.folder / f"{kind}-{snapshot.number:010d}.snapshot"
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             write_atomic(path, _encode(snapshot))
+            for _, old in self._files(kind)[2 if kind == "last" else self.keep :]:
+                old.unlink(missing_ok=True)
         except OSError as error:
             raise CalibrationError(
                 f"snapshot {path.name} could not be written",
                 found=str(error),
                 expected="space and permission in the state folder",
-                next_step=f"free space in {self.folder}; the memory goes on unsaved until then",
+                next_step=f"make room in {self.folder}; the memory goes on unsaved until then",
             ) from error
-        for _, old in self._files(kind)[2 if kind == "last" else self.keep :]:
-            old.unlink(missing_ok=True)
         return snapshot
 
     def numbers(self) -> list[int]:
@@ -217,39 +233,48 @@ class SnapshotStore:
 class AuditLog:
     """What entered the memory, from which frame, and why: JSON lines, the older half dropped at `limit` bytes.
 
-    Lines are flushed to the operating system at once and synced when a snapshot is saved (:meth:`sync`).
+    Lines are flushed to the operating system at once and synced when a snapshot is saved (:meth:`sync`). Every method
+    raises OSError where the disk refuses. That costs lines, not the log: it goes on when the disk does, a file that was
+    removed is made again, and where there is no room for its younger half it stays whole and grows.
     """
 
     def __init__(self, path: Path, limit: int = 16 * 2**20) -> None:
         self.path = path
         self.limit = limit
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._end_torn_line()
-        self._file = path.open("ab")
+        self._put_off = 0
+        self._file: BinaryIO | None = None
+        self._opened()
 
-    def _end_torn_line(self) -> None:
-        """A killed process may leave half a line; the next one must not be glued to it."""
-        if self.path.exists() and (data := self.path.read_bytes()) and not data.endswith(b"\n"):
-            with self.path.open("ab") as file:
-                file.write(b"\n")
+    def _opened(self) -> BinaryIO:
+        if self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0:
+            self.close()
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            present = self.path.read_bytes() if self.path.exists() else b""
+            self._file = self.path.open("ab")
+            if present and not present.endswith(b"\n"):
+                self._file.write(b"\n")  # a killed process left half a line; the next one must not be glued to it
+        return self._file
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append one entry; values that JSON has no form for are written as text."""
-        self._file.write(json.dumps(dict(entry), default=str).encode() + b"\n")
-        self._file.flush()
-        if self._file.tell() > self.limit:
-            self._rotate()
+        file = self._opened()
+        file.write(json.dumps(dict(entry), default=str).encode() + b"\n")
+        file.flush()
+        if file.tell() > self.limit + self._put_off:
+            self._rotate(file.tell())
 
-    def _rotate(self) -> None:
-        self._file.close()
+    def _rotate(self, size: int) -> None:
+        self._put_off = size - self.limit + self.limit // 16  # if it fails, not with every line again
         lines = self.path.read_bytes().splitlines(keepends=True)
         write_atomic(self.path, b"".join(lines[len(lines) // 2 :]))
-        self._file = self.path.open("ab")
+        self._put_off = 0
+        self.close()  # it is the old file; the next write opens the new one
 
     def entries(self) -> list[dict[str, Any]]:
         """All readable entries, oldest first; a line torn by a power cut is left out."""
         found = []
-        for line in self.path.read_bytes().splitlines():
+        for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
             try:
                 found.append(json.loads(line))
             except ValueError:
@@ -258,8 +283,12 @@ class AuditLog:
 
     def sync(self) -> None:
         """Force the lines to the disk."""
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; a later write opens it again."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..calib.snapshots import Kind, Snapshot, SnapshotStore
-from .errors import CalibrationError
+from .errors import AndonError
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Autosave:
             return self._store.save(arrays, meta, kind)
 
     def flush(self) -> None:
-        """Write what was offered, if anything; a disk that refuses is logged once and tried again later."""
+        """Write what was offered, if anything; what goes wrong is logged once and tried again later. Raises nothing."""
         with self._handover:
             pending, self._pending = self._pending, None
         if pending is None:
@@ -66,9 +66,9 @@ class Autosave:
         kind: Kind = "ring" if now >= self._ring_due else "last"
         try:
             self.write(*pending, kind)
-        except CalibrationError as error:
+        except Exception as error:  # whatever it is, its thread must be there when the disk works again
             if not self._failing:
-                log.error("memory is not being saved: %s", error)
+                log.error("memory is not being saved: %s", error, exc_info=not isinstance(error, AndonError))
             self._failing = True
             with self._handover:
                 self._pending = self._pending or pending

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ class LineMemory:
         self._number = 0
         self._store = SnapshotStore(folder, _identity(program.bundle, self._memory), config.snapshots)
         self._audit = AuditLog(folder / "audit.jsonl")
+        self._audit_failing = False
         self._restore_last()
         self._saver = Autosave(self._store, config.save_every, config.snapshot_every, clock)
 
@@ -157,15 +159,14 @@ class LineMemory:
                 self._warnings[name] = detail
             else:
                 self._warnings.pop(name, None)
-            self._audit.write({"time": timestamp(), "action": "drift", "camera": camera, "warning": drift.warning})
+            self._note({"action": "drift", "camera": camera, "warning": drift.warning})
 
     def _record(self, outcome: Outcome, verdict: str, frame: Frame, index: int) -> None:
         change, patches = outcome.change, outcome.patches
         if change is None or patches is None:
             return
-        self._audit.write(
+        self._note(
             {
-                "time": timestamp(),
                 "action": "admit",
                 "version": self._number,
                 "product": self._classes[index] if self._memory and self._memory.per_class else "*",
@@ -184,6 +185,24 @@ class LineMemory:
                 "rows": change.length,
             }
         )
+
+    def _note(self, entry: Mapping[str, Any], sync: bool = False) -> None:
+        """Into the audit log, with the time."""
+        with self._auditing():
+            self._audit.write({"time": timestamp(), **entry})
+            if sync:
+                self._audit.sync()
+            self._audit_failing = False
+
+    @contextmanager
+    def _auditing(self) -> Iterator[None]:
+        """A log that cannot be written is said once: what was learnt counts all the same, and has to be saved."""
+        try:
+            yield
+        except OSError as error:
+            if not self._audit_failing:
+                log.error("the audit log of the memory, %s, may lack entries: %s", self._audit.path, error)
+            self._audit_failing = True
 
     # -- commands ----------------------------------------------------------------------------------------------------
 
@@ -213,8 +232,7 @@ class LineMemory:
         before = self._number
         actions[name](arguments)
         entry = {"action": name, "before": before, "version": self._number, "by": arguments.get("by")}
-        self._audit.write({"time": timestamp(), **entry})
-        self._audit.sync()
+        self._note(entry, sync=True)
         if name != "snapshot":
             self._saver.offer(self._arrays(), self._meta())
         return {"version": self._number, "before": before, **self.describe()}
@@ -309,7 +327,7 @@ class LineMemory:
             # Killed after the last save, the line may have published later versions: their numbers are not used again.
             self._number = saved if last <= saved else last + 1
             entry = {"action": "restore", "version": self._number, "of": saved, "snapshot": item.number}
-            self._audit.write({"time": timestamp(), **entry})
+            self._note(entry)
             log.info("memory version %d restored from snapshot %d as version %d", saved, item.number, self._number)
             return
 
@@ -350,8 +368,11 @@ class LineMemory:
         if self._calibrators or self._drift:
             self._saver.offer(self._arrays(), self._meta())
         self._saver.close()
-        self._audit.sync()
-        self._audit.close()
+        with self._auditing():
+            try:
+                self._audit.sync()
+            finally:
+                self._audit.close()
 
 
 def _calibrators(bundle: Bundle, memory: Memory, config: MemoryConfig) -> tuple[OnlineCalibrator, ...]:

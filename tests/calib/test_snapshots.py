@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,6 +166,37 @@ def test_a_folder_that_cannot_be_used_is_refused(tmp_path):
         SnapshotStore(tmp_path / "file", IDENTITY)
 
 
+def test_a_folder_that_is_removed_is_made_again(tmp_path):
+    store = SnapshotStore(tmp_path / "memory", IDENTITY)
+    store.save(arrays(1), {})
+    shutil.rmtree(store.folder)
+    assert store.numbers() == [] and store.latest() == (None, [])
+    store.save(arrays(2), {"k": 2})
+    assert store.latest()[0].meta == {"k": 2}
+
+
+def test_a_folder_that_turns_unusable_is_refused(tmp_path):
+    store = SnapshotStore(tmp_path / "memory", IDENTITY)
+    store.folder.rmdir()
+    store.folder.write_text("")
+    with pytest.raises(CalibrationError, match="cannot be read"):
+        store.numbers()
+    with pytest.raises(CalibrationError, match="memory"):
+        store.save(arrays(1), {})
+
+
+def test_an_old_snapshot_that_cannot_be_removed_is_said(tmp_path, monkeypatch):
+    store = SnapshotStore(tmp_path, IDENTITY, keep=1)
+    store.save(arrays(1), {})
+
+    def refuse(path, missing_ok=False):
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    monkeypatch.setattr("andon.calib.snapshots.Path.unlink", refuse)
+    with pytest.raises(CalibrationError, match=r"Operation not permitted: .*ring-0000000001"):
+        store.save(arrays(2), {})
+
+
 def test_audit_log_appends_survives_a_torn_line_and_rotates(tmp_path):
     path = tmp_path / "audit.jsonl"
     log = AuditLog(path)
@@ -181,6 +213,41 @@ def test_audit_log_appends_survives_a_torn_line_and_rotates(tmp_path):
     assert path.stat().st_size < 2100
     versions = [e["version"] for e in log.entries()]
     assert versions[-1] == 199 and versions == list(range(versions[0], 200))
+    log.close()
+
+
+def test_audit_log_keeps_its_lines_where_there_is_no_room_to_drop_the_older_half(tmp_path, monkeypatch):
+    path = tmp_path / "audit.jsonl"
+    log = AuditLog(path, limit=2000)
+    refused = []
+
+    def full(*_):
+        refused.append(OSError(28, "No space left on device"))
+        raise refused[-1]
+
+    with monkeypatch.context() as disk:
+        disk.setattr("andon.calib.snapshots.write_atomic", full)
+        for k in range(200):
+            try:
+                log.write({"version": k})
+            except OSError as error:
+                assert error is refused[-1]
+        assert [e["version"] for e in log.entries()] == list(range(200))
+        assert 1 < len(refused) < 20, "tried again, but not with every line"
+    for k in range(200, 300):
+        log.write({"version": k})
+    assert path.stat().st_size < 2100 and log.entries()[-1] == {"version": 299}
+    log.close()
+
+
+def test_audit_log_goes_on_in_a_new_file_where_it_was_removed(tmp_path):
+    path = tmp_path / "memory" / "audit.jsonl"
+    log = AuditLog(path)
+    log.write({"version": 1})
+    shutil.rmtree(path.parent)
+    assert log.entries() == []
+    log.write({"version": 2})
+    assert log.entries() == [{"version": 2}]
     log.close()
 
 

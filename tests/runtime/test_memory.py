@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
 from dataclasses import replace
 from datetime import datetime, timezone
 
 import numpy as np
 import pytest
+from andon.runtime.autosave import Autosave
 from andon.runtime.bundle import Bundle
 from andon.runtime.detector import Detector
 from andon.runtime.engine.select import open_backend
@@ -327,6 +330,77 @@ def test_frames_without_a_score_are_left_alone(station):
     broken = replace(scored, score=float("nan"))
     line.memory.after_frame(line.detector.program, Judgement(verdict, broken), frame)
     assert line.memory.describe()["frames"] == {}
+
+
+def test_an_audit_log_that_cannot_be_written_costs_nothing_but_its_lines(station, monkeypatch, caplog):
+    line = station()
+    line.memory._audit.limit = 300
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr("andon.calib.snapshots.write_atomic", full)
+        for value in (104, 104, 104, 105, 106):
+            line.see(value)
+        assert line.memory.command("freeze", {})["frozen"]
+    line.memory.command("unfreeze", {})
+    line.see(103)
+    assert line.memory.version("a") == 4
+    assert line.memory._saver._pending[1]["version"] == 4, "what was learnt is offered for saving"
+    line.close()
+    assert [r.message for r in caplog.records if "audit log" in r.message and r.levelname == "ERROR"] != []
+    assert station().memory.version("a") == 4
+
+
+@pytest.mark.parametrize("method", ["write", "sync", "close"])
+def test_no_trouble_of_the_audit_log_reaches_the_line(station, monkeypatch, caplog, method):
+    line = station(DRIFTS)
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(line.memory._audit, method, refuse)
+    drift_up(line, np.random.default_rng(0))
+    version = line.memory.command("reset", {})["version"]
+    line.close()
+    said = [r.message for r in caplog.records if "audit log" in r.message and r.levelname == "ERROR"]
+    assert said and "No space left" in said[0] and str(line.memory._audit.path) in said[0]
+    assert method != "write" or len(said) == 1, "once"
+    monkeypatch.undo()
+    line.memory._audit.close()
+    assert station(DRIFTS).memory.version("a") == version
+
+
+def test_a_state_folder_that_is_removed_is_made_again(station, tmp_path):
+    line = station()
+    for _ in range(3):
+        line.see(104)
+    shutil.rmtree(tmp_path / "state")
+    assert line.memory.describe()["snapshots"] == []
+    line.see(105)
+    line.close()
+    assert "admit" in (tmp_path / "state" / "audit.jsonl").read_text()
+    assert station().memory.version("a") == 2
+
+
+@pytest.mark.parametrize("error", [CalibrationError("no room"), OSError(5, "Input/output error"), ValueError("what?")])
+def test_autosave_outlives_whatever_goes_wrong(error, caplog):
+    saved, failures = threading.Event(), [error, error, error]
+
+    class Disk:
+        def save(self, arrays, meta, kind):
+            if failures:
+                raise failures.pop()
+            saved.set()
+
+    caplog.set_level("INFO")
+    saver = Autosave(Disk(), 0.01, 3600)
+    saver.offer({}, {})
+    assert saved.wait(10)
+    saver.close()
+    said = [record.message for record in caplog.records]
+    assert said == [f"memory is not being saved: {error}", "memory is saved again"]
 
 
 def test_autosave_writes_while_the_line_runs(memory_bundle, tmp_path):
