@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -68,6 +69,9 @@ class EvidenceStore:
 
     def __enter__(self) -> EvidenceStore:
         self._folder.mkdir(parents=True, exist_ok=True)
+        for left in self._folder.glob("*/*/*.part"):  # of a process that was killed while it wrote
+            with contextlib.suppress(OSError):
+                left.unlink()
         kept = [path for path in self._folder.rglob("*.jpg") if path.is_file()]
         stats = sorted((path.stat().st_mtime, path, path.stat().st_size) for path in kept)
         self._files = {path: size for _, path, size in stats}
@@ -120,8 +124,12 @@ class EvidenceStore:
         self._make_room(len(encoded))
         job.path.parent.mkdir(parents=True, exist_ok=True)
         partial = job.path.with_suffix(".part")
-        partial.write_bytes(encoded)
-        partial.replace(job.path)
+        try:
+            partial.write_bytes(encoded)
+            partial.replace(job.path)
+        except OSError:
+            partial.unlink(missing_ok=True)  # what a full disk took of it counts towards no quota
+            raise
         self._files[job.path] = len(encoded)
         self.written += 1
         if self._config.publish:

@@ -422,3 +422,26 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_the_others(
         kept = store.keep(bad.verdict, picture(250), bad.scored.map, bad.box, 0.5)
     assert (store.failed, store.written) == (1, 1)
     assert kept is not None and Path(kept).is_file()
+
+
+def test_a_picture_that_cannot_be_stored_leaves_nothing_behind(
+    make_judge: Callable[..., Judge], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(path: Path, data: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(data[: len(data) // 2])
+        raise OSError("No space left on device")
+
+    bad = make_judge().judge(frame(picture(250)))
+    folder = tmp_path / "evidence"
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_bytes", half)
+        with EvidenceStore(EvidenceConfig(), folder) as store:
+            path = store.keep(bad.verdict, picture(250), bad.scored.map, bad.box, 0.5)
+    assert (store.failed, store.written) == (1, 0) and path is not None
+    assert [left for left in folder.rglob("*") if left.is_file()] == []
+    killed, foreign = Path(path).with_suffix(".part"), folder / "download.part"
+    killed.write_bytes(b"half a picture")
+    foreign.write_bytes(b"not ours")
+    with EvidenceStore(EvidenceConfig(), folder):
+        assert not killed.exists() and foreign.exists(), "what a killed process left is removed at the start"
