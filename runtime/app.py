@@ -384,6 +384,7 @@ class LineApp:
             "connected": health.connected,
             "reason": health.reason,
             "acknowledged": health.acknowledged,
+            "too_large": health.too_large,
             "outbox": vars(health.outbox),
         }
 

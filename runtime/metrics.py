@@ -119,7 +119,12 @@ def _delivery(delivery: Mapping[str, Any]) -> Iterator[Metric]:
     yield _gauge("andon_mqtt_spool_bytes", "Their payload bytes", outbox["bytes"])
     yield _gauge("andon_mqtt_spool_oldest_seconds", "Age of the oldest", outbox["oldest_age_s"])
     yield _gauge("andon_mqtt_spool_degraded", "1 while the disk refuses", outbox["degraded"] is not None)
-    yield CounterMetricFamily("andon_mqtt_spool_dropped", "Lost to the outbox's caps", value=outbox["dropped"])
+    yield CounterMetricFamily(
+        "andon_mqtt_spool_dropped", "Lost to the outbox's caps, or too large for the broker", value=outbox["dropped"]
+    )
+    yield CounterMetricFamily(
+        "andon_mqtt_too_large", "Not sent, larger than the broker takes; pictures too", value=delivery["too_large"]
+    )
     yield CounterMetricFamily("andon_mqtt_acknowledged", "Taken by the broker", value=delivery["acknowledged"])
 
 

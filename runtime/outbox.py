@@ -49,9 +49,9 @@ class OutboxStats:
     """What the outbox holds and what it had to do.
 
     messages, bytes, oldest_age_s: not yet acknowledged, wherever they are; bytes of payload, not of the file, which
-    keeps its size and deletes what was acknowledged a moment later. dropped: lost to the caps since the file was made.
-    degraded: why commits fail at the moment, None when they do not. set_aside: name of a corrupt file found at the
-    start.
+    keeps its size and deletes what was acknowledged a moment later. dropped: lost to the caps since the file was made,
+    and to :meth:`Outbox.give_up` since it was opened; too_large: to the latter alone. degraded: why commits fail at the
+    moment, None when they do not. set_aside: name of a corrupt file found at the start.
     """
 
     messages: int
@@ -61,6 +61,7 @@ class OutboxStats:
     degraded: str | None
     set_aside: str | None
     in_memory: int
+    too_large: int = 0
 
 
 Event = Callable[[str, str], None]
@@ -105,7 +106,7 @@ class Outbox:
         self._committed = 0
         self._last_id = ""
         self._degraded: str | None = None
-        self._tail_dropped = 0
+        self._tail_dropped = self._given_up = 0
         self._said_dropped = 0
         self._stopping = False
         self._due_at = 0.0
@@ -259,6 +260,12 @@ class Outbox:
                     self._acked[message.key] = len(message.payload)
             self._lock.notify_all()
 
+    def give_up(self, message: Stored) -> None:
+        """The broker takes none so large: it is deleted as after :meth:`done`, and counted as dropped."""
+        with self._lock:
+            self._given_up += 1
+        self.done([message])
+
     def stats(self) -> OutboxStats:
         """Depth, losses and state at this moment."""
         with self._lock:
@@ -268,11 +275,12 @@ class Outbox:
             return OutboxStats(
                 messages=messages,
                 bytes=max(0, size + sum(fresh) - sum(self._acked.values())) if messages else 0,
-                dropped=self._file.dropped + self._tail_dropped,
+                dropped=self._file.dropped + self._tail_dropped + self._given_up,
                 oldest_age_s=self._file.oldest_age() if messages else 0.0,
                 degraded=self._degraded,
                 set_aside=self._file.set_aside,
                 in_memory=len(self._tail) if self._degraded else 0,
+                too_large=self._given_up,
             )
 
     # -- the writer thread -----------------------------------------------------------------------------------------

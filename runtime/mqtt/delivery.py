@@ -57,6 +57,11 @@ class DeliveryHealth:
         return all(link.connected for link in self.links.values())
 
     @property
+    def too_large(self) -> int:
+        """Messages of this run, pictures too, that were not sent because they are larger than the broker takes."""
+        return sum(link.too_large for link in self.links.values())
+
+    @property
     def reason(self) -> str:
         """Why not, or which topics are refused; empty when all is well."""
         for link in self.links.values():
@@ -115,7 +120,7 @@ class Delivery:
         # Replaced, never changed: camera threads and the judging thread go through it while the line starts and stops.
         self._publishers: Mapping[str, Publisher] = {}
         self._last: dict[str, LinkState] = {}
-        self._dropped = 0
+        self._dropped = self._too_large = 0
         self._set_aside: str | None = None
         self._loss = (-_LOSS_SHOWN, "")
 
@@ -123,7 +128,8 @@ class Delivery:
 
     def start(self) -> None:
         """Start one connection per camera; the first also delivers what is stored of cameras that are gone."""
-        self._dropped = self._outbox.stats().dropped
+        stats = self._outbox.stats()
+        self._dropped, self._too_large = stats.dropped, stats.too_large
         if self._broker is None:
             return
         if self._commands is not None:
@@ -215,8 +221,12 @@ class Delivery:
         stats = self._outbox.stats()
         now = time.monotonic()
         if stats.dropped > self._dropped:
-            self._loss = (now, f"{stats.dropped - self._dropped} oldest messages were dropped by the outbox's caps")
-            self._dropped = stats.dropped
+            too_large = stats.too_large - self._too_large
+            capped = stats.dropped - self._dropped - too_large
+            why = [f"{capped} oldest messages were dropped by the outbox's caps"] if capped else []
+            why += [f"{too_large} messages were dropped: larger than the broker takes"] if too_large else []
+            self._loss = (now, ", ".join(why))
+            self._dropped, self._too_large = stats.dropped, stats.too_large
         if stats.set_aside != self._set_aside:
             self._set_aside = stats.set_aside
             self._loss = (now, f"the outbox file was damaged: {stats.set_aside}")
@@ -241,6 +251,7 @@ class Delivery:
             command=lambda name, payload, retained: self._on_command(camera, name, payload, retained),
             acknowledged=self._acknowledged,
             refused=lambda topic, reason: None,
+            too_large=lambda kind, size, limit: None,
             discovery=lambda: self._discovery(camera),
         )
 

@@ -37,6 +37,7 @@ class LinkState:
     """How the connection stands. reason: why it is down, empty while it is up. since: monotonic seconds.
 
     refused: topic and reason, for topics whose messages the broker does not take at the moment.
+    too_large: messages of this run that were not sent because they exceed the broker's Maximum Packet Size.
     """
 
     connected: bool = False
@@ -45,6 +46,7 @@ class LinkState:
     connects: int = 0
     attempts: int = 0
     refused: tuple[tuple[str, str], ...] = ()
+    too_large: int = 0
 
 
 class Publisher:
@@ -73,9 +75,10 @@ class Publisher:
         self._cameras = tuple(cameras)
         self._outbox = outbox
         self._inflight = inflight
-        self._hooks = replace(hooks, refused=self._on_refused)
+        self._hooks = replace(hooks, refused=self._on_refused, too_large=self._on_too_large)
         self._outer_refused = hooks.refused
         self._refused: dict[str, str] = {}
+        self._said_too_large: set[tuple[str, int]] = set()
         self._direct: deque[Direct] = deque(maxlen=_DIRECT)
         self._state = LinkState(since=time.monotonic())
         self._announce = False
@@ -222,3 +225,13 @@ class Publisher:
             log.warning("%s: the broker refuses %s: %s; kept and retried", self._client_id, topic, reason)
         self._state = replace(self._state, refused=tuple(self._refused.items()))
         self._outer_refused(topic, reason)
+
+    def _on_too_large(self, kind: str, size: int, limit: int) -> None:
+        if (kind, limit) not in self._said_too_large:  # said once: pictures may come several a second
+            self._said_too_large.add((kind, limit))
+            log.error(
+                "%s: a message (%s) of %d bytes is not sent: the broker takes at most %d (its Maximum Packet Size); "
+                "from here on they are only counted, as too_large",
+                self._client_id, kind, size, limit,
+            )  # fmt: skip
+        self._state = replace(self._state, too_large=self._state.too_large + 1)

@@ -48,6 +48,7 @@ class Hooks:
 
     status: state -> payload of the status topic. alarm: payload of the retained alarm topic.
     command: (name, payload, retained). acknowledged: messages that the broker took. refused: topic, reason.
+    too_large: kind, bytes and the broker's limit, for each message that is not sent because it exceeds the limit.
     discovery: topic and payload that tell Home Assistant of us, or None.
     """
 
@@ -56,7 +57,17 @@ class Hooks:
     command: Callable[[str, bytes, bool], None]
     acknowledged: Callable[[list[Stored]], None]
     refused: Callable[[str, str | None], None]
+    too_large: Callable[[str, int, int], None]
     discovery: Callable[[], tuple[str, bytes] | None] = lambda: None
+
+
+def packet_size(topic: str, payload: bytes, qos: int) -> int:
+    """Bytes of a PUBLISH packet of MQTT 5 without properties, all headers included."""
+    rest = 2 + len(topic.encode()) + (2 if qos else 0) + 1 + len(payload)  # topic, packet id, properties, payload
+    length = 1
+    while rest >= 128**length:  # a variable byte integer: seven bits a byte
+        length += 1
+    return 1 + length + rest
 
 
 class Session:
@@ -84,6 +95,7 @@ class Session:
         self._topic = f"{base}/{cameras[0]}"
         self._outbox = outbox
         self._window = inflight
+        self._packet_limit: int | None = None
         self._hooks = hooks
         self._wake = wake
         self._connack: ReasonCode | None = None
@@ -91,6 +103,8 @@ class Session:
         self._acked: list[Stored] = []
         self._flying: dict[int, tuple[Stream, Stored] | None] = {}
         self._streams: dict[str, Stream] = {}
+        self._state = "online"
+        self._owed: dict[str, Callable[[], bytes | None]] = {}
         self._misc_at = 0.0
         self._selector = selectors.DefaultSelector()
         will = Will(f"{self._topic}/status", hooks.status("offline"))
@@ -129,15 +143,15 @@ class Session:
         self._streams = {kind: Stream(kind, self._reader(kind), boundary) for kind in KINDS}
         self.announce()
         if (described := self._hooks.discovery()) is not None:
-            self._publish(*described, 1, True, None)
+            topic, payload = described
+            self._owed[topic] = lambda: payload
+        self._settle()
         self._client.subscribe(f"{self._topic}/cmd/+", qos=1)
 
     def announce(self) -> None:
-        """Publish status and alarms as they are now, retained."""
-        self.send(Direct("status", self._hooks.status("online"), retain=True))
-        alarm = self._hooks.alarm()
-        if alarm is not None:
-            self.send(Direct("alarm", alarm, retain=True))
+        """Publish status and alarms, retained, as they are when the window has room for them."""
+        self._owed[f"{self._topic}/status"] = lambda: self._hooks.status(self._state)
+        self._owed[f"{self._topic}/alarm"] = self._hooks.alarm
 
     def step(self, timeout: float, direct: deque[Direct]) -> None:
         """Send what may be sent, then wait up to ``timeout`` seconds for the broker or for something new.
@@ -145,6 +159,7 @@ class Session:
         Raises:
             Lost: the connection has ended.
         """
+        self._settle()
         while direct and len(self._flying) < self._window:
             self.send(direct.popleft())
         self._offer()
@@ -158,7 +173,7 @@ class Session:
     @property
     def idle(self) -> bool:
         """Nothing in flight and nothing more to offer."""
-        return not self._flying and not any(
+        return not (self._flying or self._owed) and not any(
             self._outbox.fetch(self._cameras, kind, 0, 1) for kind in KINDS if not self._streams[kind].refusal
         )
 
@@ -168,13 +183,19 @@ class Session:
         return len(self._flying)
 
     def farewell(self, timeout: float) -> None:
-        """Publish `stopped` and disconnect properly, so that the will stays unsaid."""
+        """Publish `stopped` and disconnect properly, so that the will stays unsaid.
+
+        A broker that leaves no room for `stopped` in time says `offline` instead: better than a stale `online`.
+        """
+        self._state = "stopped"
+        status = f"{self._topic}/status"
+        self._owed = {status: lambda: self._hooks.status(self._state)}
         with contextlib.suppress(Lost):
-            self.send(Direct("status", self._hooks.status("stopped"), retain=True))
             deadline = time.monotonic() + timeout
-            while self._flying and time.monotonic() < deadline:
+            while (self._owed or self._flying) and time.monotonic() < deadline:
                 self.step(0.1, deque())
-            self._client.disconnect()
+            if status not in self._owed:
+                self._client.disconnect()
 
     def close(self) -> None:
         """Let go of the descriptors."""
@@ -192,6 +213,13 @@ class Session:
         """
         self._publish(f"{self._topic}/{message.leaf}", message.payload, message.qos, message.retain, None)
 
+    def _settle(self) -> None:
+        """Publish what is owed to the retained topics, as far as the window has room; before anything else."""
+        while self._owed and len(self._flying) < self._window:
+            topic = next(iter(self._owed))
+            if (payload := self._owed.pop(topic)()) is not None:
+                self._publish(topic, payload, 1, True, None)
+
     def _offer(self) -> None:
         for kind in KINDS:
             stream = self._streams[kind]
@@ -200,16 +228,24 @@ class Session:
                 # An old alarm must not overwrite the retained state that announce() has just published.
                 retain = kind == "alarm" and not replayed
                 payload = mark_replayed(message.payload) if replayed else message.payload
-                self._publish(f"{self._base}/{message.camera}/{kind}", payload, 1, retain, (stream, message))
+                if not self._publish(f"{self._base}/{message.camera}/{kind}", payload, 1, retain, (stream, message)):
+                    stream.given_up(message)
+                    self._outbox.give_up(message)
 
     def _publish(
         self, topic: str, payload: bytes, qos: int, retain: bool, origin: tuple[Stream, Stored] | None
-    ) -> None:
+    ) -> bool:
+        """False where it is larger than the broker takes: sent all the same, it would end the connection."""
+        if self._packet_limit is not None and (size := packet_size(topic, payload, qos)) > self._packet_limit:
+            kind = topic.removeprefix(f"{self._base}/").split("/")[1]
+            self._hooks.too_large(kind, size, self._packet_limit)
+            return False
         info = self._client.publish(topic, payload, qos, retain)
         if info.rc not in (paho.MQTT_ERR_SUCCESS, paho.MQTT_ERR_AGAIN):
             raise Lost(explain_lost(self._last_error, True, self._broker))
         if qos:
             self._flying[info.mid] = origin
+        return True
 
     def _reader(self, kind: str) -> Callable[[int, int], list[Stored]]:
         return lambda after, limit: self._outbox.fetch(self._cameras, kind, after, limit)
@@ -264,6 +300,7 @@ class Session:
         receive_maximum = getattr(properties, "ReceiveMaximum", None)
         if receive_maximum:
             self._window = min(self._window, int(receive_maximum))
+        self._packet_limit = getattr(properties, "MaximumPacketSize", None)
 
     def _on_publish(self, _client: Any, _data: Any, mid: int, reason: ReasonCode, _properties: Any) -> None:
         origin = self._flying.pop(mid, None)

@@ -74,6 +74,10 @@ class Stream:
             self._hold = min(self._hold * 2, _LONGEST_HOLD)
         return news
 
+    def given_up(self, message: Stored) -> None:
+        """It is not offered after all, nor again: its owner has taken it out of the outbox."""
+        self.inflight.pop(message.key, None)
+
     @property
     def wait(self) -> float | None:
         """Seconds until a hold ends; None when there is none."""

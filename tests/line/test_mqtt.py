@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from andon.runtime.lineconfig import BrokerConfig
 from andon.runtime.mqtt.commands import Commands, TokenBucket
 from andon.runtime.mqtt.delivery import Delivery
 from andon.runtime.mqtt.publisher import Publisher
+from andon.runtime.mqtt.session import packet_size
 from andon.runtime.outbox import Outbox
 from andon.runtime.process import resident_memory
 from andon.runtime.types import Region, Verdict
@@ -258,6 +260,107 @@ def test_home_assistant_is_told_of_every_camera(line: Any, broker: EmbeddedBroke
     schema = json.loads((SCHEMAS / "command.json").read_text())
     press = json.loads(parts["acknowledge"]["payload_press"])
     Draft202012Validator({"$ref": "#/$defs/acknowledge", "$defs": schema["$defs"]}).validate(press)
+
+
+# -- the broker's limits -----------------------------------------------------------------------------------------------
+
+
+def wordy(ids: Ids) -> Verdict:
+    """A verdict of about 18 kB."""
+    return replace(verdict(ids), regions=(Region((1001, 1002, 103, 104), 12, 3.0),) * 300)
+
+
+def test_a_picture_larger_than_the_broker_takes_is_skipped_and_counted(
+    line: Any, make_consumer: Any, eventually: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    pictures: list[int] = []
+
+    def take(_client: Any, _data: Any, message: Any) -> None:
+        pictures.append(len(message.payload))
+
+    with EmbeddedBroker(settings=["max_packet_size 4000"]) as broker, make_consumer(broker.port) as consumer:
+        consumer.client.message_callback_add("+/+/+/+/+/+/evidence/#", take)
+        with line(broker.port) as running:
+            assert running.delivery.wait_connected(10)
+            topic = "andon/v1/site/line/station/cam0/evidence/A"
+            fits = 4000 - packet_size(topic, b"", 0) - 1  # the length of the rest takes two bytes, not one
+            for size in (60_000, fits + 1, fits):
+                running.delivery.picture("cam0", "A", bytes(size))
+            running.send(3)
+            assert [document["replayed"] for document in consumer.wait_for("verdict", 3)] == [False] * 3
+            eventually(lambda: pictures == [fits])
+            health = running.delivery.health()
+            assert (health.too_large, health.links["cam0"].connects, health.trouble()) == (2, 1, "")
+        consumer.until(lambda: consumer.of("status")[-1]["state"] == "stopped")
+    assert [status["state"] for status in consumer.of("status")] == ["online", "stopped"], "never offline"
+    assert sum("is not sent: the broker takes at most 4000" in text for text in caplog.messages) == 1
+
+
+def test_a_verdict_larger_than_the_broker_takes_is_dropped_and_said(
+    line: Any, make_consumer: Any, eventually: Any
+) -> None:
+    with EmbeddedBroker(settings=["max_packet_size 10000"]) as broker, make_consumer(broker.port) as consumer:
+        with line(broker.port) as running:
+            assert running.delivery.wait_connected(10)
+            before = running.send(1)
+            running.delivery.verdict(wordy(running.ids))
+            after = running.send(2)
+            assert [document["id"] for document in consumer.wait_for("verdict", 3)] == before + after
+            eventually(lambda: running.outbox.stats().messages == 0)
+            assert running.outbox.stats().dropped == 1
+            assert running.delivery.health().trouble() == "1 messages were dropped: larger than the broker takes"
+            assert running.delivery.health().links["cam0"].connects == 1
+        consumer.until(lambda: consumer.of("status")[-1]["state"] == "stopped")
+    assert consumer.of("status")[-1]["outbox"]["dropped"] == 1
+
+
+class Reluctant:
+    """A broker of MQTT 5 that takes one unacknowledged message at a time (Receive Maximum 1).
+
+    It acknowledges nothing before the client has subscribed, so the client has every occasion to send too many.
+    """
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.most = 0
+        self.topics: list[str] = []
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        connection = self._listener.accept()[0]
+        stream = connection.makefile("rb")
+        waiting: list[bytes] = []
+        subscribed = False
+        while head := stream.read(1):
+            length = shift = 0
+            while (byte := stream.read(1)[0]) & 128:
+                length, shift = length | (byte & 127) << shift, shift + 7
+            body = stream.read(length | byte << shift)
+            kind = head[0] >> 4
+            if kind == 1:
+                connection.sendall(bytes([0x20, 6, 0, 0, 3, 0x21, 0, 1]))  # CONNACK with Receive Maximum 1
+            elif kind == 3 and head[0] & 6:
+                end = 2 + int.from_bytes(body[:2], "big")
+                self.topics.append(body[2:end].decode().rsplit("/", 1)[1])
+                waiting.append(body[end : end + 2])
+                self.most = max(self.most, len(waiting))
+            elif kind == 8:
+                subscribed = True
+                connection.sendall(bytes([0x90, 4, *body[:2], 0, 1]))
+            while subscribed and waiting:
+                connection.sendall(bytes([0x40, 2]) + waiting.pop(0))
+
+
+def test_what_is_announced_keeps_to_the_brokers_receive_maximum(line: Any, eventually: Any) -> None:
+    broker = Reluctant()
+    with line(broker.port, home_assistant="homeassistant") as running:
+        running.send(2)
+        eventually(lambda: len(broker.topics) == 5)
+        running.delivery.announce()
+        eventually(lambda: len(broker.topics) == 7)
+    assert broker.topics == ["status", "alarm", "config", "verdict", "verdict", "status", "alarm", "status"]
+    assert broker.most == 1, "so many at once without an acknowledgement"
 
 
 # -- commands --------------------------------------------------------------------------------------------------------
