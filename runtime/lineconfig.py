@@ -175,7 +175,9 @@ class CameraConfig(Settings):
     )
     queue: int = Field(default=1, ge=1, le=64, description="Frames that may wait for judgement")
     stale_after: Seconds | None = Field(
-        default=5, description="Seconds without a frame until the source is rebuilt; null: it may be silent"
+        default=5,
+        description="Seconds without a frame, beyond the pause that a playback rate makes, until the source is rebuilt; "
+        "null: it may be silent, as a watched folder may unless this is set",
     )
     stale_verdict_every: Seconds = Field(default=30, description="Seconds between camera_stale verdicts while down")
     retry_max: Seconds = Field(
@@ -196,6 +198,25 @@ class CameraConfig(Settings):
             raise ValueError("x and y are 0 or more, width and height 1 or more")
         return roi
 
+    @model_validator(mode="after")
+    def _watched_may_be_silent(self) -> CameraConfig:
+        if self.watched and "stale_after" not in self.model_fields_set:
+            object.__setattr__(self, "stale_after", None)  # frozen, and this is still its making
+        return self
+
+    @property
+    def watched(self) -> bool:
+        """Whether the source is a hot folder: pictures come when somebody puts them there, in no rhythm."""
+        return isinstance(self.source, FolderSource) and self.source.watch
+
+    @property
+    def silence(self) -> float | None:
+        """Seconds without a frame from which on the source counts as silent; None: it may be."""
+        if self.stale_after is None:
+            return None
+        pause = 1 / self.source.fps if isinstance(self.source, PlaybackSource) and self.source.fps else 0.0
+        return self.stale_after + pause
+
     @property
     def drop_policy(self) -> Literal["latest", "block"]:
         """What happens to a frame that finds the queue full."""
@@ -208,7 +229,7 @@ class CameraConfig(Settings):
         """Whether the source has no end of its own."""
         source = self.source
         if isinstance(source, FolderSource | DatasetSource | FileSource):
-            return source.loop or (isinstance(source, FolderSource) and source.watch)
+            return source.loop or self.watched
         if isinstance(source, PatternSource):
             return source.frames is None
         return not (isinstance(source, GstreamerSource) and not source.live)

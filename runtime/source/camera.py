@@ -126,16 +126,21 @@ class Camera:
             shot = self._source.read(SLICE)
             now = time.monotonic()
             if shot is None:
-                limit = self._config.stale_after
+                limit = self._config.silence
                 if limit is not None and now - self._last_seen > limit:
                     raise SourceError(f"no frame for {limit:g} s")
+                if limit is None and self._config.watched:  # it can be read and nothing new lies there: all is well
+                    self._live()
                 continue
-            if self._state.state != "live":
-                self._retry = RETRY_MIN
-                self._move("live")
+            self._live()
             self._deliver(shot)
             # Time spent waiting for room (drop: block) is not silence of the camera.
             self._last_seen = time.monotonic()
+
+    def _live(self) -> None:
+        if self._state.state != "live":
+            self._retry = RETRY_MIN
+            self._move("live")
 
     def _deliver(self, shot: Shot) -> None:
         config = self._config

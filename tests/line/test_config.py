@@ -143,6 +143,18 @@ def test_every_key_is_described() -> None:
     assert undescribed(LineConfig) == []
 
 
+def test_a_watched_folder_may_be_silent_unless_the_user_says_otherwise() -> None:
+    def silence(**camera: object) -> float | None:
+        return CameraConfig.model_validate(camera).silence
+
+    folder = {"kind": "folder", "path": "parts"}
+    assert silence(source={"kind": "test"}) == silence(source=folder) == 5
+    assert silence(source={**folder, "watch": True}) is None
+    assert silence(source={**folder, "watch": True}, stale_after=60) == 60
+    assert silence(source={**folder, "fps": 0.1}) == 15, "a picture every ten seconds is no silence of ten seconds"
+    assert silence(source={**folder, "fps": 0.1}, stale_after=None) is None
+
+
 def test_a_folder_waits_for_the_judge_unless_it_has_a_rate() -> None:
     def policy(**camera: object) -> str:
         return CameraConfig.model_validate(camera).drop_policy

@@ -341,6 +341,35 @@ def test_a_camera_that_may_be_silent_is_left_alone() -> None:
     assert source.opened == 1
 
 
+@pytest.mark.parametrize("player", ["direct", "gstreamer"])
+def test_waiting_for_the_time_to_play_is_not_silence(
+    tmp_path: Path, make_images: Callable[..., Path], player: str
+) -> None:
+    folder = make_images(tmp_path / "parts", [10, 20, 30])
+    config = camera({"kind": "folder", "path": folder, "fps": 1.25, "player": player}, drop="block", stale_after=0.3)
+    with Running(make_source("cam", config), config) as running:
+        items = []
+        while not (running.camera.finished and not running.slots.waiting("cam")):
+            if (item := running.slots.take(0.2)) is not None:
+                items.append(item)
+    assert [item.part_id for item in items] == ["part000", "part001", "part002"], "0.8 s apart"
+    assert running.camera.state.state == "ended"
+
+
+def test_a_watched_folder_is_live_as_long_as_it_can_be_read(
+    tmp_path: Path, make_images: Callable[..., Path], eventually: Callable[..., None]
+) -> None:
+    folder = make_images(tmp_path / "in", [])
+    config = camera({"kind": "folder", "path": folder, "watch": True}, retry_max=0.3)
+    with Running(make_source("cam", config), config) as running:
+        eventually(lambda: running.camera.state.state == "live")
+        away = folder.rename(tmp_path / "away")
+        eventually(lambda: running.camera.state.state == "down")
+        away.rename(folder)
+        eventually(lambda: running.camera.state.state == "live")
+        assert not running.slots.waiting("cam"), "without a part there is no verdict"
+
+
 def test_max_fps_skips_and_counts() -> None:
     with Running(Flaky(["deliver"]), live(max_fps=10)) as running:
         frames = running.items(1.05)
