@@ -176,8 +176,8 @@ class CameraConfig(Settings):
     queue: int = Field(default=1, ge=1, le=64, description="Frames that may wait for judgement")
     stale_after: Seconds | None = Field(
         default=5,
-        description="Seconds without a frame, beyond the pause that a playback rate makes, until the source is rebuilt; "
-        "null: it may be silent, as a watched folder may unless this is set",
+        description="Seconds without a frame, beyond the pause that a playback rate makes, until the source is "
+        "rebuilt; null: it may be silent, as a watched folder may unless this is set",
     )
     stale_verdict_every: Seconds = Field(default=30, description="Seconds between camera_stale verdicts while down")
     retry_max: Seconds = Field(

@@ -70,24 +70,65 @@ def playing(config: FolderSource | DatasetSource) -> Iterator[Part]:
             return
 
 
-def watching(config: FolderSource, seen: set[Path]) -> Iterator[Part | None]:
+#: Size in bytes, time of the last change of content and of the last change at all (it also tells a file that was moved
+#: away and back), in ns.
+_Mark = tuple[int, int, int]
+
+
+class Seen:
+    """The files of a watched folder that were taken, by what tells one from a later one of its name.
+
+    A file that is gone was consumed, or its share is away and will come back with the same file: an unmounted share
+    leaves an empty folder. So what is gone is remembered: all of it while nothing at all is there, else the latest.
+    """
+
+    def __init__(self, remembered: int = 10_000):
+        self._remembered = remembered
+        self._here: dict[Path, _Mark] = {}
+        self._gone: dict[Path, _Mark] = {}
+
+    def new(self, present: list[Part]) -> list[Part]:
+        """Those of the files that are there which were not taken. A file that stays is not new when it changes."""
+        paths = {part.path for part in present}
+        for path in [path for path in self._here if path not in paths]:
+            self._gone[path] = self._here.pop(path)
+        for path in [path for path in self._gone if path in paths]:
+            again = _mark(path)
+            if self._gone.pop(path) == again:
+                self._here[path] = again
+        if present:
+            for path in list(self._gone)[: max(0, len(self._gone) - self._remembered)]:
+                del self._gone[path]
+        return [part for part in present if part.path not in self._here]
+
+    def take(self, path: Path, mark: _Mark) -> None:
+        """This file is taken."""
+        self._here[path] = mark
+
+
+def _mark(path: Path) -> _Mark | None:
+    """None where the file has just been taken away."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def watching(config: FolderSource, seen: Seen) -> Iterator[Part | None]:
     """New files once they have stopped growing between two looks; None: no more for now. `seen` is kept up to date."""
-    sizes: dict[Path, int] = {}
+    before: dict[Path, int] = {}
     while True:
-        present = parts(config)
-        fresh = [part for part in present if part.path not in seen]
-        seen.intersection_update(part.path for part in present)
-        for part in fresh:
-            try:
-                size = part.path.stat().st_size
-            except FileNotFoundError:
-                continue  # taken away between the two looks
-            if sizes.get(part.path) == size:
-                seen.add(part.path)
-                del sizes[part.path]
+        sizes: dict[Path, int] = {}
+        for part in seen.new(parts(config)):
+            if (mark := _mark(part.path)) is None:
+                continue
+            if before.get(part.path) == mark[0]:
+                seen.take(part.path, mark)
                 yield part
             else:
-                sizes[part.path] = size
+                sizes[part.path] = mark[0]
+        before = sizes
         yield None
 
 
@@ -97,7 +138,7 @@ class FolderPlayer:
     def __init__(self, config: FolderSource | DatasetSource):
         self._config = config
         self._playing: Iterator[Part | None] = iter(())
-        self._seen: set[Path] = set()  # outlives a share that goes away and comes back
+        self._seen = Seen()  # outlives a share that goes away and comes back
         self._due = 0.0
 
     def check(self) -> str:

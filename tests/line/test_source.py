@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from andon.runtime.source import EndOfSource, Shot, make_source
 from andon.runtime.source.camera import Camera, CameraState
 from andon.runtime.source.gstreamer import unpack
 from andon.runtime.source.pipelines import csi, rtsp, usb
+from andon.runtime.source.playlist import Seen, watching
 from andon.runtime.types import Frame
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -241,6 +243,61 @@ def test_a_watched_folder_takes_files_once_they_are_whole(tmp_path: Path, make_i
     source.open()
     assert [source.read(0.01) for _ in range(3)] == [None] * 3, "what was judged is not judged again"
     source.close()
+
+
+def looks(source: Any, count: int) -> list[str]:
+    """Part ids of a newly opened source, in so many looks."""
+    source.open()
+    shots = [source.read(0.001) for _ in range(count)]
+    source.close()
+    return [shot.part_id for shot in shots if shot is not None]
+
+
+def test_a_share_that_leaves_an_empty_folder_is_not_judged_again(
+    tmp_path: Path, make_images: Callable[..., Path]
+) -> None:
+    folder = make_images(tmp_path / "in", [10, 20])
+    source = make_source("cam", camera({"kind": "folder", "path": folder, "watch": True}))
+    assert looks(source, 5) == ["part000", "part001"]
+    share = folder.rename(tmp_path / "share")
+    folder.mkdir()  # the empty mount point
+    assert looks(source, 5) == []
+    (make_images(tmp_path / "new", [30]) / "part000.png").rename(share / "part002.png")
+    folder.rmdir()
+    share.rename(folder)
+    assert looks(source, 5) == ["part002"], "the one that came meanwhile"
+
+
+def test_a_file_under_the_name_of_one_that_was_consumed_is_new(
+    tmp_path: Path, make_images: Callable[..., Path]
+) -> None:
+    folder = make_images(tmp_path / "in", [10])
+    source = make_source("cam", camera({"kind": "folder", "path": folder, "watch": True}))
+    path, done = folder / "part000.png", tmp_path / "done.png"
+    assert looks(source, 4) == ["part000"]
+    path.unlink()
+    assert looks(source, 4) == []
+    make_images(folder, [10], (80, 60))
+    assert looks(source, 4) == ["part000"], "the next picture"
+    taken = path.stat().st_ctime_ns
+    path.rename(done)
+    assert looks(source, 4) == []
+    while done.stat().st_ctime_ns == taken:  # clocks of file systems are coarse
+        done.rename(path)
+        path.rename(done)
+    done.rename(path)
+    assert looks(source, 4) == ["part000"], "the same picture, put back to be judged again"
+
+
+def test_what_was_consumed_is_not_remembered_for_ever(tmp_path: Path, make_images: Callable[..., Path]) -> None:
+    folder = make_images(tmp_path, [10] * 8)
+    seen = Seen(remembered=3)
+    watch = watching(camera({"kind": "folder", "path": folder, "watch": True}).source, seen)
+    assert [part is not None for part in itertools.islice(watch, 10)] == [False] + [True] * 8 + [False]
+    for path in sorted(folder.iterdir())[:6]:
+        path.unlink()
+    assert next(watch) is None
+    assert sorted(path.name for path in seen._gone) == ["part003.png", "part004.png", "part005.png"]
 
 
 # -- the camera thread -------------------------------------------------------------------------------------------------
