@@ -26,6 +26,7 @@ from .errors import AndonError
 from .evidence import EvidenceStore
 from .handlers import Handlers
 from .judge import Judge, OnlineMemory
+from .lineconfig import CameraConfig
 from .linestate import LineState
 from .memory import open_memory
 from .mqtt.commands import Commands
@@ -84,12 +85,7 @@ class LineApp:
         self._detector_stack = ExitStack()
         cameras = self.config.cameras
         self.state = LineState({name: camera.product for name, camera in cameras.items()})
-        self.slots = Slots(
-            {
-                name: LanePolicy(camera.drop_policy, camera.queue, camera.trigger is not None and camera.trigger.only)
-                for name, camera in cameras.items()
-            }
-        )
+        self.slots = Slots({name: _lane_policy(camera) for name, camera in cameras.items()})
         self.cameras = {
             name: Camera(name, camera, self._checked_source(name), self.slots, self._camera_state)
             for name, camera in cameras.items()
@@ -130,6 +126,7 @@ class LineApp:
         old.stop()
         if not old.join(JOIN):
             log.error("camera %s: its source does not let go after %g s", name, JOIN)
+        self.slots.configure(name, _lane_policy(self.config.cameras[name]))  # drop: null goes by the source
         self.cameras[name] = Camera(name, self.config.cameras[name], source, self.slots, self._camera_state)
         self.cameras[name].start()
 
@@ -406,3 +403,7 @@ class LineApp:
             reload(self)
         except AndonError as error:
             log.error("the configuration is not reloaded: %s", error)
+
+
+def _lane_policy(camera: CameraConfig) -> LanePolicy:
+    return LanePolicy(camera.drop_policy, camera.queue, camera.trigger is not None and camera.trigger.only)

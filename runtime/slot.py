@@ -124,6 +124,13 @@ class Slots:
             self._ready.notify()
             return True
 
+    def configure(self, camera: str, policy: LanePolicy) -> None:
+        """Let a camera's frames wait in another way from the next one on; what waits now is kept."""
+        lane = self._lanes[camera]
+        with self._lock:
+            lane.policy = policy
+            lane.space.notify_all()
+
     def trigger(self, camera: str, trigger: Trigger) -> None:
         """Announce a part: the next frame of the camera captured at or after `trigger.at` is taken for it.
 

@@ -349,6 +349,27 @@ def start_line(broker: EmbeddedBroker, consumer: Any, bundle: Path, make_line: A
         line.client.loop_stop()
 
 
+def test_a_reload_to_a_source_that_waits_for_the_judge_loses_no_part(
+    start_line: Callable[..., Line], consumer: Any, bundle: Path, make_line: Any, make_images: Any, tmp_path: Path
+) -> None:
+    line = start_line({"cam0": {"source": LIVE, "product": "mono"}})  # drop: null means latest here, below block
+    folder = make_images(tmp_path / "parts", [10] * 60)
+    make_line(
+        {"cam0": {"source": {"kind": "folder", "path": str(folder)}, "product": "mono"}},
+        bundle=str(bundle),
+        broker={"host": line.app.broker.host, "port": line.app.broker.port},
+    )
+    line.app.reload()
+    parts: list[dict[str, Any]] = []
+
+    def judged() -> bool:
+        parts[:] = [verdict for verdict in consumer.of("verdict") if verdict["part_id"] is not None]
+        return len(parts) == 60
+
+    consumer.until(judged)
+    assert {(verdict["label"], verdict["reason"]) for verdict in parts} == {("OK", parts[0]["reason"])}
+
+
 def test_a_trigger_names_the_next_frame(start_line: Callable[..., Line], consumer: Any) -> None:
     line = start_line({"cam0": {"source": LIVE, "product": "mono", "queue": 8, "trigger": {"timeout_ms": 2000}}})
     for index in range(5):

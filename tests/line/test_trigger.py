@@ -61,6 +61,18 @@ def test_a_frame_with_a_part_id_is_never_dropped_in_silence() -> None:
     assert isinstance(second, Frame) and second.part_id == "p3"
 
 
+def test_another_policy_lets_go_of_a_producer_that_waits() -> None:
+    slots = Slots({"a": LanePolicy(drop="block")})
+    assert slots.put(frame(part_id="0"))
+    producer = threading.Thread(target=lambda: slots.put(frame(part_id="1")), daemon=True)
+    producer.start()
+    slots.configure("a", LanePolicy(queue=2))
+    producer.join(5)
+    assert not producer.is_alive()
+    slots.close()
+    assert [item.part_id for item in drain(slots)] == ["0", "1"], "what waits is kept"
+
+
 def test_blocking_waits_for_room_and_close_lets_go() -> None:
     slots = Slots({"a": LanePolicy(drop="block")})
     results: list[bool] = []
