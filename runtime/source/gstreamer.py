@@ -114,6 +114,7 @@ class Pipeline:
         self._modules: Any = None
         self._pipeline: Any = None
         self._sink: Any = None
+        self._broken: SourceError | None = None
 
     def check(self) -> str:
         """Parse it, start nothing; SourceError when GStreamer refuses."""
@@ -123,6 +124,7 @@ class Pipeline:
     def open(self, properties: dict[str, dict[str, Any]] | None = None) -> None:
         """Start playing. properties: element name -> property -> value, set before (secrets never enter the text)."""
         self._modules = gst()
+        self._broken = None
         self._pipeline = parse(self._text)
         self._sink = self._pipeline.get_by_name(SINK)
         for element, values in (properties or {}).items():
@@ -140,10 +142,12 @@ class Pipeline:
     def pull(self, timeout: float) -> Any | None:
         """The next sample, or None; EndOfSource and SourceError as in Source.read."""
         sample = self._sink.try_pull_sample(int(timeout * self._modules.Gst.SECOND))
+        # With every sample, or the bus would keep the elements' messages for as long as frames come without a pause.
+        error = self._error()
+        self._broken = self._broken or error
         if sample is None:
-            error = self._error()
-            if error is not None:
-                raise error
+            if self._broken is not None:
+                raise self._broken
             if self._sink.is_eos():
                 raise EndOfSource
         return sample
@@ -173,6 +177,7 @@ class Pipeline:
         return float(age) if 0 <= age <= MAX_AGE else 0.0
 
     def _error(self) -> SourceError | None:
+        """The next error on the bus, which is emptied up to there."""
         message = self._pipeline.get_bus().pop_filtered(self._modules.Gst.MessageType.ERROR)
         if message is None:
             return None

@@ -6,6 +6,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from andon.runtime.lineconfig import CameraConfig, CsiSource, UsbSource
 from andon.runtime.slot import LanePolicy, Missed, Slots
 from andon.runtime.source import EndOfSource, Shot, make_source
 from andon.runtime.source.camera import Camera, CameraState
-from andon.runtime.source.gstreamer import unpack
+from andon.runtime.source.gstreamer import GstreamerCamera, gst, unpack
 from andon.runtime.source.pipelines import csi, rtsp, usb
 from andon.runtime.source.playlist import Seen, watching
 from andon.runtime.types import Frame
@@ -208,8 +209,6 @@ def test_hardware_elements_are_chosen_where_they_exist() -> None:
 
 
 def test_a_video_file_plays_to_its_end(tmp_path: Path) -> None:
-    from andon.runtime.source.gstreamer import gst
-
     Gst = gst().Gst
     clip = tmp_path / "a clip ! with spaces.mkv"
     writer = Gst.parse_launch("videotestsrc num-buffers=12 ! video/x-raw,width=66,height=50,framerate=10/1 ! jpegenc "
@@ -223,6 +222,40 @@ def test_a_video_file_plays_to_its_end(tmp_path: Path) -> None:
     assert len(shots) == 12
     assert shots[0].load().shape == (50, 66, 3)
     assert len(list(play(camera({"kind": "file", "path": clip, "realtime": False, "loop": True}), 30))) == 30
+
+
+def test_messages_of_elements_do_not_pile_up_while_frames_come() -> None:
+    modules = gst()
+    source = GstreamerCamera("videotestsrc is-live=true ! video/x-raw,width=64,height=48,framerate=50/1")
+    with closing(source):
+        source.open()
+        assert source.read(10) is not None
+        pipeline = source._pipeline._pipeline
+        for _ in range(1000):
+            pipeline.post_message(modules.Gst.Message.new_application(None, modules.Gst.Structure.new_empty("level")))
+        assert source.read(10) is not None
+        left = pipeline.get_bus().pop_filtered(modules.Gst.MessageType.APPLICATION)
+    assert left is None
+
+
+def test_an_error_is_told_after_the_frames_that_came_before_it() -> None:
+    modules = gst()
+    source = GstreamerCamera("videotestsrc num-buffers=5 name=cam ! video/x-raw,width=64,height=48", keep_all=True)
+    with closing(source):
+        source.open()
+        assert source.read(10) is not None
+        for words in ("cable pulled", "and then some"):
+            error = modules.GLib.Error.new_literal(modules.Gst.ResourceError.quark(), words, 1)
+            message = modules.Gst.Message.new_error(source._pipeline.element("cam"), error, "")
+            source._pipeline._pipeline.post_message(message)
+        assert all(source.read(10) is not None for _ in range(4))
+        with pytest.raises(SourceError, match="cam: cable pulled"):
+            source.read(10)
+        source.close()
+        source.open()
+        assert all(source.read(10) is not None for _ in range(5))
+        with pytest.raises(EndOfSource):  # what the first opening suffered from is over
+            source.read(10)
 
 
 def test_a_watched_folder_takes_files_once_they_are_whole(tmp_path: Path, make_images: Callable[..., Path]) -> None:
