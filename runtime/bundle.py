@@ -7,13 +7,15 @@ published JSON Schema of the manifest.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import IO, Any
@@ -22,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from ..calib.snapshots import write_atomic
 from .errors import BundleError, ConfigError, ProductError
 from .manifest import Manifest, State, Table, Threshold, Variant
 from .wiring import check
@@ -83,17 +86,8 @@ class Bundle:
 
     @classmethod
     def _load(cls, path: Path, root: Path, unpacked: Any) -> Bundle:
-        raw = _read_manifest(root)
-        digest = hashlib.sha256(raw).hexdigest()
-        listed = _listed_digests(root)
-        if digest not in listed:
-            raise BundleError(
-                f"{root / MANIFEST} was changed after it was written",
-                found=f"sha256 {digest}",
-                expected=f"sha256 {' or '.join(listed)} ({DIGEST})",
-                next_step=_COPY_AGAIN,
-            )
-        manifest = parse_manifest(raw, str(root / MANIFEST))
+        with _locked(root, fcntl.LOCK_SH):
+            manifest, digest = _signed_manifest(root)
         _check_files(root, manifest)
         check(manifest)
         return cls(path, root, manifest, digest, unpacked)
@@ -189,20 +183,31 @@ class Bundle:
         )
 
     def save_thresholds(self, thresholds: Mapping[str, Mapping[str, Threshold]]) -> Bundle:
-        """Write thresholds (product -> program -> threshold) into the bundle, merged with those it has.
+        """Write thresholds (product -> program -> threshold) into the bundle, merged with those it has now.
 
-        Atomic: after a crash the bundle holds either the old or the new thresholds.
+        Atomic: after a crash the bundle holds either the old or the new thresholds. Several processes may do it at
+        once: they wait for each other, and each merges into what the one before has written.
 
         Raises:
-            BundleError: the bundle is a .tar, or a product or program is unknown.
+            BundleError: the bundle is a .tar, a product or program is unknown, or the folder has come to hold another
+                model since this bundle was loaded; nothing is written.
         """
         self.require_folder("andon calibrate")
-        merged = {product: dict(entries) for product, entries in self.manifest.thresholds.items()}
-        for product, entries in thresholds.items():
-            merged.setdefault(product, {}).update(entries)
-        manifest = self.manifest.model_copy(update={"thresholds": merged})
-        check(manifest)
-        return Bundle(self.path, self.root, manifest, write_manifest(self.root, manifest))
+        with _locked(self.root, fcntl.LOCK_EX):
+            present = _signed_manifest(self.root)[0]
+            if (model := _model_id(present)) != self.model_id:
+                raise BundleError(
+                    f"{self.path} was replaced by another model in the meantime",
+                    found=f"model {model}",
+                    expected=f"model {self.model_id}, which the thresholds are for",
+                    next_step=f"andon calibrate --bundle {self.path} again, with the data set of the new model",
+                )
+            merged = {product: dict(entries) for product, entries in present.thresholds.items()}
+            for product, entries in thresholds.items():
+                merged.setdefault(product, {}).update(entries)
+            manifest = present.model_copy(update={"thresholds": merged})
+            check(manifest)
+            return Bundle(self.path, self.root, manifest, write_manifest(self.root, manifest))
 
 
 def parse_manifest(raw: bytes, where: str) -> Manifest:
@@ -232,9 +237,9 @@ def write_manifest(root: Path, manifest: Manifest) -> str:
     raw = (manifest.model_dump_json(by_alias=True, indent=1) + "\n").encode()
     digest = hashlib.sha256(raw).hexdigest()
     previous = (root / DIGEST).read_text() if (root / DIGEST).is_file() else ""
-    _replace(root / DIGEST, previous.encode() + f"{digest}  {MANIFEST}\n".encode())
-    _replace(root / MANIFEST, raw)
-    _replace(root / DIGEST, f"{digest}  {MANIFEST}\n".encode())
+    write_atomic(root / DIGEST, previous.encode() + f"{digest}  {MANIFEST}\n".encode())
+    write_atomic(root / MANIFEST, raw)
+    write_atomic(root / DIGEST, f"{digest}  {MANIFEST}\n".encode())
     return digest
 
 
@@ -308,6 +313,39 @@ def schema() -> dict[str, Any]:
 def _model_id(manifest: Manifest) -> str:
     bare = manifest.model_copy(update={"thresholds": {}})
     return hashlib.sha256(bare.model_dump_json(by_alias=True).encode()).hexdigest()[:12]
+
+
+@contextmanager
+def _locked(root: Path, how: int) -> Iterator[None]:
+    """Hold the folder's lock: shared to read manifest and digest as a pair, exclusive to replace them.
+
+    The lock is on the folder itself, so there is no lock file that a copy or a read-only bundle would have to have.
+    Where it cannot be had (some network shares, a folder that may be entered but not listed) there is none.
+    """
+    folder: int | None = None
+    try:
+        with suppress(OSError):
+            folder = os.open(root, os.O_RDONLY)
+            fcntl.flock(folder, how)
+        yield
+    finally:
+        if folder is not None:
+            os.close(folder)
+
+
+def _signed_manifest(root: Path) -> tuple[Manifest, str]:
+    """The manifest, and its SHA-256, which the digest file must list; the caller holds the lock."""
+    raw = _read_manifest(root)
+    digest = hashlib.sha256(raw).hexdigest()
+    listed = _listed_digests(root)
+    if digest not in listed:
+        raise BundleError(
+            f"{root / MANIFEST} was changed after it was written",
+            found=f"sha256 {digest}",
+            expected=f"sha256 {' or '.join(listed)} ({DIGEST})",
+            next_step=_COPY_AGAIN,
+        )
+    return parse_manifest(raw, str(root / MANIFEST)), digest
 
 
 def _read_manifest(root: Path) -> bytes:
@@ -410,21 +448,6 @@ def _relative(name: str) -> str:
 def _copy(source: IO[bytes], out: IO[bytes]) -> None:
     while chunk := source.read(_CHUNK):
         out.write(chunk)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write atomically: temporary file, fsync, rename, fsync of the directory."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 if __name__ == "__main__":

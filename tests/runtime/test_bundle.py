@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ from andon.runtime.program import Program
 
 MakeBundle = Callable[..., Path]
 ROOT = Path(__file__).parents[2]
+OPEN = Path.open
 THRESHOLD = Threshold(value=1.0, false_alarm_rate=0.05, samples=19)
 
 
@@ -261,6 +264,80 @@ def test_a_crash_while_thresholds_are_written_leaves_a_bundle_that_loads(
             bundle.save_thresholds({"a": {"default": THRESHOLD}})
         monkeypatch.undo()
         assert Bundle.load(root).threshold("a") in (None, THRESHOLD)
+
+
+def test_two_calibrations_at_once_both_keep_their_thresholds(make_bundle: MakeBundle) -> None:
+    root = make_bundle()
+    one, other = Bundle.load(root), Bundle.load(root)  # both before the other has written
+    one.save_thresholds({"a": {"default": THRESHOLD}})
+    kept = other.save_thresholds({"b": {"default": THRESHOLD}})
+    assert kept.threshold("a") == kept.threshold("b") == THRESHOLD
+    assert Bundle.load(root).id == kept.id
+
+
+SAVE_OFTEN = """
+import sys
+from andon.runtime.bundle import Bundle
+from andon.runtime.manifest import Threshold
+root, product = sys.argv[1:]
+print("ready", flush=True)
+input()
+for i in range(40):
+    Bundle.load(root).save_thresholds({product: {"default": Threshold(value=i, false_alarm_rate=0.05, samples=19)}})
+    assert Bundle.load(root).threshold(product).value == i, "the other process has undone it"
+"""
+
+
+def test_processes_that_save_thresholds_wait_for_each_other(make_bundle: MakeBundle) -> None:
+    root = make_bundle()
+    before = {path.name for path in root.iterdir()}
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", SAVE_OFTEN, str(root), product],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for product in ("a", "b")
+    ]
+    for writer in writers:
+        assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        assert writer.stdin is not None
+        writer.stdin.write("\n")
+        writer.stdin.flush()
+    errors = [writer.communicate()[1] for writer in writers]
+    assert errors == ["", ""]
+    end = Bundle.load(root)
+    assert [end.manifest.thresholds[product]["default"].value for product in ("a", "b")] == [39.0, 39.0]
+    assert {path.name for path in root.iterdir()} == before
+
+
+def test_thresholds_of_one_model_are_not_written_into_another(make_bundle: MakeBundle) -> None:
+    root = make_bundle()
+    loaded = Bundle.load(root)
+    rewrite(root, lambda m: m.update(name="exported again"))
+    other = (root / MANIFEST).read_bytes()
+    with pytest.raises(BundleError, match="replaced by another model"):
+        loaded.save_thresholds({"a": {"default": THRESHOLD}})
+    assert (root / MANIFEST).read_bytes() == other
+
+
+def test_a_bundle_that_may_only_be_read_loads_and_is_not_written(
+    make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_bundle()
+
+    def refuse(self: Path, *args: Any, **kwargs: Any) -> Any:
+        raise PermissionError(f"[Errno 30] Read-only file system: {self}")
+
+    monkeypatch.setattr(Path, "open", lambda self, mode="r", *a, **k: (refuse if "w" in mode else OPEN)(self, mode))
+    before = Bundle.load(root)
+    with pytest.raises(PermissionError):
+        before.save_thresholds({"a": {"default": THRESHOLD}})
+    monkeypatch.undo()
+    assert Bundle.load(root).id == before.id
 
 
 # -- schema ------------------------------------------------------------------------------------------------------------
