@@ -22,7 +22,10 @@ Step = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Judged:
-    """One sample as the engines judged it. product: what it was judged as. predicted: the classifier's choice."""
+    """One sample as the engines judged it.
+
+    score: NaN where there is none. product: what it was judged as. predicted: the classifier's choice.
+    """
 
     sample: Sample
     label: str
@@ -37,6 +40,7 @@ class Evaluated:
 
     products: metrics of each product, `mean` over them. right_product: share of the *good* images whose product the
     classifier finds, per product; empty without a classifier. latency_ms: [n] per stage name, plus preprocess, total.
+    uncalibrated: products without a threshold; their error rates are those that the best F1 would have.
     """
 
     judged: tuple[Judged, ...]
@@ -45,6 +49,27 @@ class Evaluated:
     right_product: dict[str, float]
     latency_ms: dict[str, Array]
     seconds: float
+    uncalibrated: frozenset[str] = frozenset()
+
+    def unknown(self) -> dict[str, str]:
+        """What to say of each product some of whose images were judged UNKNOWN, since its figures leave them out."""
+        said = {}
+        for product, metrics in self.products.items():
+            labels = [j.label for j in self.judged if j.sample.product == product]
+            if not (count := labels.count("UNKNOWN")):
+                continue
+            shares = [
+                f"{share:.1%} of the {kind}"
+                for kind in ("good", "defective")
+                if (share := metrics.get(f"unknown_rate_{kind}")) is not None
+            ]
+            without = (
+                "it has no threshold, so the error rates are those that the best F1 would have"
+                if product in self.uncalibrated
+                else "error rates leave them out, AUROC and F1_max those without a score"
+            )
+            said[product] = f"{count} of {len(labels)} images are UNKNOWN ({' and '.join(shares)}): {without}"
+        return said
 
 
 def evaluate(
@@ -77,7 +102,8 @@ def evaluate(
     seconds = perf_counter() - start
     names = timings[0]
     latency = {name: np.array([t[name] for t in timings]) for name in names}
-    return Evaluated(tuple(judged), results, mean_metrics(results), _right_product(judged), latency, seconds)
+    without = frozenset(product for product in results if detector.threshold(product) is None)
+    return Evaluated(tuple(judged), results, mean_metrics(results), _right_product(judged), latency, seconds, without)
 
 
 def _product(
@@ -90,13 +116,13 @@ def _product(
 ) -> Metrics:
     size = (detector.bundle.manifest.preprocess.height, detector.bundle.manifest.preprocess.width)
     pixels = all(s.good or s.mask_path is not None for s in samples) and any(not s.good for s in samples)
-    maps = np.empty((len(samples) if pixels else 0, *size), np.float32)
+    maps = np.zeros((len(samples) if pixels else 0, *size), np.float32)
     masks = np.zeros(maps.shape, bool)
     mine: list[Judged] = []
     for i, sample in enumerate(samples):
         image = read_rgb(sample.path)
         result = detector.judge_image(image, AUTO if auto else sample.product)
-        score = float("inf") if result.score is None else result.score  # not a number: never a good part
+        score = float("nan") if result.score is None else result.score
         mine.append(Judged(sample, result.label, score, result.product, result.predicted))
         timings.append(result.latency_ms)
         if pixels and result.map is not None:
@@ -107,27 +133,14 @@ def _product(
             step(1)
     judged += mine
     threshold = detector.threshold(samples[0].product)
-    finite = np.minimum([j.score for j in mine], np.finfo(np.float32).max)
-    defective = np.array([not s.good for s in samples])
-    metrics = summarize(
-        finite,
-        defective,
+    return summarize(
+        [j.score for j in mine],
+        [not s.good for s in samples],
         threshold=threshold.value if threshold else None,
+        labels=[j.label for j in mine],  # with `auto`, held against the threshold of the product each was judged as
         maps=maps if pixels else None,
         masks=masks if pixels else None,
     )
-    if auto and threshold is not None:
-        metrics.update(_rates(mine))  # each image was held against the threshold of the product it was judged as
-    return metrics
-
-
-def _rates(judged: Sequence[Judged]) -> Metrics:
-    good = [j.label == "NG" for j in judged if j.sample.good]
-    defective = [j.label == "OK" for j in judged if not j.sample.good]
-    return {
-        "false_alarm_rate": float(np.mean(good)) if good else None,
-        "miss_rate": float(np.mean(defective)) if defective else None,
-    }
 
 
 def _right_product(judged: Sequence[Judged]) -> dict[str, float]:
@@ -162,8 +175,10 @@ def percentiles(latency_ms: dict[str, Array]) -> dict[str, dict[str, float]]:
 
 
 def latency_table(latency_ms: dict[str, Array]) -> str:
-    """The percentiles as text."""
+    """The percentiles as text; recorded verdicts that are all UNKNOWN have none."""
     rows = percentiles(latency_ms)
+    if not rows:
+        return "no latency: nothing was judged"
     width = max(len(name) for name in rows)
     lines = [f"{'ms':<{width}}  {'p50':>9}  {'p95':>9}"]
     return "\n".join(lines + [f"{name:<{width}}  {p['p50']:9.3f}  {p['p95']:9.3f}" for name, p in rows.items()])

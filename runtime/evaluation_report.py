@@ -23,7 +23,8 @@ def write_report(
     parts = [Part(j.sample.key, j.sample.product, j.sample.label, j.score, j.label) for j in evaluated.judged]
     stages = {k: float(np.median(v)) for k, v in evaluated.latency_ms.items() if k != "total"}
     thresholds = {p: t for p, m in evaluated.products.items() if (t := m.get("threshold")) is not None}
-    total = float(np.median(evaluated.latency_ms["total"]))
+    total = evaluated.latency_ms.get("total")
+    unknown = sum(p.label == "UNKNOWN" for p in parts)
     aupro = evaluated.mean.get("pixel_AUPRO")
 
     def look(part: Part) -> tuple[Array, Array, Array | None]:
@@ -46,11 +47,13 @@ def write_report(
         (_figure(evaluated.mean.get("image_AUROC")), "image AUROC, mean over products"),
         *([] if aupro is None else [(_figure(aupro), "pixel AUPRO")]),
         (str(len(parts)), "images"),
+        (f"{unknown / len(parts):.1%}", "UNKNOWN"),
         (f"{len(parts) / evaluated.seconds:.0f}", "images a second"),
-        (f"{total:.1f} ms", "median per image"),
+        *([] if total is None else [(f"{np.median(total):.1f} ms", "median per image")]),
     ]
     lead = f"{len(parts)} images of {dataset.spec}, judged by the engines of this machine."
-    lead = " ".join([lead, *(f"{product}: {text}." for product, text in remarks.items())])
+    said = [*evaluated.unknown().items(), *remarks.items()]
+    lead = " ".join([lead, *(f"{product}: {text}." for product, text in said)])
     title = f"{manifest.name}: {manifest.method}"
     return write(
         Evaluation(title, lead, parts, evaluated.products, thresholds, stages, tiles, list(facts.items())), path, look

@@ -1,13 +1,16 @@
 """How good scores and maps are: the figures of the field, the same for the torch model and for the engines.
 
 Scores: larger is more anomalous. An AUROC below 0.5 is reported as it is. Figures that are not defined (no defective
-image, no mask) are None. sklearn is imported when a figure needs it, so that the line device starts without it; the
-areas, which run over every pixel of a test set, are rank sums of our own, tested against it.
+image, no mask) are None. A part without a score has no place in a figure made of scores, and one that was judged
+UNKNOWN is neither a find nor a miss: both are left out, and `unknown_rate` says how much that is.
+
+sklearn is imported when a figure needs it, so that the line device starts without it; the areas, which run over every
+pixel of a test set, are rank sums of our own, tested against it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cv2
@@ -105,9 +108,16 @@ def best_f1(scores: ArrayLike, defective: ArrayLike) -> tuple[float, float] | No
 
 
 def decisions(scores: ArrayLike, defective: ArrayLike, threshold: float) -> Metrics:
-    """What a threshold does: F1, balanced_accuracy, false_alarm_rate (good parts NG), miss_rate (defective OK)."""
-    truth = np.asarray(defective, bool).ravel()
-    ng = np.asarray(scores).ravel() > threshold
+    """What a threshold does; see :func:`error_rates`."""
+    return error_rates(np.asarray(scores).ravel() > threshold, defective)
+
+
+def error_rates(ng: ArrayLike, defective: ArrayLike) -> Metrics:
+    """F1, balanced_accuracy, false_alarm_rate (good parts NG), miss_rate (defective OK) of parts that are OK or NG.
+
+    ng, defective: bool [N]; a figure of a kind of parts that is not there is None.
+    """
+    truth, ng = np.asarray(defective, bool).ravel(), np.asarray(ng, bool).ravel()
     false_alarm = float(ng[~truth].mean()) if (~truth).any() else None
     miss = float((~ng[truth]).mean()) if truth.any() else None
     hits = int((ng & truth).sum())
@@ -125,30 +135,53 @@ def summarize(
     defective: ArrayLike,
     *,
     threshold: float | None = None,
+    labels: Sequence[str] | None = None,
     maps: ArrayLike | None = None,
     masks: ArrayLike | None = None,
 ) -> Metrics:
     """All figures of one product.
 
     Args:
-        scores: float [N]. defective: bool [N].
+        scores: float [N], not finite where a part has none. defective: bool [N].
         threshold: decision threshold of the error rates; the one of the best F1 if None (stated as `threshold`).
+        labels: what was decided, OK, NG or UNKNOWN; with a `threshold` the error rates are those of the decided parts.
         maps, masks: float and bool [N, H, W] at one resolution, for the pixel figures; see :func:`map_at`, `mask_at`.
+
+    Figures of scores and maps are over the parts that have a score; `good` and `defective` count all. With `labels`,
+    `unknown_rate`, `unknown_rate_good` and `unknown_rate_defective` are the shares that were judged UNKNOWN.
     """
-    best = best_f1(scores, defective)
+    values, truth = np.asarray(scores, np.float64).ravel(), np.asarray(defective, bool).ravel()
+    scored = np.isfinite(values)
+    if not scored.all() and maps is not None and masks is not None:
+        maps, masks = np.asarray(maps)[scored], np.asarray(masks)[scored]
+    best = best_f1(values[scored], truth[scored])
     used = threshold if threshold is not None else best[1] if best else None
+    if used is None:
+        errors: Metrics = {}
+    elif threshold is None or labels is None:
+        errors = decisions(values[scored], truth[scored], used)
+    else:
+        decided = np.array([label != "UNKNOWN" for label in labels], bool)
+        errors = error_rates(np.array([label == "NG" for label in labels], bool)[decided], truth[decided])
     result: Metrics = {
-        "image_AUROC": auroc(scores, defective),
+        "image_AUROC": auroc(values[scored], truth[scored]),
         "pixel_AUROC": None if maps is None or masks is None else auroc(maps, masks),
         "pixel_AUPRO": None if maps is None or masks is None else aupro(maps, masks),
         "F1_max": best[0] if best else None,
         "F1_threshold": best[1] if best else None,
         "threshold": used,
-        **(decisions(scores, defective, used) if used is not None else {}),
-        "good": float(np.count_nonzero(~np.asarray(defective, bool))),
-        "defective": float(np.count_nonzero(defective)),
+        **errors,
+        **(_unknown_rates(labels, truth) if labels is not None else {}),
+        "good": float(np.count_nonzero(~truth)),
+        "defective": float(np.count_nonzero(truth)),
     }
     return result
+
+
+def _unknown_rates(labels: Sequence[str], truth: Array) -> Metrics:
+    unknown = np.array([label == "UNKNOWN" for label in labels], bool)
+    kinds = {"": np.ones_like(truth), "_good": ~truth, "_defective": truth}
+    return {f"unknown_rate{name}": float(unknown[of].mean()) if of.any() else None for name, of in kinds.items()}
 
 
 def mean_metrics(products: Mapping[str, Metrics]) -> Metrics:
@@ -179,7 +212,9 @@ def mask_at(mask: ArrayLike, size: tuple[int, int]) -> Array:
 
 def table(products: Mapping[str, Metrics]) -> str:
     """The main figures as text: a line per product, and their mean if there are several."""
-    columns = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO", "F1_max", "balanced_accuracy", "good", "defective")
+    columns = ["image_AUROC", "pixel_AUROC", "pixel_AUPRO", "F1_max", "balanced_accuracy", "good", "defective"]
+    if any("unknown_rate" in metrics for metrics in products.values()):
+        columns.insert(-2, "unknown_rate")
     rows = dict(products)
     if len(rows) > 1:
         rows["mean"] = mean_metrics(products)

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -40,58 +40,85 @@ def read_verdicts(path: Path) -> list[dict[str, Any]]:
 
 
 def from_verdicts(verdicts: Sequence[dict[str, Any]], samples: Sequence[Sample]) -> Evaluated:
-    """Join verdicts with samples by part id (the sample's key) and compute what `andon eval` computes.
+    """Join verdicts with samples by part id (the sample's key without its suffix) and compute what `andon eval` does.
 
     A sample without a verdict is an error: a part that nobody judged must not look like a good result. Map figures are
     not there, since verdicts carry regions, not maps.
 
     Raises:
-        ConfigError: samples and verdicts do not belong together.
+        ConfigError: samples and verdicts do not belong together, or not one to one.
     """
-    by_part = {_stem(v["part_id"]): v for v in verdicts if v["part_id"]}
-    missing = [s.key for s in samples if _stem(s.key) not in by_part]
+    _distinct(samples)
+    wanted = {_part_id(s) for s in samples}
+    by_part: dict[str, dict[str, Any]] = {}
+    for verdict in verdicts:
+        part = verdict["part_id"]
+        if part in wanted and by_part.setdefault(part, verdict) is not verdict:
+            raise ConfigError(
+                f"part {part} has several verdicts",
+                found=f"{by_part[part]['label']} and {verdict['label']}",
+                expected="one verdict a part",
+                next_step="record one pass of one camera over the data set (loop: false), with a new --out",
+            )
+    missing = [s.key for s in samples if _part_id(s) not in by_part]
     if missing:
         raise ConfigError(
             f"{len(missing)} of {len(samples)} images have no verdict",
             found=f"none for {', '.join(missing[:3])}",
-            expected="a verdict for every image, with its key as part id",
+            expected="a verdict for every image, with its key without suffix as part id",
             next_step="run the line to its end with the same data set and watch it from the start",
         )
-    judged = [_judged(s, by_part[_stem(s.key)]) for s in samples]
-    chosen = [by_part[_stem(s.key)] for s in samples]
+    judged = [_judged(s, by_part[_part_id(s)]) for s in samples]
+    chosen = [by_part[_part_id(s)] for s in samples]
+    thresholds = {product: _threshold(product, chosen) for product in sorted({s.product for s in samples})}
     products = {
-        product: _metrics([j for j in judged if j.sample.product == product], chosen)
-        for product in sorted({s.product for s in samples})
+        product: _metrics([j for j in judged if j.sample.product == product], threshold)
+        for product, threshold in thresholds.items()
     }
     timed = [v["latency_ms"] for v in chosen if v["latency_ms"]]
-    names = timed[0] if timed else {}
+    names = dict.fromkeys(name for t in timed for name in t)
     latency = {name: np.array([t[name] for t in timed if name in t]) for name in names}
-    return Evaluated(tuple(judged), products, mean_metrics(products), {}, latency, _seconds(chosen))
+    without = frozenset(product for product, threshold in thresholds.items() if threshold is None)
+    return Evaluated(tuple(judged), products, mean_metrics(products), {}, latency, _seconds(chosen), without)
 
 
-def _stem(part: str) -> str:
-    """Key without the file's suffix, which part ids leave out."""
-    folder, slash, name = part.rpartition("/")
-    return f"{folder}{slash}{name.rsplit('.', 1)[0]}"
+def _part_id(sample: Sample) -> str:
+    """What the data set source gives as part id: the key without the file's suffix, and only that (`unit_1.25.png`)."""
+    return PurePosixPath(sample.key).with_suffix("").as_posix()
+
+
+def _distinct(samples: Sequence[Sample]) -> None:
+    """Refuse images that differ in their suffix only: their verdicts cannot be told apart."""
+    keys: dict[str, str] = {}
+    for sample in samples:
+        if (other := keys.setdefault(_part_id(sample), sample.key)) != sample.key:
+            raise ConfigError(
+                "two images share one part id",
+                found=f"{other} and {sample.key}: both are part {_part_id(sample)}",
+                expected="file names that differ in more than their suffix",
+                next_step="rename one of them and run the line again",
+            )
 
 
 def _judged(sample: Sample, verdict: dict[str, Any]) -> Judged:
-    score = float("inf") if verdict["score"] is None else float(verdict["score"])
+    score = float("nan") if verdict["score"] is None else float(verdict["score"])
     return Judged(sample, verdict["label"], score, verdict["product"], None)
 
 
-def _metrics(judged: Sequence[Judged], verdicts: Sequence[dict[str, Any]]) -> Metrics:
+def _threshold(product: str, verdicts: Sequence[dict[str, Any]]) -> float | None:
+    """The usual threshold of the product: it may have been changed by command in between."""
+    seen = Counter(v["threshold"] for v in verdicts if v["product"] == product and v["threshold"] is not None)
+    return seen.most_common(1)[0][0] if seen else None
+
+
+def _metrics(judged: Sequence[Judged], threshold: float | None) -> Metrics:
     """Scores give the AUROC; the error rates are those of the labels as they were published."""
-    product = judged[0].sample.product
-    thresholds = Counter(v["threshold"] for v in verdicts if v["product"] == product and v["threshold"] is not None)
-    scores = np.minimum([j.score for j in judged], np.finfo(np.float32).max)
-    threshold = thresholds.most_common(1)[0][0] if thresholds else None
-    metrics = summarize(scores, np.array([not j.sample.good for j in judged]), threshold=threshold)
-    good = [j.label == "NG" for j in judged if j.sample.good]
-    bad = [j.label == "OK" for j in judged if not j.sample.good]
-    metrics["false_alarm_rate"] = float(np.mean(good)) if good else None
-    metrics["miss_rate"] = float(np.mean(bad)) if bad else None
-    return metrics
+    return summarize(
+        [j.score for j in judged],
+        [not j.sample.good for j in judged],
+        threshold=threshold,
+        labels=[j.label for j in judged],
+    )
 
 
 def _seconds(verdicts: Sequence[dict[str, Any]]) -> float:

@@ -170,11 +170,13 @@ def _print(detector: Detector, evaluated: Evaluated, *, auto: bool) -> None:
     print(table(evaluated.products))
     print(confusion_table(evaluated))
     rates = {"threshold": "threshold", "F1": "F1", "false_alarm_rate": "false alarms", "miss_rate": "missed"}
+    rates["unknown_rate"] = "UNKNOWN"
     for product, metrics in evaluated.products.items():
-        calibrated = detector.threshold(product) is not None
         cells = [f"{label} {metrics[key]:.4g}" for key, label in rates.items() if metrics.get(key) is not None]
-        basis = "" if calibrated else "  (threshold of the best F1: not calibrated yet)"
+        basis = "  (threshold of the best F1: not calibrated yet)" if product in evaluated.uncalibrated else ""
         print(f"{product}: {', '.join(cells)}{basis}")
+    for product, text in evaluated.unknown().items():
+        print(f"warning: {product}: {text}")
     for product, share in evaluated.right_product.items():
         print(f"{product}: the classifier finds the product of {share:.1%} of the good images")
     print(latency_table(evaluated.latency_ms))
@@ -219,13 +221,11 @@ def _beside_torch(checkpoint: Path, evaluated: Evaluated) -> dict[str, float | N
 def _samplers(results: dict[str, Any]) -> str:
     """One line a program: quality against cost."""
     width = max(len("program"), *(len(name) for name in results))
-    lines = [f"{'program':<{width}}  image_AUROC  pixel_AUPRO  ms p50"]
+    names = ("image_AUROC", "pixel_AUPRO", "unknown_rate")
+    lines = ["  ".join([f"{'program':<{width}}", *names, "ms p50"])]
     for name, result in results.items():
         mean = mean_metrics(result["products"])
-        cells = [
-            f"{mean[k]:>{len(k)}.3f}" if mean.get(k) is not None else "-".rjust(len(k))
-            for k in ("image_AUROC", "pixel_AUPRO")
-        ]
+        cells = [f"{mean[k]:>{len(k)}.3f}" if mean.get(k) is not None else "-".rjust(len(k)) for k in names]
         lines.append("  ".join([f"{name:<{width}}", *cells, f"{result['latency_ms']['total']['p50']:6.1f}"]))
     return "\n".join(lines)
 

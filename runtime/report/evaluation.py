@@ -26,7 +26,7 @@ class Part:
     key: str
     product: str
     defect: str
-    score: float
+    score: float  # not finite where there is none
     label: str
 
     @property
@@ -111,7 +111,10 @@ def _gallery(e: Evaluation, look: Look, each: int) -> str:
     blocks = []
     for product in e.products:
         parts = [p for p in e.parts if p.product == product]
-        threshold = e.thresholds.get(product, float(np.median([p.score for p in parts])))
+        scores = [p.score for p in parts if np.isfinite(p.score)]
+        if not scores:
+            continue  # every part UNKNOWN: there is no map to show either
+        threshold = e.thresholds.get(product, float(np.median(scores)))
         chosen = choose(parts, threshold, each)
         seen = {p.key: look(p) for _, p in chosen}
         low, high = _range([m for _, m, _ in seen.values()], threshold)

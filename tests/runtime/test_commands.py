@@ -145,6 +145,33 @@ def test_eval_says_when_good_images_are_unlike_those_of_the_calibration(
     assert result["unlike"] == [] and "would do that" not in text + (tmp_path / "r.html").read_text()
 
 
+def test_eval_of_a_line_that_was_overloaded_by_defects_says_so_everywhere(
+    make_bundle: MakeBundle, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_bundle(report={"holdout": held()})
+    judged = {"label": "OK", "score": 0.1, "threshold": 0.2, "latency_ms": {"total": 1.0}}
+    dropped = {"label": "UNKNOWN", "score": None, "threshold": None, "latency_ms": {}}
+    lines = [
+        {"id": s.key, "part_id": s.key.removesuffix(".png"), "product": s.product, "ts_judged": "2026-01-01T00:00:00Z"}
+        | (judged if s.good else dropped)
+        for s in open_dataset(str(data)).select(split="test").samples
+    ]
+    recorded, report = tmp_path / "line.jsonl", tmp_path / "r.html"
+    recorded.write_text("".join(json.dumps(v) + "\n" for v in lines))
+    arguments = ("--bundle", root, "--data", data, "--verdicts", recorded, "--report", report, *ENGINE)
+    code, result, text = run(capsys, "eval", *arguments)
+    assert code == 0 and result["unknown"] == 8
+    figures = result["products"]["a"]
+    assert (figures["image_AUROC"], figures["miss_rate"], figures["false_alarm_rate"]) == (None, None, 0)
+    assert (figures["unknown_rate_good"], figures["unknown_rate_defective"]) == (0, 1)
+    said = "4 of 12 images are UNKNOWN (0.0% of the good and 100.0% of the defective)"
+    assert f"warning: a: {said}" in text and "UNKNOWN 0.3333" in text
+    page = report.read_text()
+    assert said in page and "unknown_rate_defective" in page
+    recorded.write_text("".join(json.dumps(v | dropped) + "\n" for v in lines))
+    assert run(capsys, "eval", *arguments)[0] == 0, "nothing judged at all: no gallery, no latency, no figure"
+
+
 def test_calibrate_refuses_before_it_works_and_says_how_many_images_it_takes(
     make_bundle: MakeBundle, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -132,6 +132,21 @@ def test_summary_mean_and_table() -> None:
     assert lines[-1].startswith("mean") and "0.875" in lines[-1] and "-" in lines[-1]
 
 
+def test_a_part_without_a_score_is_in_no_figure_but_the_counts() -> None:
+    maps = np.zeros((5, 6, 6), np.float32)
+    masks = np.zeros(maps.shape, bool)
+    maps[3, 1, 1] = 1
+    masks[3:, 1, 1] = True  # the last one was not judged, so its empty map is no miss
+    scores, truth = np.array([1, 3, np.nan, 2.0, np.inf]), [0, 0, 0, 1, 1]
+    labels = ["OK", "NG", "UNKNOWN", "NG", "UNKNOWN"]
+    result = summarize(scores, truth, threshold=1.5, labels=labels, maps=maps, masks=masks)
+    assert [result[k] for k in ("image_AUROC", "pixel_AUROC")] == [0.5, 1.0]
+    assert [result[k] for k in ("F1", "balanced_accuracy", "miss_rate")] == pytest.approx([2 / 3, 0.75, 0.0])
+    rates = [result[f"unknown_rate{kind}"] for kind in ("", "_good", "_defective")]
+    assert rates == pytest.approx([2 / 5, 1 / 3, 1 / 2]) and (result["good"], result["defective"]) == (3, 2)
+    assert best_f1([1, 3, 2.0], [0, 0, 1]) == (result["F1_max"], result["F1_threshold"])
+
+
 def test_maps_and_masks_at_another_size() -> None:
     assert map_at([[0.0, 1.0]], (2, 4)).shape == (2, 4)
     mask = np.zeros((8, 8), bool)
