@@ -8,7 +8,7 @@ Layouts that :func:`open_dataset` takes:
   ``<product>/ground_truth/<defect>/<image>_mask.png``;
 * good/bad: ``<product>/good`` beside any number of defect folders (``bad``, ``scratch``, ...); not split by anyone, so
   80 % of the good images become train by a fixed shuffle and the rest, with all defects, test;
-* a folder that holds several of these product folders.
+* a folder that holds several of these product folders, or links to them; each product has the name it has there.
 """
 
 from __future__ import annotations
@@ -221,7 +221,20 @@ def _any_image(folder: Path) -> bool:
 
 
 def _good_folder(folder: Path) -> Path | None:
-    return next((p for p in _folders(folder) if p.name.lower() in _GOOD_FOLDERS), None)
+    found = [p for p in _folders(folder) if p.name.lower() in _GOOD_FOLDERS]
+    if len(found) > 1:  # one would be left out, or taken for a defect
+        raise SourceError(
+            f"{folder} has several folders of good parts",
+            found=", ".join(p.name for p in found),
+            expected="one, good or ok",
+            next_step="put their images into one folder",
+        )
+    return found[0] if found else None
+
+
+def folder_name(folder: Path) -> str:
+    """A folder's own name, also of `.` and `..`; a link has its own, which is not that of what it leads to."""
+    return folder.name if folder.name not in ("", "..") else folder.resolve().name
 
 
 def _product(folder: Path, root: Path) -> list[Sample] | None:
@@ -258,7 +271,7 @@ def _train_share(images: Sequence[Path]) -> set[Path]:
 
 def _sample(path: Path, root: Path, folder: Path, label: str, split: Split) -> Sample:
     mask = None if label == GOOD else _mask_of(path, folder / _MASK_FOLDER / label)
-    return Sample(path, path.relative_to(root).as_posix(), folder.resolve().name, label, split, mask)
+    return Sample(path, path.relative_to(root).as_posix(), folder_name(folder), label, split, mask)
 
 
 def _mask_of(image: Path, folder: Path) -> Path | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle
+from ..dataset import folder_name
 from ..engine.select import open_backend
 from ..enrolment.enroll import enroll
 from ..enrolment.features import memory_of
@@ -47,19 +48,37 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def product_name(args: argparse.Namespace) -> str:
-    """--name, or the support folder's name; of a folder `good` its product folder's."""
-    if args.name:
-        return str(args.name)
-    folder = args.support.resolve()
+    """--name, or the support folder's name; of a folder `good` its product folder's.
+
+    Raises:
+        ConfigError: --name cannot name a product, as it is no name of a folder.
+    """
+    if args.name is not None:
+        name = str(args.name)
+        if not name.strip(" .") or not name.isprintable() or "/" in name or "\\" in name:
+            cleaned = _safe(name).strip("-.")
+            raise ConfigError(
+                "--name cannot be the name of a product",
+                found=repr(name),
+                expected="one word or several, without slashes",
+                next_step=f"--name {cleaned or 'bolt'}",
+            )
+        return name
+    folder = args.support.resolve() if ".." in args.support.parts else args.support.absolute()
     while folder.name.lower() in ("good", "ok", "train") and folder.parent != folder:
         folder = folder.parent
-    return re.sub(r"[^A-Za-z0-9_.-]", "-", folder.name) or "product"
+    return _safe(folder_name(folder)) or "product"
+
+
+def _safe(name: str) -> str:
+    """A name with what a shell or a file system could take amiss replaced."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", name)
 
 
 def default_out(method: str, name: str) -> Path:
     """bundles/METHOD-NAME-UTC, under $ANDON_BUNDLES if set."""
     stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
-    return Path(os.environ.get("ANDON_BUNDLES", "bundles")) / f"{method}-{name}-{stamp}"
+    return Path(os.environ.get("ANDON_BUNDLES", "bundles")) / f"{method}-{_safe(name)}-{stamp}"
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:

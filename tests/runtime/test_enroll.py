@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import onnx
 import onnx.parser
 import pytest
 from andon.runtime.bundle import Bundle
+from andon.runtime.commands.enroll import default_out, product_name
 from andon.runtime.engine.select import open_backend
 from andon.runtime.enrolment import foreground as fg
 from andon.runtime.enrolment.bank import BankSettings, build_bank, fill
@@ -294,6 +296,34 @@ def test_missing_support_is_refused_before_torch_is_loaded(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "not enough images of good parts" in done.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["../../x y", "a/b", "..", "", "a\nb"])
+def test_a_name_that_leaves_the_folder_of_bundles_is_refused(name, tmp_path, capsys, monkeypatch):
+    from andon.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    for engines in ([], ["--backbone-bundle", "nosuch"]):
+        (tmp_path / "support").mkdir(exist_ok=True)
+        for k in range(4):
+            (tmp_path / "support" / f"{k}.png").touch()
+        assert main(["enroll", "--support", "support", "--name", name, *engines, "--json"]) == 1
+        assert "--name cannot be" in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
+    assert [p.name for p in tmp_path.iterdir()] == ["support"]
+
+
+def test_the_product_is_named_after_its_folder_also_if_that_is_a_link(tmp_path, monkeypatch):
+    (tmp_path / "src/images/good").mkdir(parents=True)
+    (tmp_path / "bolt M8").symlink_to(tmp_path / "src/images")
+    monkeypatch.chdir(tmp_path / "src/images/good")
+
+    def named(support, name=None):
+        return product_name(argparse.Namespace(support=Path(support), name=name))
+
+    assert named(tmp_path / "bolt M8") == named(tmp_path / "bolt M8/good") == "bolt-M8"
+    assert named(".") == named("..") == "images"
+    assert named(".", "Schraube M8") == "Schraube M8"
+    assert default_out("knn", "Schraube M8").name.startswith("knn-Schraube-M8-")
 
 
 @pytest.mark.parametrize("method", ["knn", "hvq"])

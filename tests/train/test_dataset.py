@@ -102,6 +102,30 @@ def test_folder_of_good_bad_products(tmp_path: Path) -> None:
     assert open_dataset(tmp_path).products == ("left", "right")
 
 
+def test_linked_product_folders_keep_their_own_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for line, product in (("line1", "bolt"), ("line2", "nut")):
+        write(tmp_path / "src" / line / "images" / "good" / "1.png")
+        write(tmp_path / "src" / line / "images" / "bad" / "1.png")
+        (tmp_path / "links").mkdir(exist_ok=True)
+        (tmp_path / "links" / product).symlink_to(tmp_path / "src" / line / "images")
+    assert open_dataset(tmp_path / "links").products == ("bolt", "nut")
+    assert open_dataset(tmp_path / "links/bolt").products == ("bolt",)
+    monkeypatch.chdir(tmp_path / "src/line1/images/good")
+    assert open_dataset("..").products == ("images",)
+    monkeypatch.chdir(tmp_path / "src/line1/images")
+    assert open_dataset(".").products == ("images",)
+
+
+@pytest.mark.parametrize("inside", ["train", ""], ids=["MVTec", "good/bad"])
+def test_two_folders_of_good_parts_are_refused(tmp_path: Path, inside: str) -> None:
+    """One would be left out without a word, or be the defect `ok`."""
+    for name in ("good", "ok"):
+        write(tmp_path / "bolt" / inside / name / "1.png")
+    with pytest.raises(SourceError, match="several folders of good parts") as caught:
+        open_dataset(tmp_path)
+    assert caught.value.found == "good, ok"
+
+
 def test_select_refuses_what_is_not_there(synthetic_data: Path) -> None:
     data = open_dataset(synthetic_data)
     with pytest.raises(ConfigError, match="no product bolt") as caught:
