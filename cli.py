@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
@@ -57,7 +58,7 @@ def _parser(selected: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Exit code 0 only on success, 1 on a refusal or failed gate, 2 on wrong usage."""
+    """Run one command. Exit code 0 only on success, 1 on a refusal, failed gate or fault of ours, 2 on wrong usage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     selected = next((a for a in arguments if not a.startswith("-")), None)
     as_json = "--json" in arguments
@@ -68,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser(selected).parse_args(arguments)
         result: dict[str, Any] = import_module(COMMANDS[args.command][0]).main(args)
+        said = json.dumps(result, default=str, allow_nan=False) if as_json else None
     except _UsageError as error:
         help_of = f"andon {selected} --help" if selected in COMMANDS else "andon --help"
         print(f"  next:     {help_of}", file=sys.stderr)
@@ -81,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(1, as_json, refusal.what, error, None, refusal.next_step)
     except ModuleNotFoundError as error:
         if (missing := (error.name or "").partition(".")[0]) not in WORKSTATION:
-            raise
+            return _unexpected(error, as_json)
         print(f"andon {selected}: {missing} is not installed; this command is the workstation's", file=sys.stderr)
         mend = 'pip install "andon[workstation]", or run it on the workstation and copy the bundle here'
         print(f"  next:     {mend}", file=sys.stderr)
@@ -89,9 +91,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"andon {selected}: interrupted", file=sys.stderr)
         return _failed(130, as_json, "interrupted")
-    if as_json:
-        print(json.dumps(result, default=str, allow_nan=False))
+    except Exception as error:  # noqa: BLE001 - a fault of ours: who waits for the JSON object learns of it there, too
+        return _unexpected(error, as_json)
+    if said is not None:
+        print(said)
     return 0 if result.get("ok", True) else 1
+
+
+def _unexpected(error: Exception, as_json: bool) -> int:
+    """Say a fault of Andon itself: the traceback on stderr, its last line in JSON; the exit code."""
+    traceback.print_exception(error)
+    what = f"unexpected {type(error).__name__}"
+    return _failed(1, as_json, what, error, None, "report it with the traceback: it is a fault of Andon")
 
 
 def _failed(

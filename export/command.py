@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ..runtime.commands.numbers import count
 from ..runtime.errors import ConfigError
 from ..train.registry import list_methods
 
@@ -38,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="setting of the method's cut"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="threads for the torch reference; default: all")
+    parser.add_argument("--threads", type=count, metavar="N", help="threads for the torch reference; default: all")
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -49,6 +50,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from . import bundle, verify
     from .exporter import Request, export_bundle
     from .methods import get_cut
+    from .nextstep import calibrate_step
 
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
     checkpoint = args.checkpoint or newest_checkpoint(args.method)
@@ -72,6 +74,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     _say(verify.table(export.checks))
     packed = bundle.pack(export.path) if args.tar else None
     _summary(export, time.perf_counter() - started, packed)
+    _say(calibrate_step(export.path, args.data or origin.data, origin.holdout, origin.classes))
     return {
         "ok": True,
         "bundle": str(export.path),
@@ -143,7 +146,6 @@ def _summary(export: Export, seconds: float, packed: Path | None) -> None:
         _say(line)
     _say(f"{len(export.checks)} checks passed in {seconds:.0f} s")
     _say(f"bundle {packed or export.path}")
-    _say(f"next: andon calibrate --bundle {export.path}")
 
 
 def narrow_lines(manifest: Manifest, variants: Mapping[Variant, Any]) -> Iterator[str]:

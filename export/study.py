@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..runtime.commands.numbers import count
 from ..runtime.errors import AndonError, ConfigError
 from ..runtime.results import Record, load_results, merge_results
 from ..train.registry import list_methods
@@ -32,7 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--all", nargs="*", metavar="SET", help="train, export and evaluate on these sets; none: page only"
     )
     group.add_argument("--methods", nargs="+", metavar="NAME", help="only these; default: all that train")
-    group.add_argument("--study-seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (default: 3)")
+    group.add_argument("--study-seeds", type=count, default=3, metavar="N", help="seeds 0 to N-1 (default: 3)")
     group.add_argument("--no-train", action="store_true", help="record the finished runs in --runs, train none")
     group.add_argument(
         "--untrained", action="store_true", help="the control: the same with a random backbone, one seed"
@@ -130,7 +131,8 @@ def _samplers(data: str, bundle: Path, limit: int | None, base: dict[str, Any]) 
     for name, result in found.items():
         row = {**base, "command": command, "setting": f"sampler {name}"}
         for product, metrics in result["products"].items():
-            yield {**row, "product": product, "metric": "image_AUROC", "value": round(metrics["image_AUROC"], 4)}
+            if (value := metrics["image_AUROC"]) is not None:
+                yield {**row, "product": product, "metric": "image_AUROC", "value": round(value, 4)}
         took = result["latency_ms"]["total"]["p50"]
         yield {**row, "product": None, "metric": "ms_a_frame", "value": round(took, 2)}
 

@@ -42,6 +42,70 @@ def test_wrong_usage_is_said_in_json_too(command: str, capsys: pytest.CaptureFix
     assert f"next:     {said['next']}" in captured.err
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "run --config line.yaml --max-frames 0",
+        "run --config line.yaml --max-frames -1",
+        "run --config line.yaml --threads 0",
+        "bench --bundle b --frames 0",
+        "bench --bundle b --frames -3",
+        "bench --bundle b --warmup -1",
+        "bench --bundle b --threads -1",
+        "build --bundle b --workspace 0",
+        "build --bundle b --dla-core -1",
+        "build --bundle b --optimization-level 6",
+        "eval --bundle b --data elpv --limit 0",
+        "eval --all elpv --study-seeds 0",
+        "eval --bundle b --data elpv --few-shot 0,1",
+        "eval --bundle b --data elpv --few-shot 1 --seeds 0",
+        "eval --bundle b --data elpv --few-shot 1 --orders 0",
+        "eval --bundle b --data elpv --few-shot 1 --ct-steps -1",
+        "eval --bundle b --data elpv --few-shot 1 --online 1.5",
+        "eval --bundle b --data elpv --few-shot 1 --online nan",
+        "enroll --support s --shots 0",
+        "enroll --support s --seed -1",
+        "enroll --support s --threads x",
+        "export --method knn --threads -1",
+        "train --method knn --data elpv --seed -1",
+        "train --method knn --data elpv --save-every -1",
+        "train --method knn --data elpv --save-every inf",
+        "watch --broker h:1 --count 0",
+        "watch --broker h:1 --wait -1",
+        "watch --broker h:1 --timeout nan",
+    ],
+)
+def test_a_number_that_means_nothing_is_wrong_usage(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*line.split(), "--json"]) == 2
+    said = last_line(capsys.readouterr().out)
+    assert said["ok"] is False and f"argument {line.split()[-2]}" in said["error"]
+
+
+@pytest.mark.parametrize("port", ["99999", "0", "-1", "\u00b2"])
+@pytest.mark.parametrize("command", ["watch", "doctor"])
+def test_a_port_that_cannot_be_is_refused(command: str, port: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--broker", f"127.0.0.1:{port}", "--json"]) == 1
+    said = last_line(capsys.readouterr().out)
+    assert said["found"] == f"127.0.0.1:{port}" and said["expected"].startswith("HOST:PORT")
+
+
+@pytest.mark.parametrize("result", [{"ok": True, "value": float("nan")}, None], ids=["no JSON of it", "an exception"])
+def test_a_fault_of_ours_is_said_in_json_with_the_traceback_on_stderr(
+    result: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(args: object) -> dict[str, Any]:
+        if result is None:
+            raise IndexError("list index out of range")
+        return result
+
+    monkeypatch.setattr("andon.runtime.commands.doctor.main", main)
+    assert cli.main(["doctor", "--json"]) == 1
+    captured = capsys.readouterr()
+    said = last_line(captured.out)
+    assert said["ok"] is False and said["error"] == ("unexpected ValueError" if result else "unexpected IndexError")
+    assert "Traceback" in captured.err and str(said["found"]) in captured.err
+
+
 def test_a_refusal_has_what_found_expected_and_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check", "--config", str(tmp_path / "line.yaml"), "--json"]) == 1
     said = last_line(capsys.readouterr().out)

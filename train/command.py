@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..runtime.commands.numbers import natural, seconds
 from .registry import list_methods
 
 
@@ -18,14 +19,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--products", metavar="A,B", help="train these products of the set only")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the checkpoint; default runs/METHOD-...")
-    parser.add_argument("--seed", type=int, metavar="N", help="seed of every random generator")
+    parser.add_argument("--seed", type=natural, metavar="N", help="seed of every random generator")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. schedule.steps=100"
     )
     parser.add_argument(
         "--resume", type=Path, metavar="DIR", help="go on with an interrupted run; needs no other option"
     )
-    parser.add_argument("--save-every", type=float, default=60.0, metavar="S", help="seconds between resume points")
+    parser.add_argument("--save-every", type=seconds, default=60.0, metavar="S", help="seconds between resume points")
     parser.add_argument("--no-eval", action="store_true", help="skip the evaluation on the test images")
     parser.add_argument(
         "--on-corrupt", choices=("error", "skip"), default="error", help="what to do about an undecodable image"
@@ -35,7 +36,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Train, evaluate, write the checkpoint."""
-    from ..calib.errors import AndonError
     from .distributed import process_group
     from .run import Request, train
 
@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         request = Request.from_arguments(args)
         try:
             return train(request)
-        except AndonError:
+        except Exception:  # any: what had nothing to keep leaves no folder that looks like a run
             if args.resume is None:
                 request.withdraw()
             raise

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from . import distributed
 from .errors import TrainingError
 from .features import FeatureSet, bar_settings
-from .method import AnomalyModel, Batch, Optimizer, Schedule
+from .method import AnomalyModel, Batch, Optimizer, Schedule, parse_decay
 from .resume import ResumeFile
 from .sampler import BalancedSampler
 from .state import load_state
@@ -226,9 +226,6 @@ def lr_factor(schedule: Schedule, step: int, seconds: float) -> float:
 
     Progress is counted in steps; where `max_seconds` will end the run before its last step, in time, so that the
     schedule comes to its end either way. A run that does not meet its time limit is reproducible to the bit.
-
-    Raises:
-        TrainingError: `schedule.decay` is not cosine, none, step:<fraction>:<factor> or inverse:<a>:<b>.
     """
     if step < schedule.warmup:
         return (step + 1) / (schedule.warmup + 1)
@@ -236,24 +233,14 @@ def lr_factor(schedule: Schedule, step: int, seconds: float) -> float:
     if schedule.max_seconds is not None:
         clock = seconds / schedule.max_seconds
         done = clock if clock > step / schedule.steps + _CLOCK_SLACK else done
-    kind, _, rest = schedule.decay.partition(":")
-    if kind == "none":
-        return 1.0
+    kind, numbers = parse_decay(schedule.decay)
     if kind == "cosine":
         return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    first, _, second = rest.partition(":")
-    try:
-        if kind == "step":
-            return float(second) if done >= float(first) else 1.0
-        if kind == "inverse":
-            return float((1 + float(first) * min(1.0, done)) ** -float(second))
-    except ValueError:
-        pass
-    raise TrainingError(
-        f"unknown schedule.decay {schedule.decay!r}",
-        expected="cosine | none | step:<fraction>:<factor> | inverse:<a>:<b>, e.g. step:0.8:0.1 or inverse:10:0.75",
-        next_step="mend the configuration",
-    )
+    if kind == "step":
+        return numbers[1] if done >= numbers[0] else 1.0
+    if kind == "inverse":
+        return float((1 + numbers[0] * min(1.0, done)) ** -numbers[1])
+    return 1.0
 
 
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:

@@ -7,6 +7,7 @@ all tests are common.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from ..runtime.manifest import Preprocess
 class Config(BaseModel):
     """Base of every configuration model: unknown keys are refused, each field has a description."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class BackboneConfig(Config):
@@ -34,6 +35,28 @@ class BackboneConfig(Config):
         description="auto (PyPI package, then timm's download) | pypi | timm | random:<seed> | path of a local file",
     )
     taps: tuple[int, ...] = Field(description="timm features_only indices to return, shallow first")
+
+
+_DECAYS = {"none": 0, "cosine": 0, "step": 2, "inverse": 2}  # how many numbers follow
+
+
+def parse_decay(text: str) -> tuple[str, tuple[float, ...]]:
+    """What `schedule.decay` says: its kind and the numbers that belong to it.
+
+    Raises:
+        ValueError: it is not cosine, none, step:<fraction>:<factor> or inverse:<a>:<b>, with numbers from 0 on.
+    """
+    kind, *rest = text.split(":")
+    try:
+        numbers = tuple(float(number) for number in rest)
+    except ValueError:
+        numbers = (math.nan,)
+    if len(numbers) != _DECAYS.get(kind) or not all(0 <= number < math.inf for number in numbers):
+        raise ValueError(
+            f"{text!r} is not cosine | none | step:<fraction>:<factor> | inverse:<a>:<b>, "
+            "e.g. step:0.8:0.1 or inverse:10:0.75"
+        )
+    return kind, numbers
 
 
 class Schedule(Config):
@@ -48,10 +71,14 @@ class Schedule(Config):
         default="cosine",
         description="cosine | step:<fraction>:<factor> | inverse:<a>:<b>, i.e. (1 + a p)^-b at progress p | none",
     )
-    clip: float | None = Field(default=None, description="Gradient norm clip")
-    amp: str = Field(default="auto", description="auto | off | bf16 | fp16 autocast of the training step")
-    ema: float | None = Field(default=None, description="Decay of a weight average used for evaluation and export")
-    max_seconds: float | None = Field(default=None, description="Stop early after this much training time")
+    clip: float | None = Field(default=None, gt=0, description="Gradient norm clip")
+    amp: Literal["auto", "off", "bf16", "fp16"] = Field(
+        default="auto", description="auto | off | bf16 | fp16 autocast of the training step"
+    )
+    ema: float | None = Field(
+        default=None, ge=0, lt=1, description="Decay of a weight average used for evaluation and export"
+    )
+    max_seconds: float | None = Field(default=None, gt=0, description="Stop early after this much training time")
     max_epochs: float | None = Field(
         default=None, gt=0, description="Fewer steps where the training set is small: at most this many passes over it"
     )
@@ -61,6 +88,12 @@ class Schedule(Config):
     def _off(cls, value: object) -> object:
         """YAML 1.1 reads a bare `off` as false."""
         return "off" if value is False else value
+
+    @field_validator("decay")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        parse_decay(value)
+        return value
 
 
 class Augmentation(Config):
@@ -90,10 +123,10 @@ class MethodConfig(Config):
 
     method: str = Field(description="Method id")
     preset: str = Field(default="", description="Free name of the preset, for the record")
-    size: int = Field(default=224, description="Network input, pixels, square")
+    size: int = Field(default=224, gt=0, description="Network input, pixels, square")
     backbone: BackboneConfig = Field(description="Feature extractor")
     schedule: Schedule = Field(description="Length and optimisation settings")
-    seed: int = Field(default=0, description="Seed of every random generator")
+    seed: int = Field(default=0, ge=0, lt=1 << 32, description="Seed of every random generator")
     holdout: float = Field(
         default=0.1, ge=0, lt=1, description="Share of good images held out for constants and thresholds"
     )

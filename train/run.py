@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,6 +33,7 @@ from .checkpoint import (
     PROVENANCE,
     Provenance,
     new_run,
+    read_provenance,
     save_json,
     save_weights,
     write_log,
@@ -116,10 +118,14 @@ class Request:
                 f"nothing to resume in {folder}",
                 found="a completed checkpoint" if complete else str(error),
                 expected=f"a folder with {_REQUEST}, as an interrupted `andon train` leaves it",
-                next_step="andon export --checkpoint" if complete else "start with --method and --data",
+                next_step=_export(folder) if complete else "start with --method and --data",
             ) from error
         products = None if saved["products"] is None else tuple(saved["products"])
         return cls(**{**saved, "products": products, "folder": str(folder)})
+
+
+def _export(folder: Path) -> str:
+    return f"andon export --method {read_provenance(folder).method} --checkpoint {shlex.quote(str(folder))}"
 
 
 def train(request: Request) -> dict[str, Any]:
@@ -163,7 +169,7 @@ def train(request: Request) -> dict[str, Any]:
     try:
         fitted = fit(model, trainset, device, log=lambda r: write_log(folder, r), resume=resume, progress=show)
     except KeyboardInterrupt:
-        _say(f"\ninterrupted; to go on: andon train --resume {folder}")
+        _say(f"\ninterrupted; to go on: andon train --resume {shlex.quote(str(folder))}")
         raise
     if not distributed.is_main():
         return {"ok": True}
@@ -186,7 +192,7 @@ def train(request: Request) -> dict[str, Any]:
     save_json(folder / METRICS, summary)
     if metrics:
         print(table(metrics))
-    print(f"next: andon export --method {config.method}")
+    print(f"next: andon export --method {config.method} --checkpoint {shlex.quote(str(folder))}")
     return {"ok": True, "checkpoint": str(folder), **summary}
 
 

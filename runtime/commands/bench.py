@@ -22,7 +22,7 @@ from ..manifest import Variant
 from ..process import resident_memory
 from ..program import Program
 from ..replay import golden_frames
-from . import options
+from . import numbers, options
 
 #: Entry point group of the torch side: a context manager (weights hash, checkpoint or None, threads) -> judge function
 REFERENCE = "andon.reference"
@@ -36,8 +36,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--delivery", action="store_true", help="time verdicts to the broker's acknowledgement instead; needs no bundle"
     )
-    parser.add_argument("--frames", type=int, default=100, metavar="N", help="frames to time (100)")
-    parser.add_argument("--warmup", type=int, default=10, metavar="N", help="frames before them (10)")
+    parser.add_argument("--frames", type=numbers.count, default=100, metavar="N", help="frames to time (100)")
+    parser.add_argument("--warmup", type=numbers.natural, default=10, metavar="N", help="frames before them (10)")
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="the bundle's checkpoint; default: found by hash"
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle
 from ..engine.build import BuildOptions, Built, default_cache, with_dla
 from ..engine.probe import require_tensorrt
-from . import options
+from . import numbers, options
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -18,10 +19,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variant", choices=("auto", "all", *options.VARIANTS), default="auto", help="auto: fp16 if the bundle has it"
     )
-    parser.add_argument("--workspace", type=int, default=1024, metavar="MB", help="scratch memory limit (1024)")
+    parser.add_argument(
+        "--workspace", type=numbers.count, default=1024, metavar="MB", help="scratch memory limit (1024)"
+    )
     parser.add_argument("--optimization-level", type=int, choices=range(6), metavar="0..5", help="TensorRT's effort")
     parser.add_argument("--dla", nargs="+", default=[], metavar="STAGE", help="put these stages on the DLA")
-    parser.add_argument("--dla-core", type=int, default=0, metavar="N", help="which DLA (0)")
+    parser.add_argument("--dla-core", type=numbers.natural, default=0, metavar="N", help="which DLA (0)")
     parser.add_argument("--cache", type=Path, metavar="DIR", help=f"folder of plans (default {default_cache()})")
     parser.add_argument("--force", action="store_true", help="build again what is there")
 
@@ -51,7 +54,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                     backend.open(name, stage, bundle.stage_path(name, variant), variant)
                     _print(backend.plans.built[-1])
             built = backend.plans.built
-        print(f"next: andon verify --bundle {args.bundle} --backend tensorrt")
+        print(f"next: andon verify --bundle {shlex.quote(str(args.bundle))} --backend tensorrt")
         return {"ok": True, "bundle": bundle.id, "plans": [_plain(b) for b in built]}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..enrolment.foreground import choose
 from ..enrolment.support import read_support
 from ..errors import ConfigError
 from ..wiring import parse_source
+from . import numbers
 
 #: Methods that keep a memory of normal, into which a product can be enrolled; the others are trained on every product.
 METHODS = ("foct", "knn")
@@ -28,8 +30,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `andon enroll`."""
     parser.add_argument("--method", choices=METHODS, default="foct", help="memory method (foct)")
     parser.add_argument("--support", type=Path, required=True, metavar="DIR", help="images of good parts")
-    parser.add_argument("--shots", type=int, default=4, metavar="K", help="how many of them (4)")
-    parser.add_argument("--seed", type=int, metavar="N", help="draw them at random; default: the first by name")
+    parser.add_argument("--shots", type=numbers.count, default=4, metavar="K", help="how many of them (4)")
+    parser.add_argument(
+        "--seed", type=numbers.natural, metavar="N", help="draw them at random; default: the first by name"
+    )
     parser.add_argument("--name", help="the product; default: the folder's name")
     parser.add_argument("--out", type=Path, metavar="DIR", help="new bundle; default bundles/METHOD-NAME-UTC")
     parser.add_argument(
@@ -44,7 +48,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="HOW",
         help="auto (GrabCut) | all (textures) | mask:FILE-OR-FOLDER | onnx:FILE[,MEAN,STD] | sam:ENCODER,DECODER",
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="onnxruntime's threads; default: every CPU it may use")
+    parser.add_argument(
+        "--threads", type=numbers.count, metavar="N", help="onnxruntime's threads; default: every CPU it may use"
+    )
 
 
 def product_name(args: argparse.Namespace) -> str:
@@ -138,7 +144,9 @@ def summarize(bundle: Bundle, shots: int, foreground: float | None, seconds: flo
         promise = f"{threshold.false_alarm_rate:.0%} of good parts may be judged NG"
         print(f"provisional threshold {threshold.value:.3f}: {promise}")
     print(f"bundle {bundle.path}")
-    print(f"next: andon calibrate --bundle {bundle.path} --data GOOD-IMAGES, then andon run")
+    shown = shlex.quote(str(bundle.path))
+    print(f"for a threshold that is not provisional: andon calibrate --bundle {shown} --data FOLDER (new good images)")
+    print(f"next: andon verify --bundle {shown}")
     return {
         "ok": True,
         "bundle": str(bundle.path),

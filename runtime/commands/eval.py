@@ -19,7 +19,7 @@ from ..evaluation import Evaluated, confusion_table, evaluate, latency_table, pe
 from ..quality import mean_metrics, table
 from ..recorded import from_verdicts, read_verdicts
 from ..unlike import unlike_calibration
-from . import fewshot, options
+from . import fewshot, numbers, options
 
 #: Where the workstation side offers the study of all methods (export/study.py), which the device side cannot import.
 STUDY = "andon.study"
@@ -38,7 +38,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="auto: the bundle's classifier chooses the product",
     )
     parser.add_argument("--products", nargs="+", metavar="NAME", help="only these products")
-    parser.add_argument("--limit", type=int, metavar="N", help="at most N images a product, good and defective evenly")
+    parser.add_argument(
+        "--limit", type=numbers.count, metavar="N", help="at most N images a product, good and defective evenly"
+    )
     parser.add_argument("--samplers", action="store_true", help="also every other program of the bundle, with its cost")
     parser.add_argument(
         "--verdicts", type=Path, metavar="FILE", help="judge nothing: take the verdicts that `andon watch --out` wrote"
@@ -62,6 +64,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if getattr(args, "all", None) is not None:
         study: dict[str, Any] = next(iter(entry_points(group=STUDY))).load().main(args)
         return study
+    if args.report is not None:
+        options.require_writable(args.report, "--report")
     if args.few_shot is not None:
         return fewshot.main(args)
     if args.bundle is None or args.data is None:

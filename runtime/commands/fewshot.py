@@ -19,7 +19,7 @@ from ..enrolment.stream import QUANTILES, SETTINGS, Gain, Setting, baseline, pla
 from ..errors import ConfigError
 from ..report.memory import write_memory_report
 from ..results import merge_results
-from . import options
+from . import numbers, options
 
 RESULTS = Path("docs/results.json")
 #: What --settings measures.
@@ -31,13 +31,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Options of the few-shot evaluation."""
     group = parser.add_argument_group("few-shot evaluation (--few-shot)")
     group.add_argument(
-        "--few-shot", type=_integers, metavar="K,K", help="support sizes, e.g. 1,2,4, with a foct bundle's engines"
+        "--few-shot", type=numbers.counts, metavar="K,K", help="support sizes, e.g. 1,2,4, with a foct bundle's engines"
     )
-    group.add_argument("--seeds", type=int, default=5, metavar="N", help="support draws 0 to N-1 (5)")
-    group.add_argument("--orders", type=int, default=3, metavar="N", help="stream orders of what depends on them (3)")
-    group.add_argument("--ct-steps", type=_integers, default=(0, 10), metavar="N,N", help="CT steps a frame (0,10)")
+    group.add_argument("--seeds", type=numbers.count, default=5, metavar="N", help="support draws 0 to N-1 (5)")
     group.add_argument(
-        "--online", type=_numbers, metavar="P,P", help="also online calibration, with these shares of anomalies (0.1)"
+        "--orders", type=numbers.count, default=3, metavar="N", help="stream orders of what depends on them (3)"
+    )
+    group.add_argument(
+        "--ct-steps", type=numbers.naturals, default=(0, 10), metavar="N,N", help="CT steps a frame (0,10)"
+    )
+    group.add_argument(
+        "--online",
+        type=numbers.shares,
+        metavar="P,P",
+        help="also online calibration, with these shares of anomalies (0.1)",
     )
     group.add_argument(
         "--settings",
@@ -46,14 +53,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="online: the default rule, the rest of the table, all of it, or the default with other quantiles",
     )
     group.add_argument("--foreground", default="auto", metavar="HOW", help="as in andon enroll (auto)")
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:

@@ -13,8 +13,10 @@ from tqdm import tqdm
 from ..bundle import Bundle
 from ..detector import Detector
 from ..engine.select import BACKENDS
+from ..errors import ConfigError
 from ..manifest import Variant
 from ..wiring import programs
+from . import numbers
 
 VARIANTS: tuple[Variant, ...] = ("fp32", "fp16", "int8")
 
@@ -34,9 +36,32 @@ def add_engine(parser: argparse.ArgumentParser, *, program: bool = True) -> None
     parser.add_argument(
         "--variant", choices=("auto", *VARIANTS), default="auto", help="precision; auto: fp16 on tensorrt, else fp32"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="onnxruntime's threads; default: every CPU it may use")
+    parser.add_argument(
+        "--threads", type=numbers.count, metavar="N", help="onnxruntime's threads; default: every CPU it may use"
+    )
     if program:
         parser.add_argument("--program", default="default", metavar="NAME", help="one of the bundle's programs")
+
+
+def require_writable(path: Path, option: str) -> None:
+    """Refuse a file that cannot be written before the work for it is done; its folder is made.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    there = path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"{option} {path} cannot be written",
+            found=error,
+            expected="a file in a folder that this user may write",
+            next_step=f"name another file with {option}",
+        ) from error
 
 
 def choose_variant(requested: str, bundle: Bundle, backend: str) -> Variant:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AndonError
+from . import numbers
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -18,9 +19,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=("auto", "onnxruntime", "tensorrt"), help="instead of the configuration's")
     parser.add_argument("--variant", choices=("auto", "fp32", "fp16", "int8"), help="instead of the configuration's")
     parser.add_argument("--broker", metavar="HOST:PORT", help="instead of the configuration's")
-    parser.add_argument("--threads", type=int, help="CPU threads of the engines (default: all)")
+    parser.add_argument("--threads", type=numbers.count, help="CPU threads of the engines (default: all)")
     end = parser.add_mutually_exclusive_group()
-    end.add_argument("--max-frames", type=int, metavar="N", help="stop after N verdicts")
+    end.add_argument("--max-frames", type=numbers.count, metavar="N", help="stop after N verdicts")
     end.add_argument("--until-end", action="store_true", help="stop when every source has ended")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
 

@@ -22,6 +22,7 @@ from ..errors import ConfigError, DeliveryError
 from ..lineconfig import BrokerConfig, LineConfig
 from ..mqtt.client import explain, explain_connack, make_client, tls_context
 from ..startup import broker_at, state_folder
+from . import numbers
 
 _REMEMBERED = 100_000
 _RED, _GREEN, _YELLOW, _DIM, _BOLD, _PLAIN = "\033[31m", "\033[32m", "\033[33m", "\033[2m", "\033[1m", "\033[0m"
@@ -33,9 +34,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, help="line configuration: its broker, login and topics")
     parser.add_argument("--broker", metavar="HOST:PORT", help="broker, instead of the configuration's")
     parser.add_argument("--topic", help="base topic; default: the line's, or andon/v1/# without a configuration")
-    parser.add_argument("--count", type=int, help="end after so many verdicts")
-    parser.add_argument("--wait", type=float, default=0, help="seconds to wait for a broker that is not there yet")
-    parser.add_argument("--timeout", type=float, help="end after so many seconds without a verdict")
+    parser.add_argument("--count", type=numbers.count, help="end after so many verdicts")
+    parser.add_argument(
+        "--wait", type=numbers.seconds, default=0, help="seconds to wait for a broker that is not there yet"
+    )
+    parser.add_argument("--timeout", type=numbers.seconds, help="end after so many seconds without a verdict")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="also write each verdict to FILE, one JSON object a line"
     )

@@ -268,6 +268,21 @@ def test_eval_writes_a_report(
     assert "image AUROC" in page.read_text() and "http://" not in page.read_text().replace("http://www.w3.org", "")
 
 
+@pytest.mark.parametrize("report", ["folder", "file/report.html"])
+def test_eval_refuses_a_report_that_cannot_be_written_before_the_work(
+    report: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    arguments = ("--bundle", "nosuch", "--data", "nosuch", "--report", tmp_path / report)
+    for more in ((), ("--few-shot", "1")):
+        code, result, text = run(capsys, "eval", *arguments, *more, "--threads", 1)
+        assert code == 1 and f"--report {tmp_path / report} cannot be written" in result["error"], text
+    assert {p.name for p in tmp_path.iterdir()} == {"folder", "file"}
+    assert run(capsys, "eval", *arguments[:-1], tmp_path / "r.html")[1]["error"] == "there is no bundle at nosuch"
+    assert not (tmp_path / "r.html").exists(), "what was refused later leaves no empty report"
+
+
 def test_verify_replays_golden_set_and_gate(make_bundle: MakeBundle, capsys: pytest.CaptureFixture[str]) -> None:
     good = {"golden/golden.npz": golden([10, 40]), "golden/gate.npz": gate([10, 20, 60, 70], 0.5)}
     code, result, text = run(capsys, "verify", "--bundle", make_bundle(npz=good), *ENGINE)

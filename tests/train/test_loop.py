@@ -204,8 +204,8 @@ def test_learning_rate_follows_steps_and_ends_with_the_clock() -> None:
     timed = Schedule(steps=100, decay="cosine", max_seconds=10)
     assert lr_factor(timed, 20, 1.9) == lr_factor(timed, 20, 0), "ahead of the clock: steps rule"
     assert lr_factor(timed, 20, 9.99) < 0.01, "behind the clock: the clock rules"
-    with pytest.raises(TrainingError, match="linear"):
-        lr_factor(Schedule(steps=10, decay="linear"), 5, 0)
+    inverse = Schedule(steps=100, decay="inverse:10:0.75")
+    assert lr_factor(inverse, 0, 0) == 1.0 and lr_factor(inverse, 50, 0) == pytest.approx(6**-0.75)
 
 
 def test_amp_choice() -> None:

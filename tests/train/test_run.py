@@ -77,6 +77,17 @@ def test_differences_are_settings_that_give_the_other() -> None:
         ("schedule.steps=many", "schedule.steps"),
         ("schedule.steps=-1", "schedule.steps"),
         ("schedule.lr=[", "not YAML"),
+        ("schedule.lr=.inf", "schedule.lr"),
+        ("schedule.decay=foo", "schedule.decay"),
+        ("schedule.decay=step:0.8", "schedule.decay"),
+        ("schedule.decay=step:0.8:x", "schedule.decay"),
+        ("schedule.decay=inverse:-2:0.5", "schedule.decay"),
+        ("schedule.amp=fp32", "schedule.amp"),
+        ("schedule.ema=1", "schedule.ema"),
+        ("schedule.max_seconds=0", "schedule.max_seconds"),
+        ("seed=-1", "seed"),
+        ("seed=4294967296", "seed"),
+        ("size=0", "size"),
     ],
 )
 def test_bad_override_is_named(setting: str, message: str) -> None:
@@ -243,6 +254,7 @@ def test_refusals_name_what_is_wrong(
     assert not (tmp_path / "x").exists(), "a refusal leaves no folder"
     assert "is not empty" in refusal(capsys, "--method", "hvq", "--data", data, "--out", str(checkpoint))
     assert "nothing to resume" in refusal(capsys, "--resume", str(checkpoint))
+    assert f"andon export --method hvq --checkpoint {checkpoint}" in refusal(capsys, "--resume", str(checkpoint))
     if not torch.cuda.is_available():
         error = refusal(capsys, "--method", "hvq", "--data", data, "--out", str(tmp_path / "y"), "--device", "cuda")
         assert "cannot train on device cuda" in error
@@ -261,7 +273,7 @@ def test_corrupt_image_stops_or_is_skipped_and_recorded(
     out = capsys.readouterr().out.splitlines()
     assert any("skipped 1 undecodable" in line for line in out)
     assert read_provenance(tmp_path / "b").skipped == ("grid/train/good/004.png",)
-    assert json.loads(out[-1])["ok"] is True and "next: andon export --method hvq" in out
+    assert json.loads(out[-1])["ok"] is True and f"next: andon export --method hvq --checkpoint {tmp_path / 'b'}" in out
 
 
 def test_mask_of_another_size_is_refused_before_the_training(
@@ -298,6 +310,17 @@ def refusal_of(out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         told = refusal(capsys, "--resume", str(out))
     assert (out / "run.json").is_file()
     return told
+
+
+def test_a_fault_before_there_is_anything_to_keep_leaves_no_folder(
+    synthetic_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*args: object, **settings: object) -> None:
+        raise ValueError("a fault")
+
+    monkeypatch.setattr(run, "extract", broken)
+    arguments = ["--method", "hvq", "--data", str(synthetic_data), "--out", str(tmp_path / "run"), *SETS]
+    assert "a fault" in refusal(capsys, *arguments) and not (tmp_path / "run").exists()
 
 
 def test_interrupt_says_how_to_go_on(

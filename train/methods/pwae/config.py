@@ -69,7 +69,7 @@ class PwaeConfig(MethodConfig):
     """P-WAE."""
 
     method: Literal["pwae"] = "pwae"
-    size: int = Field(default=300, description="Network input, pixels, square")
+    size: int = Field(default=300, gt=0, description="Network input, pixels, square")
     mode: Literal["bottleneck", "spatial"] = Field(
         default="bottleneck",
         description="bottleneck: the decoder reads a narrow code that is held to the prior; spatial: the backbone's "

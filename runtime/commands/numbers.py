@@ -1,0 +1,62 @@
+"""Types of numeric options: what a command cannot mean is refused as wrong usage, before any work."""
+
+from __future__ import annotations
+
+import math
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+
+
+def count(text: str) -> int:
+    """A whole number from 1 on."""
+    return _whole(text, 1)
+
+
+def natural(text: str) -> int:
+    """A whole number from 0 on."""
+    return _whole(text, 0)
+
+
+def seconds(text: str) -> float:
+    """A finite number from 0 on."""
+    return _number(text, lambda value: 0 <= value < math.inf, "0 or more")
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    return _number(text, lambda value: 0 <= value <= 1, "from 0 to 1")
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """Comma-separated whole numbers from 1 on."""
+    return tuple(count(part) for part in text.split(","))
+
+
+def naturals(text: str) -> tuple[int, ...]:
+    """Comma-separated whole numbers from 0 on."""
+    return tuple(natural(part) for part in text.split(","))
+
+
+def shares(text: str) -> tuple[float, ...]:
+    """Comma-separated numbers from 0 to 1."""
+    return tuple(share(part) for part in text.split(","))
+
+
+def _whole(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
+    return value
+
+
+def _number(text: str, fits: Callable[[float], bool], expected: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not fits(value):
+        raise ArgumentTypeError(f"{text!r} is not a number {expected}")
+    return value
