@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shlex
 import shutil
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from andon.cli import main
+from andon.export import nextstep
 from andon.runtime.bundle import Bundle
+from andon.runtime.commands import calibrate
 from andon.runtime.dataset import open_dataset
 from andon.runtime.engine.base import Backend
 from andon.runtime.engine.onnxruntime import OnnxRuntimeBackend
@@ -37,6 +41,14 @@ def run(*arguments: object) -> dict[str, Any]:
     return result
 
 
+def next_of(result: dict[str, Any]) -> list[str]:
+    """The command that a command says to go on with, as a shell takes it."""
+    line = next(line for line in result["text"].splitlines() if line.startswith("next: "))
+    words = shlex.split(line.removeprefix("next: "))
+    assert words[0] == "andon"
+    return words[1:]
+
+
 @pytest.fixture(scope="module")
 def exported(synthetic_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("exported")
@@ -44,8 +56,9 @@ def exported(synthetic_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     settings = (*(part for s in short for part in ("--set", s)), "--no-eval")
     train = run("train", "--method", "hvq", "--data", synthetic_data, *settings, "--out", root / "run")
     assert train["code"] == 0
-    arguments = ("--checkpoint", root / "run", "--fp16", "--out", root / "bundle", "--threads", 1)
-    assert run("export", "--method", "hvq", *arguments)["code"] == 0
+    export = run(*next_of(train), "--fp16", "--out", root / "bundle", "--threads", 1)
+    assert export["code"] == 0
+    (root / "export.txt").write_text(export["text"])
     return root
 
 
@@ -76,6 +89,33 @@ def test_bench_refuses_the_checkpoint_of_another_bundle(bundle: Path, exported: 
     assert measured["code"] == 1 and "is not the checkpoint the bundle was made from" in measured["error"]
     measured = run("bench", "--bundle", bundle, "--frames", 1, "--warmup", 1, *ENGINE)  # not under the runs folder
     assert measured["code"] == 0 and measured["torch_ms"] is None and "--checkpoint" in measured["text"]
+
+
+def test_what_export_says_to_do_next_works_as_it_stands(exported: Path, synthetic_data: Path, tmp_path: Path) -> None:
+    command = next_of({"text": (exported / "export.txt").read_text()})
+    assert command[command.index("--bundle") + 1] == str(exported / "bundle")
+    command[command.index("--bundle") + 1] = shutil.copytree(exported / "bundle", tmp_path / "bundle")
+    result = run(*command, *ENGINE)
+    assert result["code"] == 0 and result["origin"] == "held out by training"
+
+
+@pytest.mark.parametrize(
+    ("held", "says"), [(99, "--data 'my set'"), (19, "--data 'my set' --false-alarm-rate 0.05"), (0, "--data FOLDER")]
+)
+def test_the_rate_that_export_names_is_one_that_the_held_out_images_can_promise(
+    held: int, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parser = ArgumentParser()
+    calibrate.configure(parser)
+    assert parser.get_default("false_alarm_rate") == nextstep.DEFAULT_RATE
+    (tmp_path / "my set/bolt/good").mkdir(parents=True)
+    for i in range(140):
+        (tmp_path / f"my set/bolt/good/{i:03}.png").touch()
+    monkeypatch.chdir(tmp_path)
+    keys = [s.key for s in open_dataset("my set").select(split="train").samples][:held]
+    line = nextstep.calibrate_step(Path("b"), "my set", keys, ("bolt",))
+    assert line.endswith(says) and "andon calibrate --bundle b " in line
+    assert line.startswith("next: ") == bool(held)
 
 
 @pytest.mark.parametrize("variant", ["fp32", "fp16"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -265,14 +266,16 @@ def test_device_enrols_without_torch_and_onnx(engines, method, tmp_path):
         assert detector.judge_image(good, "other").score < detector.judge_image(damaged, "other").score
 
 
-def test_both_ways_give_the_same_state(engines, tmp_path):
+def test_both_ways_give_the_same_state(engines, tmp_path, capsys):
     """Enrolling the same support again from the exported bundle changes nothing."""
     from andon.cli import main
 
     made, folder = engines
-    target = tmp_path / "again"
+    target = tmp_path / "once again"
     arguments = ["--method", "foct", "--support", str(folder), "--shots", "3", "--out", str(target)]
     assert main(["enroll", *arguments, "--backbone-bundle", str(made["foct"])]) == 0
+    command = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("next: "))
+    assert main(shlex.split(command.removeprefix("next: "))[1:]) == 0, "what it says to do next works as it stands"
     with Bundle.load(made["foct"]) as a, Bundle.load(target) as b:
         for name, entry in a.manifest.state.items():
             np.testing.assert_array_equal(a.array(entry), b.array(b.manifest.state[name]), err_msg=name)
