@@ -3,11 +3,15 @@ same images with synthetic defects and their masks. Nothing of a test split is r
 
     python -m measure.validation --data elpv --out runs/validation/elpv
     python -m measure.validation --data elpv --train 24 --out runs/validation/elpv24     # a set of a few dozen images
+    python -m measure.validation --data elpv --large --out runs/validation/elpv_large    # defects of 4 % to 30 %
     python -m measure.validation --data elpv --graded 0.67 --out runs/validation/elpv67  # real ones of uncertain label
 
 Four kinds of defects, of 0.3 % to 3 % of the image: a patch of the image pasted elsewhere in it (CutPaste, Li et
 al. 2021), a thin scar, a smudge (blurred, with a faint shade) and a patch of noise blended in (after DRAEM, Zavrtanik
 et al. 2021). Their contrast is drawn from 8 to 35 % of the range, so that not all of them are easy.
+
+With --large there are three kinds of 4 % to 30 % of the image instead, with soft borders: an uneven shade, texture that is
+worn off, and another part of the image. Small ones reward resolution and say nothing of what it costs with large ones.
 
 With --graded the held-out images stand beside elpv's cells that experts called defective with that probability instead;
 they are in neither split.
@@ -44,8 +48,8 @@ def on_part(image: Image) -> Image:
     return part if part.any() else np.ones(grey.shape, bool)
 
 
-def shape(image: Image, rng: np.random.Generator, thin: bool) -> Image:
-    """A soft mask float32 [H, W] in 0..1 of a blob or a scar on the part, in the middle nine tenths."""
+def shape(image: Image, rng: np.random.Generator, thin: bool = False, large: bool = False) -> Image:
+    """A soft mask float32 [H, W] in 0..1 of a blob, large or not, or a scar on the part, in the middle nine tenths."""
     size = height, width = image.shape[:2]
     mask = np.zeros(size, np.float32)
     part = on_part(image)
@@ -61,9 +65,10 @@ def shape(image: Image, rng: np.random.Generator, thin: bool) -> Image:
         ends = [(int(centre[0] + s * arm[0]), int(centre[1] + s * arm[1])) for s in (-1, 1)]
         cv2.line(mask, ends[0], ends[1], 1.0, thick)
     else:
-        axes = (max(2, int(side * rng.uniform(0.03, 0.1))), max(2, int(side * rng.uniform(0.03, 0.1))))
+        low, high = (0.12, 0.32) if large else (0.03, 0.1)
+        axes = (max(2, int(side * rng.uniform(low, high))), max(2, int(side * rng.uniform(low, high))))
         cv2.ellipse(mask, centre, axes, float(rng.uniform(0, 180)), 0, 360, 1.0, -1)
-    return cv2.GaussianBlur(mask, (0, 0), max(0.5, side * 0.002))
+    return cv2.GaussianBlur(mask, (0, 0), side * 0.03 if large else max(0.5, side * 0.002))
 
 
 def paste(image: Image, rng: np.random.Generator) -> tuple[Image, Image]:
@@ -89,18 +94,34 @@ def noise(image: Image, rng: np.random.Generator) -> tuple[Image, Image]:
     return image + 255 * rng.uniform(0.08, 0.3) * grain, shape(image, rng, thin=False)
 
 
+def uneven(image: Image, rng: np.random.Generator) -> tuple[Image, Image]:
+    return image + 255 * rng.uniform(0.06, 0.2) * rng.choice((-1, 1)), shape(image, rng, large=True)
+
+
+def worn(image: Image, rng: np.random.Generator) -> tuple[Image, Image]:
+    side = np.sqrt(image.shape[0] * image.shape[1])
+    return cv2.GaussianBlur(image, (0, 0), side * rng.uniform(0.006, 0.03)), shape(image, rng, large=True)
+
+
+def swapped(image: Image, rng: np.random.Generator) -> tuple[Image, Image]:
+    mask = shape(image, rng, large=True)
+    height, width = mask.shape
+    return np.roll(image, (int(rng.uniform(0.2, 0.8) * height), int(rng.uniform(0.2, 0.8) * width)), axis=(0, 1)), mask
+
+
 KINDS: dict[str, Callable[[Image, np.random.Generator], tuple[Image, Image]]] = {
     "paste": paste,
     "scar": scar,
     "smudge": smudge,
     "noise": noise,
 }
+LARGE = {"uneven": uneven, "worn": worn, "swapped": swapped}
 
 
 def spoil(image: Image, kind: str, seed: int) -> tuple[Image, Image]:
     """The image uint8 [H, W, 3] with a defect, and its mask uint8 [H, W], 0 or 255."""
     rng = np.random.default_rng(seed)
-    changed, soft = KINDS[kind](image.astype(np.float32), rng)
+    changed, soft = (KINDS | LARGE)[kind](image.astype(np.float32), rng)
     mixed = image + soft[..., None] * (changed - image)
     return np.clip(mixed, 0, 255).astype(np.uint8), np.where(soft > 0.3, 255, 0).astype(np.uint8)
 
@@ -110,7 +131,9 @@ def write(path: Path, image: Image) -> None:
     cv2.imwrite(str(path), image[..., ::-1] if image.ndim == 3 else image)
 
 
-def product_set(samples: list[Sample], out: Path, train: int | None, graded: list[Path] | None = None) -> None:
+def product_set(
+    samples: list[Sample], out: Path, train: int | None, graded: list[Path] | None = None, large: bool = False
+) -> None:
     """One product in MVTec's layout: train/good, test/good, and test/<kind>, ground_truth/<kind> or test/graded."""
     samples = random.Random(1).sample(sorted(samples, key=lambda s: s.key), len(samples))
     count = min(AT_MOST, max(8, round(HELD * len(samples))))
@@ -119,9 +142,10 @@ def product_set(samples: list[Sample], out: Path, train: int | None, graded: lis
         write(out / "test/good" / f"{index:03}.png", image)
         if graded is not None:
             continue
-        kinds = list(KINDS) if count < EACH_KIND_BELOW else [list(KINDS)[index % len(KINDS)]]
+        known = list(LARGE if large else KINDS)
+        kinds = known if count < EACH_KIND_BELOW else [known[index % len(known)]]
         for kind in kinds:
-            spoilt, mask = spoil(image, kind, 1000 * index + list(KINDS).index(kind))
+            spoilt, mask = spoil(image, kind, 1000 * index + known.index(kind))
             write(out / "test" / kind / f"{index:03}.png", spoilt)
             write(out / "ground_truth" / kind / f"{index:03}_mask.png", mask)
     for index, path in enumerate(graded or []):
@@ -143,6 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make a validation set of a data set's good training images.")
     parser.add_argument("--data", required=True)
     parser.add_argument("--train", type=int, metavar="N", help="at most N images of a product to train on")
+    parser.add_argument("--large", action="store_true", help="large defects instead of small ones")
     parser.add_argument("--graded", type=float, metavar="P", help="elpv: cells graded P instead of synthetic defects")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -154,7 +179,7 @@ def main() -> None:
         graded = None if args.graded is None else graded_cells(args.graded, product)
         if graded == []:
             parser.error(f"--graded {args.graded}: no cell of {product} was graded so; elpv has 0.33 and 0.67")
-        product_set([s for s in good if s.product == product], args.out / product, args.train, graded)
+        product_set([s for s in good if s.product == product], args.out / product, args.train, graded, args.large)
     print(open_dataset(args.out).describe())
 
 
