@@ -64,6 +64,7 @@ class Provenance:
     data: name of the data set, for the bundle's name; empty: the preset's is used.
     holdout: keys of the good training images kept for thresholds; `andon calibrate` reads them.
     constants: keys of those that set the constants, on which no threshold may be set.
+    fingerprints: contents of the images by what they were used for (runtime/fingerprint.py).
     """
 
     backbone: Backbone
@@ -73,6 +74,7 @@ class Provenance:
     licenses: Mapping[str, str] = field(default_factory=dict)
     holdout: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
 
 
 def default_path(method: str, provenance: Provenance) -> Path:

@@ -130,6 +130,7 @@ def _provenance(origin: CheckpointProvenance, model: AnomalyModel) -> Provenance
         licenses=licenses,
         holdout=origin.holdout,
         constants=origin.constants,
+        fingerprints=origin.fingerprints,
     )
 
 

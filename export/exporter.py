@@ -132,7 +132,9 @@ class _Run:
         self._checks += trtcheck.checks(self._root, manifest)
         self._refuse_failures("give --fp32-stage for the stage at fault, or leave the variant out")
         golden = self._golden(manifest, full, threshold)
-        kept = {"holdout": list(provenance.holdout), "constants": list(provenance.constants)}
+        kept: dict[str, Any] = {"holdout": list(provenance.holdout), "constants": list(provenance.constants)}
+        if provenance.fingerprints:
+            kept["fingerprints"] = dict(provenance.fingerprints)
         report = self._report(manifest, reduced, golden, threshold) | kept
         shutil.rmtree(self._root / ROUNDED, ignore_errors=True)
         manifest = bundle.finish(self._root, manifest, report, self._summary(manifest, reduced))

@@ -15,9 +15,17 @@ from .report.evaluation import Evaluation, Part, write
 
 
 def write_report(
-    path: Path, detector: Detector, dataset: Dataset, evaluated: Evaluated, remarks: Mapping[str, str]
+    path: Path,
+    detector: Detector,
+    dataset: Dataset,
+    evaluated: Evaluated,
+    remarks: Mapping[str, str],
+    remark: str = "",
 ) -> Path:
-    """Write the report; pictures are judged once more, with the product they were judged as. remarks: by product."""
+    """Write the report; pictures are judged once more, with the product they were judged as.
+
+    remarks: by product; remark: on the whole.
+    """
     manifest = detector.bundle.manifest
     samples = {j.sample.key: j for j in evaluated.judged}
     parts = [Part(j.sample.key, j.sample.product, j.sample.label, j.score, j.label) for j in evaluated.judged]
@@ -53,7 +61,7 @@ def write_report(
     ]
     lead = f"{len(parts)} images of {dataset.spec}, judged by the engines of this machine."
     said = [*evaluated.unknown().items(), *remarks.items()]
-    lead = " ".join([lead, *(f"{product}: {text}." for product, text in said)])
+    lead = " ".join([lead, *([f"{remark}."] if remark else []), *(f"{product}: {text}." for product, text in said)])
     title = f"{manifest.name}: {manifest.method}"
     return write(
         Evaluation(title, lead, parts, evaluated.products, thresholds, stages, tiles, list(facts.items())), path, look

@@ -69,7 +69,7 @@ def _decode(path: Path, flags: int) -> NDArray[Any]:
             f"cannot decode {path}",
             found=f"{data.size} bytes that are not a whole image",
             expected="an intact image file",
-            next_step="replace or remove the file (andon train can leave it out: --on-corrupt skip)",
+            next_step="replace or remove the file (train, calibrate and eval can leave it out: --on-corrupt skip)",
         )
     return image
 

@@ -48,6 +48,10 @@ class Provenance(BaseModel):
     data_license: str = Field(default="", description="Licence of the images, if known")
     holdout: tuple[str, ...] = Field(description="Keys of the good images kept for thresholds alone")
     constants: tuple[str, ...] = Field(default=(), description="Keys of the good images that set the constants only")
+    fingerprints: dict[str, str] = Field(
+        default={},
+        description="Contents of the images by use: fitted, constants, thresholds, skipped (runtime/fingerprint.py)",
+    )
     trained_on: int = Field(description="Good images trained on")
     views: int = Field(default=0, description="Views of them that were added (train/augment.py)")
     skipped: tuple[str, ...] = Field(default=(), description="Sample keys left out because they could not be decoded")

@@ -28,6 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..runtime.dataset import Sample, read_rgb
+from ..runtime.fingerprint import image_hash
 from ..runtime.manifest import Preprocess
 from ..runtime.preprocess import resize
 from .augment import View
@@ -45,7 +46,7 @@ class FeatureSet:
     """The :class:`TrainingData` of a list of samples; arrays are copy-on-write memory maps.
 
     features: name -> float32 [N, ...]. images: uint8 [N, H, W, 3], only for methods without a front end.
-    class_ids: int64 [N]. lease: keeps the cache entry from being removed.
+    class_ids: int64 [N]. lease: keeps the cache entry from being removed. hashes: SHA-256 of each sample's file.
     """
 
     samples: tuple[Sample, ...]
@@ -53,6 +54,7 @@ class FeatureSet:
     images: Array | None
     class_ids: Array
     lease: Lease | None = None
+    hashes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -105,7 +107,8 @@ def extract(
         return FeatureSet((), {}, None, np.empty(0, np.int64))
     root = (root or cache_root()) / "features"
     root.mkdir(parents=True, exist_ok=True)
-    entry = root / _key(model, samples)
+    hashes = _hashes(samples)
+    entry = root / _key(model, samples, hashes)
     lease = Lease(entry)
     while not (entry / INDEX).is_file():
         lease.own()
@@ -123,22 +126,28 @@ def extract(
         arrays[_IMAGES] if model.frontend is None else None,
         np.array([ids[s.product] for s in samples], np.int64),
         lease,
+        hashes,
     )
 
 
-def _key(model: AnomalyModel, samples: Sequence[Sample]) -> str:
+def _hashes(samples: Sequence[Sample]) -> tuple[str, ...]:
+    """SHA-256 of each sample's file; the views of an image cost no further reading."""
+    known: dict[Path, str] = {}
+    for sample in samples:
+        if sample.path not in known:
+            known[sample.path] = image_hash(sample.path)
+    return tuple(known[s.path] for s in samples)
+
+
+def _key(model: AnomalyModel, samples: Sequence[Sample], hashes: Sequence[str]) -> str:
     digest = hashlib.sha256()
     versions = {"torch": torch.__version__, "timm": timm.__version__, "cv2": cv2.__version__, "format": _FORMAT}
     digest.update(json.dumps([versions, model.preprocess.model_dump()], sort_keys=True).encode())
     digest.update(inspect.getsource(sys.modules[resize.__module__]).encode())
     if model.frontend is not None:
         digest.update(_frontend_key(model.frontend).encode())
-    for sample in samples:
-        try:
-            digest.update(hashlib.sha256(sample.path.read_bytes()).digest())
-        except OSError:
-            read_rgb(sample.path)  # raises the error that names the file
-            raise
+    for sample, hashed in zip(samples, hashes, strict=True):
+        digest.update(bytes.fromhex(hashed))
         if isinstance(sample, View):
             digest.update(sample.recipe.encode())
     return digest.hexdigest()[:32]

@@ -9,7 +9,8 @@ import os
 import random
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +24,7 @@ from torch import nn
 from .. import __version__
 from ..runtime.dataset import Dataset, Sample, open_dataset, split_readable
 from ..runtime.errors import ConfigError, SourceError
+from ..runtime.fingerprint import image_hash, pack
 from ..runtime.quality import Metrics, mean_metrics, table
 from . import distributed
 from .augment import augmented, described
@@ -165,6 +167,12 @@ def train(request: Request) -> dict[str, Any]:
     show = distributed.is_main()
     trainset = extract(model, fitting, device=device, progress=show)
     calibration = extract(model, constants, device=device, progress=show)
+    fingerprints = {  # now: what cannot be read must not cost the training
+        "fitted": pack(trainset.hashes),
+        "constants": pack(calibration.hashes),
+        "thresholds": pack(image_hash(s.path) for s in split.thresholds) if show else "",
+        "skipped": pack(_hashes(skipped)),
+    }
     resume = ResumeFile(folder / "resume.pt", _run_hash(config, trainset, data.products), request.save_every)
     try:
         fitted = fit(model, trainset, device, log=lambda r: write_log(folder, r), resume=resume, progress=show)
@@ -182,7 +190,7 @@ def train(request: Request) -> dict[str, Any]:
     _say(f"{fitted.steps} steps in {fitted.seconds:.0f} s" + (" (time limit)" if fitted.stopped_early else ""))
 
     # Weights first: a test image that cannot be read must not cost the training.
-    _write(folder, model, request, data, fitted, split, views, [s.key for s in skipped])
+    _write(folder, model, request, data, fitted, split, fingerprints, views, [s.key for s in skipped])
     resume.remove()
     (folder / _REQUEST).unlink()
     print(f"checkpoint {folder}")
@@ -194,6 +202,13 @@ def train(request: Request) -> dict[str, Any]:
         print(table(metrics))
     print(f"next: andon export --method {config.method} --checkpoint {shlex.quote(str(folder))}")
     return {"ok": True, "checkpoint": str(folder), **summary}
+
+
+def _hashes(samples: Sequence[Sample]) -> Iterator[str]:
+    """SHA-256 of the files of skipped samples, of those that can be read at all."""
+    for sample in samples:
+        with suppress(SourceError):
+            yield image_hash(sample.path)
 
 
 def _check_masks(samples: Sequence[Sample]) -> None:
@@ -231,6 +246,7 @@ def _write(
     data: Dataset,
     fitted: Fitted,
     split: Split,
+    fingerprints: dict[str, str],
     views: int,
     skipped: list[str],
 ) -> None:
@@ -248,6 +264,7 @@ def _write(
         data_license=data.license,
         holdout=tuple(s.key for s in split.thresholds),
         constants=tuple(s.key for s in split.constants),
+        fingerprints=fingerprints,
         trained_on=len(split.fitting),
         views=views,
         skipped=tuple(skipped),

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from typing import Any, Literal
+from typing import Any
 
 from ...calib.threshold import conformal_threshold, pixel_threshold
 from ..bundle import Bundle
-from ..dataset import Dataset, Sample, open_dataset
+from ..dataset import Sample, open_dataset, split_readable
 from ..detector import Detector
 from ..engine.select import open_backend
-from ..errors import CalibrationError, ConfigError
+from ..errors import ConfigError
+from ..fingerprint import counted
 from ..images import read_rgb
 from ..manifest import Threshold
+from ..unseen import unseen_good
 from . import options
-
-REPORT = "report.json"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         required=True,
-        help="the training set (its held-out good images are used), or new images of good parts",
+        help="the training set (its held-out good images are used), or new images of good parts; told apart by content",
     )
     parser.add_argument(
         "--false-alarm-rate",
@@ -43,6 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="make the bound hold for these thresholds with this probability, not only on average; needs more images",
     )
     parser.add_argument("--programs", nargs="+", metavar="NAME", help="only these programs; default: all of the bundle")
+    options.add_on_corrupt(parser)
     options.add_engine(parser, program=False)
 
 
@@ -61,8 +61,15 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 def _calibrate(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
     with open_backend(args.backend, threads=args.threads) as backend:
         dataset = open_dataset(args.data)
-        samples, origin = held_out(bundle, dataset)
+        unseen = unseen_good(bundle, dataset)
+        samples, skipped = split_readable(unseen.samples, args.on_corrupt)
+        origin = unseen.origin
         print(f"{len(samples)} good images: {origin}")
+        if unseen.left_out:
+            print(f"left out: {counted(unseen.left_out)}")
+        if unseen.remark:
+            print(unseen.remark)
+        options.say_skipped(skipped)
         for product in bundle.manifest.classes:  # before the work, too
             count = sum(s.product == product for s in samples)
             conformal_threshold([0.0] * count, args.false_alarm_rate, args.confidence, product)
@@ -82,54 +89,15 @@ def _calibrate(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
         _print(found)
         print(f"written to {bundle.root}, now bundle {updated.id}")
         thresholds = {p: {n: t.model_dump() for n, t in entries.items()} for p, entries in found.items()}
-        return {"ok": True, "bundle": updated.id, "origin": origin, "images": len(samples), "thresholds": thresholds}
-
-
-def held_out(bundle: Bundle, dataset: Dataset) -> tuple[list[Sample], str]:
-    """Good images that the model has not been fitted to, never from a test split, and what they are.
-
-    The images that training kept for this if the data set has them. A data set with none of them is taken as new
-    images of good parts: its good images outside the test split.
-
-    Raises:
-        CalibrationError: the data set has some of them but not all, or no usable image that the model has not seen.
-    """
-    keys, constants = _recorded(bundle, "holdout"), _recorded(bundle, "constants")
-    products = [p for p in bundle.manifest.classes if p in dataset.products]
-    if missing := [p for p in bundle.manifest.classes if p not in products]:
-        raise CalibrationError(
-            f"{dataset.spec} has no images of {', '.join(missing)}",
-            found=", ".join(dataset.products),
-            expected=", ".join(bundle.manifest.classes),
-            next_step="give a data set with every product of the bundle",
-        )
-    usable = [s for s in dataset.select(split="train", products=products, good=True).samples]
-    present = [s for s in usable if s.key in keys]
-    if present and len(present) < len(keys):
-        raise CalibrationError(
-            f"{dataset.spec} has only some of the images that training held out",
-            found=f"{len(present)} of {len(keys)}",
-            expected="all of them, or none (new images of good parts)",
-            next_step="give the same --data as in training",
-        )
-    if present:
-        return present, "held out by training"
-    if known := [s for s in usable if s.key in constants]:
-        raise CalibrationError(
-            f"training kept no image of {dataset.spec} for thresholds, the set was too small",
-            found=f"{len(known)} images that set the model's constants, and those it was trained on",
-            expected="good images that training has not seen",
-            next_step="collect some and give their folder with --data",
-        )
-    return usable, "new good images, none of them held out by training"
-
-
-def _recorded(bundle: Bundle, use: Literal["holdout", "constants"]) -> frozenset[str]:
-    """Keys of the good images that training kept for that use, from the bundle's report."""
-    if REPORT not in bundle.manifest.files:
-        return frozenset()
-    report = json.loads((bundle.root / REPORT).read_text())
-    return frozenset(report.get(use, ()))
+        return {
+            "ok": True,
+            "bundle": updated.id,
+            "origin": origin,
+            "images": len(samples),
+            "left_out": unseen.left_out,
+            "skipped": [s.key for s in skipped],
+            "thresholds": thresholds,
+        }
 
 
 def _threshold(

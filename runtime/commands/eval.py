@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle
-from ..dataset import Dataset, Sample, open_dataset
+from ..dataset import Dataset, Sample, open_dataset, split_readable
 from ..detector import Detector
 from ..engine.base import Backend
 from ..engine.select import open_backend
 from ..errors import ConfigError
 from ..evaluation import Evaluated, confusion_table, evaluate, latency_table, percentiles
+from ..fingerprint import Seen, counted, tally
 from ..quality import mean_metrics, table
 from ..recorded import from_verdicts, read_verdicts
 from ..unlike import unlike_calibration
@@ -48,6 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="put the figures that training measured in torch beside these"
     )
+    options.add_on_corrupt(parser)
     parser.add_argument("--report", type=Path, metavar="HTML", help="write a report with heatmaps, histograms and ROC")
 
     fewshot.configure(parser)
@@ -77,7 +79,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         )
     with Bundle.load(args.bundle) as bundle, open_backend(args.backend, threads=args.threads) as backend:
         dataset = open_dataset(args.data)
-        samples = choose(dataset, args.split, args.products, args.limit)
+        chosen = choose(dataset, args.split, args.products, args.limit)
+        samples, skipped = split_readable(chosen, args.on_corrupt)
+        options.say_skipped(skipped)
+        samples, seen = unseen_tests(bundle, samples, dataset.spec)
+        remark = _print_seen(seen)
         names = [args.program] + [n for n in options.program_names(bundle) if args.samplers and n != args.program]
         results: dict[str, Any] = {}
         for name in names:
@@ -90,11 +96,15 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                 # Recorded verdicts were judged with the thresholds of their line, not with the bundle's.
                 unlike = {} if args.verdicts else unlike_calibration(detector, evaluated.judged)
                 _print_unlike(detector, unlike)
-                results[name] = as_dict(evaluated) | {"unlike": list(unlike)}
+                results[name] = as_dict(evaluated) | {
+                    "unlike": list(unlike),
+                    "seen": seen,
+                    "skipped": [s.key for s in skipped],
+                }
                 if args.checkpoint and name == args.program:
                     results[name]["torch"] = _beside_torch(args.checkpoint, evaluated)
                 if args.report and name == args.program:
-                    results[name]["report"] = str(_report(args.report, detector, dataset, evaluated, unlike))
+                    results[name]["report"] = str(_report(args.report, detector, dataset, evaluated, unlike, remark))
         if args.samplers:
             print(_samplers(results))
         variant = options.choose_variant(args.variant, bundle, backend.name)
@@ -131,6 +141,33 @@ def choose(dataset: Dataset, split: str, products: Sequence[str] | None, limit: 
         for group, count in zip(groups, share, strict=True):
             kept += [group[i * len(group) // count] for i in range(count)]
     return kept
+
+
+def unseen_tests(bundle: Bundle, samples: Sequence[Sample], spec: str) -> tuple[list[Sample], dict[str, int] | None]:
+    """Samples without the test images that the making of the bundle saw (or skipped), and how many those are by use.
+
+    A good/bad folder is split by position, so images that are added to it move others from train to test; and sets are
+    copied together. Images of the train split stay: who asks for them knows. None for a bundle without a record.
+
+    Raises:
+        ConfigError: no image is left.
+        SourceError: an image cannot be read.
+    """
+    known = Seen.of(bundle)
+    if known is None:
+        return list(samples), None
+    tests = [s for s in samples if s.split == "test"]
+    use = {k.sample.key: k.use for k in known.sort(tests)}
+    seen = tally(use.values())
+    kept = [s for s in samples if use.get(s.key) is None]
+    if not kept:
+        raise ConfigError(
+            f"no test image of {spec} is new to the model",
+            found=counted(seen) or "no image",
+            expected="images that neither training nor thresholds have seen",
+            next_step="give other images with --data",
+        )
+    return kept, seen
 
 
 def as_dict(evaluated: Evaluated) -> dict[str, Any]:
@@ -187,6 +224,15 @@ def _print(detector: Detector, evaluated: Evaluated, *, auto: bool) -> None:
     print(f"{len(evaluated.judged) / evaluated.seconds:.1f} images a second")
 
 
+def _print_seen(seen: Mapping[str, int] | None) -> str:
+    """Say that test images were left out; what was said."""
+    if not seen:
+        return ""
+    text = f"test images left out of the figures: {counted(seen)}"
+    print(text)
+    return text
+
+
 def _print_unlike(detector: Detector, unlike: Mapping[str, str]) -> None:
     for product, text in unlike.items():
         print(f"{product}: {text}")
@@ -234,7 +280,14 @@ def _samplers(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _report(path: Path, detector: Detector, dataset: Dataset, evaluated: Evaluated, remarks: Mapping[str, str]) -> Path:
+def _report(
+    path: Path,
+    detector: Detector,
+    dataset: Dataset,
+    evaluated: Evaluated,
+    remarks: Mapping[str, str],
+    remark: str,
+) -> Path:
     from ..evaluation_report import write_report
 
-    return write_report(path, detector, dataset, evaluated, remarks)
+    return write_report(path, detector, dataset, evaluated, remarks, remark)

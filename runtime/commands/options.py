@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from ..bundle import Bundle
+from ..dataset import Sample
 from ..detector import Detector
 from ..engine.select import BACKENDS
 from ..errors import ConfigError
@@ -62,6 +64,19 @@ def require_writable(path: Path, option: str) -> None:
             expected="a file in a folder that this user may write",
             next_step=f"name another file with {option}",
         ) from error
+
+
+def add_on_corrupt(parser: argparse.ArgumentParser) -> None:
+    """--on-corrupt, as `andon train` has it."""
+    parser.add_argument(
+        "--on-corrupt", choices=("error", "skip"), default="error", help="what to do about an undecodable image"
+    )
+
+
+def say_skipped(skipped: Sequence[Sample]) -> None:
+    """Say which images --on-corrupt skip left out."""
+    if skipped:
+        print(f"skipped {len(skipped)} undecodable images: {', '.join(s.key for s in skipped[:5])}")
 
 
 def choose_variant(requested: str, bundle: Bundle, backend: str) -> Variant:

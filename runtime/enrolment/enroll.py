@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ..bundle import DIGEST, MANIFEST, Bundle, hash_file, write_manifest
 from ..engine.base import Backend
 from ..errors import ConfigError
+from ..fingerprint import image_hash, pack
 from ..manifest import FileEntry, Manifest, State, Threshold
 from ..program import Program
 from ..replay import GOLDEN
@@ -110,6 +111,7 @@ def enroll(source: Bundle, backend: Backend, name: str, support: Support, target
             "foreground": support.foreground,
             "rows": len(product.bank.rows),
             "holdout": [],
+            "fingerprints": {"support": pack(image_hash(p) for p in support.paths)},
         }
         (root / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         manifest = draft.manifest.model_copy(update={"thresholds": {name: thresholds}, "files": _hashes(root)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from andon.cli import main
 from andon.runtime.bundle import Bundle
 from andon.runtime.dataset import open_dataset
 from andon.runtime.engine.onnxruntime import OnnxRuntimeBackend
+from andon.runtime.fingerprint import image_hash, pack
 from andon.runtime.program import Program
 from andon.runtime.replay import replay_gate
 
@@ -225,6 +227,104 @@ def test_calibrate_refuses_images_that_set_the_constants(
     root = make_bundle(report={"holdout": [], "constants": held(count=2)})
     code, _, text = run(capsys, "calibrate", "--bundle", root, "--data", data, "--false-alarm-rate", 0.1, *ENGINE)
     assert code == 1 and "the set was too small" in text and "4 images that set the model's constants" in text
+
+
+def contents(root: Path, first: int, last: int) -> str:
+    """Fingerprints of the training images of brightness `first` to `last` of both products."""
+    paths = [root / p / "train" / "good" / f"{i - 1:03}.png" for p in "ab" for i in range(first, last + 1)]
+    return pack(image_hash(p) for p in paths)
+
+
+def renamed(data: Path, root: Path) -> Path:
+    """The good training images under other names, as a set of good/bad folders: other keys, another split."""
+    for product in "ab":
+        (root / product / "good").mkdir(parents=True)
+        for i, image in enumerate(sorted((data / product / "train" / "good").iterdir())):
+            shutil.copy(image, root / product / "good" / f"cam0_{i:03}.png")
+    return root
+
+
+def test_calibrate_knows_images_by_content_wherever_they_lie_and_whatever_they_are_called(
+    make_bundle: MakeBundle, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 40 good images 19 were held out; a promise set on the others would be about images the model knows."""
+    seen = {"fitted": contents(data, 20, 38), "constants": contents(data, 39, 40), "thresholds": contents(data, 1, 19)}
+    root = make_bundle(report={"holdout": held(), "fingerprints": seen})
+    arguments = ("calibrate", "--bundle", root, "--false-alarm-rate", 0.05, *ENGINE)
+    other = renamed(data, tmp_path / "other")
+    for where in (data, other):  # in `other` some of the held-out images fall into the test split
+        code, result, text = run(capsys, *arguments, "--data", where)
+        assert code == 0 and result["origin"] == "held out by training" and result["images"] == 38, text
+        assert set(result["left_out"]) == {"fitted", "constants"} and "left out: " in text
+        assert where is other or "left out: 38 trained on, 4 that set constants" in text
+        threshold = Bundle.load(root).threshold("a")
+        assert threshold is not None and threshold.value == pytest.approx(0.19)
+    for product in "ab":
+        for i in range(10):
+            write(other / product / "good" / f"new{i}.png", level(100 + i, product))
+    code, result, _ = run(capsys, *arguments, "--data", other)
+    assert code == 0 and 38 < result["images"] < 58 and result["origin"].startswith("38 held out by training and ")
+
+
+def test_calibrate_takes_new_images_that_are_named_like_the_held_out_ones_and_says_so(
+    make_bundle: MakeBundle, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = {"fitted": "0" * 16, "constants": "", "thresholds": "1" * 16}
+    root = make_bundle(report={"holdout": held(), "fingerprints": seen})
+    code, result, text = run(capsys, "calibrate", "--bundle", root, "--data", data, "--false-alarm-rate", 0.1, *ENGINE)
+    assert code == 0 and result["images"] == 80 and "new good images" in result["origin"]
+    assert "named like those of training" in text
+
+
+def test_calibrate_refuses_when_the_model_has_seen_all_there_is(
+    make_bundle: MakeBundle, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_bundle(
+        report={"holdout": [], "fingerprints": {"fitted": contents(data, 1, 36), "support": contents(data, 37, 40)}}
+    )
+    other = renamed(data, tmp_path / "other")
+    code, result, _ = run(capsys, "calibrate", "--bundle", root, "--data", other, "--false-alarm-rate", 0.1, *ENGINE)
+    assert code == 1 and "the model has seen every good image of a" in result["error"]
+    assert result["found"] == "36 trained on, 4 enrolled from" and "collect some" in result["next"]
+
+
+def test_eval_leaves_out_test_images_that_the_model_has_seen(
+    make_bundle: MakeBundle, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The test's good parts are of brightness 3, 8, ..., 38: the same files as some of the training's."""
+    seen = {"fitted": contents(data, 20, 40), "constants": contents(data, 10, 19), "thresholds": contents(data, 5, 9)}
+    root, page = make_bundle(report={"fingerprints": seen}), tmp_path / "r.html"
+    code, result, text = run(capsys, "eval", "--bundle", root, "--data", data, "--report", page, *ENGINE)
+    assert code == 0 and result["images"] == 24 - 14 and result["products"]["a"]["good"] == 1
+    assert result["seen"] == {"fitted": 8, "constants": 4, "thresholds": 2}
+    said = "test images left out of the figures: 8 trained on, 4 that set constants, 2 held out for thresholds"
+    assert said in text and said in page.read_text()
+    code, result, _ = run(capsys, "eval", "--bundle", root, "--data", data, "--split", "train", *ENGINE)
+    assert code == 0 and result["images"] == 80, "who asks for the training images gets them"
+    code, result, text = run(capsys, "eval", "--bundle", make_bundle(), "--data", data, *ENGINE)
+    assert code == 0 and result["images"] == 24 and result["seen"] is None, "a bundle without a record"
+    everything = pack(image_hash(s.path) for s in open_dataset(data).samples)
+    root = make_bundle(report={"fingerprints": {"fitted": everything}})
+    code, result, _ = run(capsys, "eval", "--bundle", root, "--data", data, *ENGINE)
+    assert code == 1 and result["found"] == "24 trained on"
+
+
+def test_an_undecodable_image_is_left_out_on_request_and_at_once_where_training_did(
+    make_bundle: MakeBundle, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for broken in (data / "a/train/good/030.png", data / "a/test/good/003.png"):
+        broken.write_bytes(broken.read_bytes()[:40] + str(broken).encode())
+    told = pack(image_hash(p) for p in (data / "a/train/good/030.png", data / "a/test/good/003.png"))
+    record = {"fitted": contents(data, 20, 30), "thresholds": contents(data, 1, 19)}
+    knows, does_not = (make_bundle(report={"fingerprints": record | more}) for more in ({"skipped": told}, {}))
+    for name, rest in (("calibrate", ("--false-alarm-rate", 0.05)), ("eval", ())):
+        arguments = (name, "--data", data, *rest, *ENGINE)
+        code, result, text = run(capsys, *arguments, "--bundle", does_not)
+        assert code == 1 and "cannot decode" in text and "--on-corrupt skip" in result["next"]
+        code, result, text = run(capsys, *arguments, "--bundle", does_not, "--on-corrupt", "skip")
+        assert code == 0 and result["skipped"] and "skipped 1 undecodable images: a/t" in text
+        code, result, text = run(capsys, *arguments, "--bundle", knows)
+        assert code == 0 and not result["skipped"] and "1 that training could not decode" in text
 
 
 def test_auto_product_and_every_program(

@@ -71,6 +71,7 @@ def bundle(exported: Path, tmp_path: Path) -> Path:
 def test_calibrate_eval_verify_bench(bundle: Path, exported: Path, synthetic_data: Path) -> None:
     calibrated = run("calibrate", "--bundle", bundle, "--data", synthetic_data, "--false-alarm-rate", 0.5, *ENGINE)
     assert calibrated["code"] == 0 and calibrated["origin"] == "held out by training"
+    assert set(calibrated["left_out"]) == {"fitted", "constants"}, "known by content, through checkpoint and export"
     evaluated = run("eval", "--bundle", bundle, "--data", synthetic_data, "--product", "auto", *ENGINE)
     assert evaluated["code"] == 0 and evaluated["unknown"] == 0
     assert set(evaluated["right_product"]) == set(Bundle.load(bundle).manifest.classes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -279,6 +280,39 @@ def test_both_ways_give_the_same_state(engines, tmp_path, capsys):
     with Bundle.load(made["foct"]) as a, Bundle.load(target) as b:
         for name, entry in a.manifest.state.items():
             np.testing.assert_array_equal(a.array(entry), b.array(b.manifest.state[name]), err_msg=name)
+
+
+def test_calibrate_leaves_out_the_images_enrolled_from(engines, tmp_path, capsys):
+    """The memory is made of them: at no distance from themselves, they would promise what no other part keeps."""
+    from andon.cli import main
+
+    made, folder = engines
+    bundle = shutil.copytree(made["knn"], tmp_path / "knn")
+    few = tmp_path / "disc"
+    few.mkdir()
+    shutil.copytree(folder, few / "good")
+    arguments = [
+        "calibrate",
+        "--bundle",
+        str(bundle),
+        "--data",
+        str(few),
+        "--false-alarm-rate",
+        "0.5",
+        "--threads",
+        "1",
+    ]
+    for i in range(5):
+        image, _ = part()
+        cv2.imwrite(str(few / "good" / f"new{i}.png"), np.clip(image.astype(int) + i, 0, 255).astype(np.uint8))
+    assert main([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 0 < result["left_out"]["support"] <= 3 and "new good images" in result["origin"]
+    for image in (few / "good").glob("*.png"):
+        if image.name not in ("0.png", "1.png", "2.png"):
+            image.unlink()
+    assert main(arguments) == 1
+    assert "enrolled from" in capsys.readouterr().err
 
 
 def test_refusals(engines, tmp_path, capsys):

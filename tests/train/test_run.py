@@ -16,6 +16,7 @@ import torch
 from andon.cli import main
 from andon.runtime.dataset import Sample, open_dataset
 from andon.runtime.errors import ConfigError
+from andon.runtime.fingerprint import image_hash, pack
 from andon.train import run
 from andon.train.checkpoint import load_checkpoint, newest_checkpoint, read_provenance
 from andon.train.config import differences, dump_config, load_config, override
@@ -155,6 +156,11 @@ def test_checkpoint_is_complete_and_truthful(checkpoint: Path, synthetic_data: P
     assert (len(provenance.holdout), len(provenance.constants), len(held)) == (2, 4, 6)
     assert all(s.split == "train" and s.good for s in held.samples)
     assert provenance.trained_on == 22 and provenance.steps == 4
+    parts = {"thresholds": provenance.holdout, "constants": provenance.constants, "skipped": ()}
+    left = [s for s in data.select(split="train", products=provenance.classes).samples if s not in held.samples]
+    for use, keys in (*parts.items(), ("fitted", [s.key for s in left])):
+        found = pack(image_hash(s.path) for s in data.select(keys=keys).samples)
+        assert provenance.fingerprints[use] == found and len(found) == 16 * len(keys), use
     metrics = json.loads((checkpoint / "metrics.json").read_text())
     assert set(metrics["products"]) == {"grid", "stripes"}
     assert 0 <= metrics["mean"]["pixel_AUPRO"] <= 1 and metrics["products"]["grid"]["defective"] == 8
@@ -272,7 +278,9 @@ def test_corrupt_image_stops_or_is_skipped_and_recorded(
     assert main(["train", *common, "--out", str(tmp_path / "b"), "--on-corrupt", "skip", "--json"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert any("skipped 1 undecodable" in line for line in out)
-    assert read_provenance(tmp_path / "b").skipped == ("grid/train/good/004.png",)
+    provenance = read_provenance(tmp_path / "b")
+    assert provenance.skipped == ("grid/train/good/004.png",)
+    assert provenance.fingerprints["skipped"] == pack([image_hash(broken)])
     assert json.loads(out[-1])["ok"] is True and f"next: andon export --method hvq --checkpoint {tmp_path / 'b'}" in out
 
 

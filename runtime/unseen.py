@@ -1,0 +1,109 @@
+"""The good images on which thresholds may be set: those that neither the model nor its constants have seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .bundle import Bundle
+from .dataset import Dataset, Sample
+from .errors import CalibrationError
+from .fingerprint import Seen, counted, read_report, tally
+
+HELD_OUT = "held out by training"
+NEW = "new good images, none of them held out by training"
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """samples: images to set thresholds on. origin: what they are, for the record.
+
+    left_out: how many good images of the set were seen, by use (fingerprint.USES). remark: what the user should know.
+    """
+
+    samples: list[Sample]
+    origin: str
+    left_out: dict[str, int] = field(default_factory=dict)
+    remark: str = ""
+
+
+def unseen_good(bundle: Bundle, dataset: Dataset) -> Unseen:
+    """Good images that the model has not been fitted to, new ones never from a test split.
+
+    Images are known by content: those that training held out are used wherever they lie, those that it fitted, that
+    set constants or that were enrolled from are left out, all others are new. A bundle that has no record of contents
+    goes by the images' keys instead: then the held-out ones are used if the set has them, else all are taken for new.
+
+    Raises:
+        CalibrationError: a product has no image in the set, or none that the model has not seen; by keys also: the
+            set has some of the held-out images but not all.
+        SourceError: an image cannot be read.
+    """
+    products = [p for p in bundle.manifest.classes if p in dataset.products]
+    if missing := [p for p in bundle.manifest.classes if p not in products]:
+        raise CalibrationError(
+            f"{dataset.spec} has no images of {', '.join(missing)}",
+            found=", ".join(dataset.products),
+            expected=", ".join(bundle.manifest.classes),
+            next_step="give a data set with every product of the bundle",
+        )
+    good = dataset.select(products=products, good=True)
+    seen = Seen.of(bundle)
+    return _by_key(bundle, good) if seen is None else _by_content(bundle, good, seen)
+
+
+def _by_content(bundle: Bundle, good: Dataset, seen: Seen) -> Unseen:
+    # Of copies the first alone: another promises nothing more.
+    known = {k.fingerprint: k for k in reversed(seen.sort(good.samples))}.values()
+    held = [k.sample for k in known if k.use == "thresholds"]
+    new = [k.sample for k in known if k.use is None and k.sample.split == "train"]
+    for product in good.products:
+        if not any(s.product == product for s in [*held, *new]):
+            mine = tally(k.use for k in known if k.sample.product == product)
+            raise CalibrationError(
+                f"the model has seen every good image of {product} in {good.spec}",
+                found=counted(mine) or "no good image outside the test split",
+                expected="good images that it has not seen",
+                next_step="collect some and give their folder with --data",
+            )
+    left_out = tally(k.use for k in known if k.use != "thresholds" and k.sample.split == "train")
+    names = _recorded(bundle, "holdout")
+    remark = ""
+    if not held and names and names <= {s.key for s in good.samples}:
+        remark = (
+            f"the images are named like those of training, but none has the content of one of the {len(names)} that it "
+            "held out: if they are training's, saved anew, give the set that training read"
+        )
+    origin = HELD_OUT if held else NEW
+    if held and new:
+        origin = f"{len(held)} {HELD_OUT} and {len(new)} new"
+    chosen = {s.key for s in [*held, *new]}
+    return Unseen([s for s in good.samples if s.key in chosen], origin, left_out, remark)
+
+
+def _by_key(bundle: Bundle, good: Dataset) -> Unseen:
+    keys, constants = _recorded(bundle, "holdout"), _recorded(bundle, "constants")
+    usable: Sequence[Sample] = good.select(split="train").samples
+    present = [s for s in usable if s.key in keys]
+    if present and len(present) < len(keys):
+        raise CalibrationError(
+            f"{good.spec} has only some of the images that training held out",
+            found=f"{len(present)} of {len(keys)}",
+            expected="all of them, or none (new images of good parts)",
+            next_step="give the same --data as in training",
+        )
+    if present:
+        return Unseen(present, HELD_OUT)
+    if known := [s for s in usable if s.key in constants]:
+        raise CalibrationError(
+            f"training kept no image of {good.spec} for thresholds, the set was too small",
+            found=f"{len(known)} images that set the model's constants, and those it was trained on",
+            expected="good images that training has not seen",
+            next_step="collect some and give their folder with --data",
+        )
+    return Unseen(list(usable), NEW)
+
+
+def _recorded(bundle: Bundle, use: str) -> frozenset[str]:
+    """Keys of the good images that training kept for that use (`holdout` or `constants`), from the bundle's report."""
+    return frozenset(read_report(bundle).get(use, ()))
