@@ -20,12 +20,14 @@ from ..bundle import Bundle
 from ..dataset import Dataset
 from ..engine.base import Backend
 from ..errors import ConfigError
+from ..fingerprint import image_hash
 from ..images import read_rgb
 from ..manifest import Manifest
 from ..preprocess import resize
 from ..quality import auroc
+from ..wiring import parse_source
 from .enroll import enroll_product
-from .features import FeatureExtractor
+from .features import FeatureExtractor, memory_of
 from .foreground import Foreground, to_grid
 from .navigator import subsample
 from .transport import Moments, Navigator, costs, score, step
@@ -49,7 +51,7 @@ class Memory:
 class FeatureCache:
     """Patch features of a data set's images, float16 on disk: [N, m, c].
 
-    Kept under $ANDON_CACHE (else .cache) by a hash of the engine, the preprocessing and the images' names.
+    Kept under $ANDON_CACHE (else .cache) by a hash of the feature stage's file, the preprocessing and the images.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, dataset: Dataset, progress: Progress = lambda n: None) -> None:
@@ -58,9 +60,11 @@ class FeatureCache:
         with FeatureExtractor(bundle, backend) as extract:
             shape = (len(dataset), extract.patches, extract.dim)
             path = _cache_path(bundle, dataset)
-            if not path.exists():
+            found = _kept(path, shape)
+            if found is None:
                 self._fill(path, shape, extract, progress)
-        self.features: Array = np.load(path, mmap_mode="r")
+                found = np.load(path, mmap_mode="r")
+        self.features: Array = found
 
     def _fill(self, path: Path, shape: tuple[int, ...], extract: FeatureExtractor, progress: Progress) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,13 +95,23 @@ class FeatureCache:
         )
 
 
+def _kept(path: Path, shape: tuple[int, ...]) -> Array | None:
+    """The array of an earlier run; None if there is none, or a damaged one."""
+    try:
+        found: Array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
+    return found if found.shape == shape and found.dtype == np.float16 else None
+
+
 def _cache_path(bundle: Bundle, dataset: Dataset) -> Path:
+    """Named by all that the features depend on: the stage that makes them, the resizing, the images in their order."""
+    stage = bundle.manifest.stages[parse_source(memory_of(bundle).candidates).name]
     digest = hashlib.sha256()
     for part in (
-        bundle.manifest.backbone.sha256,
+        bundle.manifest.files[stage.files["fp32"]].sha256,
         bundle.manifest.preprocess.model_dump_json(),
-        *(s.key for s in dataset.samples),
-        str(dataset.root.resolve()),
+        *(image_hash(s.path) for s in dataset.samples),
     ):
         digest.update(part.encode() + b"\0")
     return Path(os.environ.get("ANDON_CACHE", ".cache")) / "fewshot" / f"{digest.hexdigest()[:16]}.npy"

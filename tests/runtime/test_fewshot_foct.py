@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 from andon.calib.guard import GuardPolicy
@@ -71,6 +73,40 @@ def test_numpy_scores_equal_the_programs(small, cache, synthetic_data, tmp_path)
                     # float16 features in the cache
                     assert found == pytest.approx(float(expected.score.max()), rel=5e-3), (name, index)
                     assert program.read("ct_score.nearest").max() == pytest.approx(expected.nearest.max(), rel=5e-3)
+
+
+def test_features_are_kept_by_the_images_bytes_and_the_engine(small, synthetic_data, tmp_path, monkeypatch):
+    """Figures go into the record: other images under the old names, or another network, must be seen."""
+    monkeypatch.setenv("ANDON_CACHE", str(tmp_path / "cache"))
+    grid = shutil.copytree(synthetic_data / "grid", tmp_path / "data" / "grid")
+    with Bundle.load(small) as bundle, open_backend("onnxruntime", threads=1) as backend:
+
+        def features(computed):
+            steps = []
+            cache = fewshot.FeatureCache(bundle, backend, open_dataset(grid.parent), steps.append)
+            assert bool(steps) is computed
+            return np.array(cache.features)
+
+        first = features(computed=True)
+        np.testing.assert_array_equal(features(computed=False), first)
+        stage = bundle.manifest.files["stages/foct_features.fp32.onnx"]
+        changed = {
+            **bundle.manifest.files,
+            "stages/foct_features.fp32.onnx": stage.model_copy(update={"sha256": "0" * 64}),
+        }
+        with monkeypatch.context() as patch:
+            patch.setattr(bundle, "manifest", bundle.manifest.model_copy(update={"files": changed}))
+            features(computed=True)
+        rng = np.random.default_rng(0)
+        for image in sorted((grid / "test").rglob("*.png")):
+            cv2.imwrite(str(image), rng.integers(0, 256, (96, 96, 3), np.uint8))
+        other = features(computed=True)
+        train = [s.split == "train" for s in open_dataset(grid.parent).samples]
+        np.testing.assert_array_equal(other[train], first[train])
+        assert (other != first)[np.invert(train)].any(axis=(1, 2)).all()
+        for kept in (tmp_path / "cache" / "fewshot").iterdir():
+            np.save(kept, np.zeros((1, 2), np.float16))
+        np.testing.assert_array_equal(features(computed=True), other)
 
 
 def test_draws_are_nested_and_differ_by_seed(cache):
