@@ -78,6 +78,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             next_step="andon eval --bundle DIR --data elpv, or andon eval --all elpv (every method)",
         )
     with Bundle.load(args.bundle) as bundle, open_backend(args.backend, threads=args.threads) as backend:
+        torch = None if args.checkpoint is None else torch_figures(args.checkpoint, bundle)  # refused before the work
         dataset = open_dataset(args.data)
         chosen = choose(dataset, args.split, args.products, args.limit)
         samples, skipped = split_readable(chosen, args.on_corrupt)
@@ -101,8 +102,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                     "seen": seen,
                     "skipped": [s.key for s in skipped],
                 }
-                if args.checkpoint and name == args.program:
-                    results[name]["torch"] = _beside_torch(args.checkpoint, evaluated)
+                if torch is not None and name == args.program:
+                    results[name]["torch"] = _beside_torch(torch, evaluated)
                 if args.report and name == args.program:
                     results[name]["report"] = str(_report(args.report, detector, dataset, evaluated, unlike, remark))
         if args.samplers:
@@ -244,23 +245,36 @@ def _print_unlike(detector: Detector, unlike: Mapping[str, str]) -> None:
         )
 
 
-def _beside_torch(checkpoint: Path, evaluated: Evaluated) -> dict[str, float | None]:
-    """Image AUROC of the torch model as its training recorded it, printed beside the engines'.
+def torch_figures(checkpoint: Path, bundle: Bundle) -> dict[str, float | None]:
+    """Image AUROC by product of the torch model that the bundle was made from, as its training recorded it.
 
     Raises:
-        ConfigError: the checkpoint has no metrics.
+        ConfigError: the folder has no metrics, or is another model's checkpoint.
     """
-    path = checkpoint / "metrics.json"
     try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))["products"]
+        weights = json.loads((checkpoint / "provenance.json").read_text(encoding="utf-8"))["weights_sha256"]
+        recorded = json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))["products"]
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"no metrics in {checkpoint}",
             found=error,
-            expected="metrics.json",
+            expected="provenance.json and metrics.json",
             next_step="andon train without --no-eval",
         ) from error
-    torch = {product: recorded.get(product, {}).get("image_AUROC") for product in evaluated.products}
+    if weights != bundle.manifest.checkpoint_sha256:
+        made = bundle.manifest.checkpoint_sha256[:12]
+        raise ConfigError(
+            f"{checkpoint} is not the checkpoint the bundle was made from",
+            found=weights[:12],
+            expected=made or "no checkpoint: the bundle was enrolled",
+            next_step="give the right --checkpoint, or export this one" if made else "leave --checkpoint out",
+        )
+    return {product: metrics.get("image_AUROC") for product, metrics in recorded.items()}
+
+
+def _beside_torch(recorded: Mapping[str, float | None], evaluated: Evaluated) -> dict[str, float | None]:
+    """The torch model's image AUROC of the products that were evaluated, printed beside the engines'."""
+    torch = {product: recorded.get(product) for product in evaluated.products}
     for product, metrics in evaluated.products.items():
         values = [("torch", torch[product]), ("engines", metrics["image_AUROC"])]
         shown = ", ".join(f"{name} {'-' if value is None else f'{value:.4f}'}" for name, value in values)

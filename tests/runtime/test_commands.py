@@ -359,6 +359,20 @@ def test_eval_refuses_a_product_it_does_not_know(
     assert code == 1 and "unknown product 'c'" in text and "Traceback" not in text
 
 
+def test_eval_puts_the_figures_of_its_own_checkpoint_beside_and_refuses_another_models(
+    make_bundle: MakeBundle, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "provenance.json").write_text(json.dumps({"weights_sha256": "1" * 64}))
+    (tmp_path / "metrics.json").write_text(json.dumps({"products": {"a": {"image_AUROC": 0.5}}}))
+    arguments = ("eval", "--data", data, "--checkpoint", tmp_path, *ENGINE)
+    code, result, text = run(capsys, *arguments, "--bundle", make_bundle(checkpoint_sha256="1" * 64))
+    assert code == 0 and result["torch"] == {"a": 0.5, "b": None} and "torch 0.5000, engines 1.0000" in text
+    for sha256, expected in (("2" * 64, "2" * 12), ("", "no checkpoint: the bundle was enrolled")):
+        code, result, text = run(capsys, *arguments, "--bundle", make_bundle(checkpoint_sha256=sha256))
+        assert code == 1 and "is not the checkpoint the bundle was made from" in result["error"]
+        assert (result["found"], result["expected"]) == ("1" * 12, expected) and "image AUROC" not in text
+
+
 def test_eval_writes_a_report(
     make_bundle: MakeBundle, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
