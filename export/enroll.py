@@ -25,10 +25,17 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """Enroll from --backbone-bundle, or from a bundle exported for this support first.
 
     Raises:
-        ConfigError: no backbone bundle and no torch to make one with, or too few images; see also
+        ConfigError: no backbone bundle and no torch to make one with, options of both ways, or too few images; see also
             andon.runtime.commands.enroll.
     """
     if args.backbone_bundle is not None:
+        if given := [option for option, value in (("--config", args.config), ("--fp16", args.fp16)) if value]:
+            raise ConfigError(
+                f"--backbone-bundle brings its engines as they are, so {' and '.join(given)} cannot be heeded",
+                found=f"--backbone-bundle and {', '.join(given)}",
+                expected="--backbone-bundle, or the options by which engines are exported",
+                next_step="leave one of them out",
+            )
         return device.main(args)
     if find_spec("torch") is None:
         raise ConfigError(

@@ -324,6 +324,8 @@ def test_refusals(engines, tmp_path, capsys):
     assert "another method" in capsys.readouterr().err
     assert main([*base, str(made["foct"]), "--method", "foct", "--shots", "9"]) == 1
     assert "not enough images" in capsys.readouterr().err
+    assert main([*base, str(made["foct"]), "--config", str(tmp_path / "nix.yaml"), "--fp16"]) == 1
+    assert "--config and --fp16 cannot be heeded" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 
