@@ -6,6 +6,7 @@ import argparse
 import os
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from ..runtime.errors import ConfigError
 from ..train.registry import list_methods
 
 if TYPE_CHECKING:
+    from ..runtime.dataset import Dataset
     from ..runtime.manifest import Manifest, Variant
     from ..train.checkpoint import Provenance as CheckpointProvenance
     from ..train.method import AnomalyModel
@@ -66,7 +68,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     model = load_checkpoint(checkpoint)
     staged = get_cut(args.method)(model, parse_options(args.option))
     started = time.perf_counter()
-    evidence = _evidence(args.data or origin.data, origin, model)
+    evidence = _evidence(args.data, origin, model)
     _say(f"evidence: {len(evidence.good)} {evidence.good.source}; {len(evidence.labelled)} {evidence.labelled.source}")
     variants: tuple[Variant, ...] = ("fp16", "int8") if args.int8 else ("fp16",) if args.fp16 else ()
     request = Request(args.out, variants, frozenset(args.fp32_stage))
@@ -104,11 +106,46 @@ def parse_options(pairs: list[str]) -> Mapping[str, Any]:
     return options
 
 
-def _evidence(spec: str, origin: CheckpointProvenance, model: AnomalyModel) -> Evidence:
+def _evidence(spec: str | None, origin: CheckpointProvenance, model: AnomalyModel) -> Evidence:
+    """Frames of --data, else of the set the checkpoint is from, without the images that training skipped."""
     from ..runtime.dataset import open_dataset
     from . import frames
 
-    return frames.gather(open_dataset(spec), (*origin.constants, *origin.holdout), origin.classes, model.preprocess)
+    dataset = replace(open_dataset(spec or origin.data_path or origin.data), spec=spec or origin.data)
+    dataset, skipped = without_skipped(dataset, origin)
+    if skipped:
+        _say(f"skipped {skipped} images that training could not decode")
+    return frames.gather(dataset, held_out_keys(dataset, origin), origin.classes, model.preprocess)
+
+
+def without_skipped(dataset: Dataset, origin: CheckpointProvenance) -> tuple[Dataset, int]:
+    """The set without the images that `andon train --on-corrupt skip` left out, and how many those are.
+
+    A file that was mended since is used. It is known by its content, in a checkpoint without contents by its key.
+    """
+    from ..runtime.dataset import split_readable
+    from ..runtime.fingerprint import Seen
+
+    if not origin.skipped:
+        return dataset, 0
+    if origin.fingerprints:
+        known = Seen(origin.fingerprints).sort(dataset.samples)
+        gone = {k.sample.key for k in known if k.use == "skipped"}
+    else:
+        named = dataset.select(keys={s.key for s in dataset.samples} & {*origin.skipped})
+        gone = {s.key for s in split_readable(named.samples, "skip")[1]}
+    return dataset.select(keys={s.key for s in dataset.samples} - gone), len(gone)
+
+
+def held_out_keys(dataset: Dataset, origin: CheckpointProvenance) -> tuple[str, ...]:
+    """Keys of the good images that were held out, in this set: it may be the same one named at another depth."""
+    from ..runtime.fingerprint import Seen
+
+    keys = (*origin.constants, *origin.holdout)
+    if not origin.fingerprints or {*keys} <= {s.key for s in dataset.samples}:
+        return keys
+    known = Seen(origin.fingerprints).sort(dataset.select(good=True).samples)
+    return tuple(k.sample.key for k in known if k.use in ("constants", "thresholds")) or keys
 
 
 def _provenance(origin: CheckpointProvenance, model: AnomalyModel) -> Provenance:

@@ -24,10 +24,11 @@ from typing import Literal
 from .errors import ConfigError, SourceError
 from .images import IMAGE_SUFFIXES, on_disk, read_mask, read_rgb
 
-__all__ = ["GOOD", "Dataset", "Sample", "Split", "open_dataset", "read_mask", "read_rgb", "split_readable"]
+__all__ = ["ELPV", "GOOD", "Dataset", "Sample", "Split", "open_dataset", "read_mask", "read_rgb", "split_readable"]
 
 Split = Literal["train", "test"]
 GOOD = "good"
+ELPV = "elpv"  # the one set that is named and not a folder
 _GOOD_FOLDERS = ("good", "ok")
 _MASK_FOLDER = "ground_truth"
 _TRAIN_SHARE = 0.8
@@ -139,7 +140,7 @@ def open_dataset(spec: str | Path) -> Dataset:
     Raises:
         SourceError: there is no such folder or package, it holds no image, its layout is unclear, or a mask is missing.
     """
-    if str(spec) == "elpv":
+    if str(spec) == ELPV:
         return _elpv()
     root = Path(spec)
     if not root.is_dir():

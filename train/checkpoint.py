@@ -45,6 +45,7 @@ class Provenance(BaseModel):
     classes: tuple[str, ...] = Field(description="Products, in the order of every class axis")
     backbone: manifest.Backbone | None = Field(default=None, description="Feature extractor, if the method has one")
     data: str = Field(description="Data set as it was given to --data")
+    data_path: str = Field(default="", description="Where it was; empty for a set that is no folder (elpv)")
     data_license: str = Field(default="", description="Licence of the images, if known")
     holdout: tuple[str, ...] = Field(description="Keys of the good images kept for thresholds alone")
     constants: tuple[str, ...] = Field(default=(), description="Keys of the good images that set the constants only")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. schedule.steps=100"
     )
     parser.add_argument(
-        "--resume", type=Path, metavar="DIR", help="go on with an interrupted run; needs no other option"
+        "--resume",
+        type=Path,
+        metavar="DIR",
+        help="go on with an interrupted run, with its options; only --data may be given, for a set that was moved",
     )
-    parser.add_argument("--save-every", type=seconds, default=60.0, metavar="S", help="seconds between resume points")
+    parser.add_argument("--save-every", type=seconds, metavar="S", help="seconds between resume points (60)")
     parser.add_argument("--no-eval", action="store_true", help="skip the evaluation on the test images")
-    parser.add_argument(
-        "--on-corrupt", choices=("error", "skip"), default="error", help="what to do about an undecodable image"
-    )
-    parser.add_argument("--device", default="auto", help="auto | cpu | cuda")
+    parser.add_argument("--on-corrupt", choices=("error", "skip"), help="what to do about an undecodable image (error)")
+    parser.add_argument("--device", metavar="NAME", help="auto | cpu | cuda (auto)")
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -39,8 +41,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from .distributed import process_group
     from .run import Request, train
 
-    with process_group():
-        request = Request.from_arguments(args)
+    with process_group(), ExitStack() as held:
+        request = Request.from_arguments(args, held)
         try:
             return train(request)
         except Exception:  # any: what had nothing to keep leaves no folder that looks like a run

@@ -10,8 +10,8 @@ import random
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +22,7 @@ from PIL import Image
 from torch import nn
 
 from .. import __version__
-from ..runtime.dataset import Dataset, Sample, open_dataset, split_readable
+from ..runtime.dataset import ELPV, Dataset, Sample, open_dataset, split_readable
 from ..runtime.errors import ConfigError, SourceError
 from ..runtime.fingerprint import image_hash, pack
 from ..runtime.quality import Metrics, mean_metrics, table
@@ -49,6 +49,7 @@ from .loop import Fitted, fit
 from .method import AnomalyModel, MethodConfig
 from .registry import get_method
 from .resume import ResumeFile
+from .runlock import LOCK, run_lock
 
 _REQUEST = "run.json"
 _LIBRARIES = ("torch", "timm", "numpy", "opencv-python-headless", "safetensors")
@@ -56,11 +57,15 @@ _LIBRARIES = ("torch", "timm", "numpy", "opencv-python-headless", "safetensors")
 
 @dataclass(frozen=True)
 class Request:
-    """What a run needs to start, and to start again where it was interrupted."""
+    """What a run needs to start, and to start again where it was interrupted.
+
+    data: as it was given; data_path: the same from any directory, empty for a set that is no folder (elpv).
+    """
 
     method: str
     data: str
     folder: str
+    data_path: str = ""
     products: tuple[str, ...] | None = None
     on_corrupt: Literal["error", "skip"] = "error"
     evaluate: bool = True
@@ -68,15 +73,24 @@ class Request:
     device: str = "auto"
 
     @classmethod
-    def from_arguments(cls, args: argparse.Namespace) -> Request:
+    def from_arguments(cls, args: argparse.Namespace, held: ExitStack) -> Request:
         """A new run's folder with its configuration and request, or the request of an interrupted run.
+
+        held: keeps the folder's lock, in the process that writes there.
 
         Raises:
             ConfigError: options are missing or contradict each other, or the configuration is refused.
             CheckpointError: nothing to resume there, or the folder is in use.
         """
         if args.resume is not None:
-            return cls.resumed(args.resume)
+            if given := _given(args, but=("resume", "data")):
+                raise ConfigError(
+                    f"--resume goes on with the options that the run was started with, not with {', '.join(given)}",
+                    found=f"--resume {args.resume} and {', '.join(given)}",
+                    expected="--resume DIR alone, or with --data where the set was moved",
+                    next_step=f"andon train --resume {args.resume}, or start a new run with these options",
+                )
+            return cls.resumed(args.resume, held, args.data)
         if args.method is None or args.data is None:
             raise ConfigError(
                 "--method and --data are needed",
@@ -87,33 +101,64 @@ class Request:
         config = load_config(args.method, args.config, settings)
         products = tuple(args.products.split(",")) if args.products else None
         open_dataset(args.data).select(products=products)  # refused before there is a folder
-        folder = distributed.same_everywhere(str(_folder(args.out, config, args.data)) if distributed.is_main() else "")
+        made = str(_folder(args.out, config, args.data, held)) if distributed.is_main() else ""
         request = cls(
-            args.method, args.data, folder, products, args.on_corrupt, not args.no_eval, args.save_every, args.device
+            args.method,
+            args.data,
+            distributed.same_everywhere(made),
+            _path(args.data),
+            products,
+            args.on_corrupt or "error",
+            not args.no_eval,
+            60.0 if args.save_every is None else args.save_every,
+            args.device or "auto",
         )
         if distributed.is_main():
-            (Path(folder) / CONFIG).write_text(dump_config(config), encoding="utf-8")
-            save_json(Path(folder) / _REQUEST, asdict(request))
+            (Path(request.folder) / CONFIG).write_text(dump_config(config), encoding="utf-8")
+            request.save()
         distributed.barrier()
         return request
+
+    def save(self) -> None:
+        """Write it into its folder, where :meth:`resumed` finds it."""
+        save_json(Path(self.folder) / _REQUEST, asdict(self))
 
     def withdraw(self) -> None:
         """Leave no folder of a run that was refused before it had anything to keep: the command may be given again."""
         folder = Path(self.folder)
-        if distributed.is_main() and folder.is_dir() and {p.name for p in folder.iterdir()} <= {CONFIG, _REQUEST}:
-            for name in (CONFIG, _REQUEST):
+        files = (CONFIG, _REQUEST, LOCK)
+        if distributed.is_main() and folder.is_dir() and {p.name for p in folder.iterdir()} <= {*files}:
+            for name in files:
                 (folder / name).unlink(missing_ok=True)
             folder.rmdir()
 
     @classmethod
-    def resumed(cls, folder: Path) -> Request:
-        """The request of an interrupted run.
+    def resumed(cls, folder: Path, held: ExitStack, data: str | None = None) -> Request:
+        """The request of an interrupted run. held: keeps the folder's lock. data: where the set is now, if not there.
 
         Raises:
-            CheckpointError: the folder is of no interrupted run.
+            CheckpointError: the folder is of no interrupted run, or in use.
         """
+        cls._saved(folder)  # before there is a lock in a folder that is no run's
+        if distributed.is_main():
+            held.enter_context(run_lock(folder))
+        distributed.barrier()
+        saved = cls._saved(folder)  # again: the run may have ended in between
+        products = None if saved["products"] is None else tuple(saved["products"])
+        request = cls(**{**saved, "products": products, "folder": str(folder)})
+        if data is None:
+            return request
+        open_dataset(data).select(products=products)
+        request = replace(request, data=data, data_path=_path(data))
+        if distributed.is_main():
+            request.save()
+        return request
+
+    @staticmethod
+    def _saved(folder: Path) -> dict[str, Any]:
         try:
-            saved = json.loads((folder / _REQUEST).read_text(encoding="utf-8"))
+            saved: dict[str, Any] = json.loads((folder / _REQUEST).read_text(encoding="utf-8"))
+            return saved
         except (OSError, ValueError) as error:
             complete = (folder / PROVENANCE).is_file()
             raise CheckpointError(
@@ -122,8 +167,6 @@ class Request:
                 expected=f"a folder with {_REQUEST}, as an interrupted `andon train` leaves it",
                 next_step=_export(folder) if complete else "start with --method and --data",
             ) from error
-        products = None if saved["products"] is None else tuple(saved["products"])
-        return cls(**{**saved, "products": products, "folder": str(folder)})
 
 
 def _export(folder: Path) -> str:
@@ -135,7 +178,7 @@ def train(request: Request) -> dict[str, Any]:
     folder = Path(request.folder)
     config = load_config(request.method, folder / CONFIG)
     device = _device(request.device)
-    data = open_dataset(request.data).select(products=request.products)
+    data = open_dataset(request.data_path or request.data).select(products=request.products)
     kept, skipped = split_readable(data.samples, request.on_corrupt)
     _check_masks(kept)
     split = split_good([s for s in kept if s.split == "train" and s.good], config.holdout)
@@ -261,6 +304,7 @@ def _write(
         classes=data.products,
         backbone=backbones[0].record if backbones else None,
         data=request.data,
+        data_path=request.data_path,
         data_license=data.license,
         holdout=tuple(s.key for s in split.thresholds),
         constants=tuple(s.key for s in split.constants),
@@ -292,18 +336,32 @@ def _metrics(products: Mapping[str, Metrics], fitted: Fitted, model: nn.Module) 
     }
 
 
-def _folder(out: Path | None, config: MethodConfig, data: str) -> Path:
+def _given(args: argparse.Namespace, but: Sequence[str]) -> list[str]:
+    """Options of `andon train` that were given; none of them has a default of its own (command.py)."""
+    values = {k: v for k, v in vars(args).items() if k not in (*but, "json", "command")}
+    given = [name for name, value in values.items() if not (value is None or value is False or value == [])]
+    return [f"--{name.replace('_', '-')}" for name in given]
+
+
+def _folder(out: Path | None, config: MethodConfig, data: str, held: ExitStack) -> Path:
+    """The new run's folder, empty but for the lock, which `held` keeps."""
     if out is None:
-        return new_run(config.method, config.preset or Path(data).name or "set")
-    if out.is_dir() and any(out.iterdir()):
+        out = new_run(config.method, config.preset or Path(data).name or "set")
+    out.mkdir(parents=True, exist_ok=True)
+    held.enter_context(run_lock(out))
+    if found := sorted(p.name for p in out.iterdir() if p.name != LOCK):
         raise CheckpointError(
             f"{out} is not empty",
-            found=", ".join(sorted(p.name for p in out.iterdir())[:5]),
+            found=", ".join(found[:5]),
             expected="a new or empty folder",
             next_step=f"andon train --resume {out}" if (out / _REQUEST).is_file() else "name another folder",
         )
-    out.mkdir(parents=True, exist_ok=True)
     return out
+
+
+def _path(data: str) -> str:
+    """The set's folder from any directory; empty for a set that is no folder."""
+    return "" if data == ELPV else str(Path(data).absolute())
 
 
 def _device(name: str) -> torch.device:

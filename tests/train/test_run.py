@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -345,6 +346,59 @@ def test_interrupt_says_how_to_go_on(
     assert "not go on" in refusal_of(out, monkeypatch, capsys)
     assert main(["train", "--resume", str(out)]) == 0
     assert read_provenance(out).steps == 4
+
+
+def test_a_run_goes_on_from_any_directory(
+    synthetic_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A set that was named from where the run was started is found from elsewhere, and, once moved, by its new name."""
+    here, out = tmp_path / "here", tmp_path / "run"
+    shutil.copytree(synthetic_data / "grid", here / "data" / "grid")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(here)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "fit", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(["train", "--method", "hvq", "--data", "data", "--no-eval", "--out", str(out), *SETS]) == 130
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert "not go on" in refusal_of(out, monkeypatch, capsys), "it comes as far as the training"
+    (here / "data").rename(here / "moved")
+    assert "no data set at" in refusal(capsys, "--resume", str(out))
+    assert main(["train", "--resume", "../run", "--data", "../here/moved"]) == 0
+    provenance = read_provenance(out)
+    assert provenance.data == "../here/moved" and Path(provenance.data_path).samefile(here / "moved")
+
+
+def test_resume_refuses_options_that_it_would_not_heed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "open_dataset", lambda *a: pytest.fail("it goes on"))
+    given = {"--set": "seed=1", "--method": "knn", "--seed": "0", "--save-every": "60", "--device": "auto"}
+    for option, value in given.items():
+        assert f"not with {option}\n" in refusal(capsys, "--resume", str(tmp_path), option, value)
+    error = refusal(capsys, "--resume", str(tmp_path), "--no-eval", "--on-corrupt", "error", "--out", "x")
+    assert "not with --out, --no-eval, --on-corrupt" in error and f"next:     andon train --resume {tmp_path}" in error
+
+
+def test_a_folder_that_a_training_uses_is_left_alone(
+    synthetic_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    start = ["--method", "hvq", "--data", str(synthetic_data), "--products", "grid", "--out", str(out), *SETS]
+    told = []
+
+    def others(*args: object, **settings: object) -> None:
+        before = {p.name: p.read_bytes() for p in out.iterdir()}
+        told.extend([refusal(capsys, "--resume", str(out)), refusal(capsys, *start)])
+        assert before == {p.name: p.read_bytes() for p in out.iterdir()}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "fit", others)
+    assert main(["train", *start]) == 130
+    assert len(told) == 2 and all(f"{out} is in use by pid {os.getpid()}" in text for text in told)
+    assert main(["train", "--resume", str(out)]) == 130 and len(told) == 4, "a resumed run is one, too"
+    assert {p.name for p in out.iterdir()} == {"run.json", "config.yaml"}, "the lock goes with the run"
+    (out / "run.lock").write_text("1\n")  # as a killed process leaves it
+    assert "not go on" in refusal_of(out, monkeypatch, capsys)
 
 
 def test_nothing_held_out(synthetic_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,81 @@
+"""What `andon export` verifies on: the checkpoint's set, found again, without what training left out."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from andon.export import command
+from andon.runtime.dataset import Dataset, Sample, open_dataset
+from andon.runtime.errors import SourceError
+from andon.runtime.fingerprint import image_hash, pack
+from andon.train.checkpoint import Provenance
+
+from .conftest import Toy  # type: ignore[import-not-found]
+
+
+@pytest.fixture
+def data(synthetic_data: Path, tmp_path: Path) -> Path:
+    """A set of one product, in a folder of sets, with an image that cannot be decoded in each split."""
+    shutil.copytree(synthetic_data / "grid", tmp_path / "data" / "grid")
+    for name in BROKEN:
+        broken = tmp_path / "data" / name
+        broken.write_bytes(broken.read_bytes()[:200] + name.encode())
+    return tmp_path / "data"
+
+
+BROKEN = ("grid/train/good/003.png", "grid/test/good/003.png")
+HELD = ("grid/train/good/000.png", "grid/train/good/001.png")
+
+
+def provenance(dataset: Dataset, *, contents: bool = True, skipped: tuple[str, ...] = BROKEN) -> Provenance:
+    def prints(samples: list[Sample]) -> str:
+        return pack(image_hash(s.path) for s in samples)
+
+    groups = {"thresholds": HELD, "skipped": skipped}
+    record = {use: prints([s for s in dataset.samples if s.key in keys]) for use, keys in groups.items()}
+    return Provenance(
+        method="toy",
+        created="2026-01-01T00:00:00.000+00:00",
+        andon="0",
+        classes=("grid",),
+        data="data",
+        data_path=str(dataset.root),
+        holdout=HELD,
+        fingerprints=record if contents else {},
+        skipped=skipped,
+        trained_on=11,
+        steps=1,
+        seconds=1.0,
+        weights_sha256="0" * 64,
+    )
+
+
+@pytest.mark.parametrize("contents", [True, False], ids=["by content", "an old checkpoint, by key"])
+def test_what_training_skipped_is_left_out(
+    toy: Toy, data: Path, capsys: pytest.CaptureFixture[str], contents: bool
+) -> None:
+    """Else `train --on-corrupt skip` ends in an export that tells to train with --on-corrupt skip."""
+    origin = provenance(open_dataset(data), contents=contents)
+    evidence = command._evidence(None, origin, toy.model)
+    assert (len(evidence.good), len(evidence.labelled)) == (2, 15)
+    assert "skipped 2 images that training could not decode" in capsys.readouterr().out
+    with pytest.raises(SourceError, match="cannot decode"):
+        command._evidence(None, provenance(open_dataset(data), contents=contents, skipped=()), toy.model)
+    shutil.copy(data / "grid/test/good/004.png", data / BROKEN[1])
+    assert len(command._evidence(None, origin, toy.model).labelled) == 16, "mended since"
+
+
+def test_the_set_is_found_from_elsewhere_and_named_at_another_depth(
+    toy: Toy, data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The checkpoint says where its set is; the record in the bundle keeps the name that was given."""
+    origin = provenance(open_dataset(data))
+    monkeypatch.chdir(tmp_path.parent)
+    whole = command._evidence(None, origin, toy.model)
+    assert whole.labelled.source == "data, test split"
+    deeper = command._evidence(str(data / "grid"), origin, toy.model)
+    assert (deeper.good.images == whole.good.images).all() and len(deeper.labelled) == len(whole.labelled)
+    with pytest.raises(SourceError, match="give the same --data"):
+        command._evidence(str(data / "grid"), origin.model_copy(update={"fingerprints": {}, "skipped": ()}), toy.model)
