@@ -11,7 +11,7 @@ al. 2021), a thin scar, a smudge (blurred, with a faint shade) and a patch of no
 et al. 2021). Their contrast is drawn from 8 to 35 % of the range, so that not all of them are easy.
 
 With --large there are three kinds of 4 % to 30 % of the image instead, with soft borders: an uneven shade, texture that
-is worn off, and another part of the image. Small ones reward resolution and say nothing of what it costs with large ones.
+is worn off, another part of the image. Small ones reward resolution and do not show what it costs on large ones.
 
 With --graded the held-out images stand beside elpv's cells that experts called defective with that probability instead;
 they are in neither split.
