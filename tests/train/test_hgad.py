@@ -106,6 +106,19 @@ def random_flow(channels: int, blocks: int) -> Flow:
     return flow
 
 
+def test_levels_and_map_are_as_large_as_the_image_unless_they_say_so() -> None:
+    values = yaml.safe_load((CONFIGS / "edge/hgad.yaml").read_text())
+    values["backbone"]["weights"] = "random:0"
+    model = Hgad(HgadConfig.model_validate(values | {"size": 96}), ("a",))
+    assert model.config.sizes == (96, 96) and model.features.grids == (12, 6) and model.scoring.size == 96
+    smaller = {"levels": [{"tap": 2}, {"tap": 3, "size": 64}], "score": values["score"] | {"map": 32}, "size": 96}
+    model = Hgad(HgadConfig.model_validate(values | smaller), ("a",))
+    assert model.config.sizes == (96, 64) and model.features.grids == (12, 4) and model.scoring.size == 32
+    with torch.no_grad():
+        scores = model(torch.zeros(1, 96, 96, 3, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
+    assert scores.map.shape == (1, 32, 32)
+
+
 @pytest.mark.parametrize("channels", [6, 7])
 def test_block_is_invertible(channels: int) -> None:
     flow = random_flow(channels, 1)

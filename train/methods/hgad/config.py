@@ -10,7 +10,9 @@ from ...method import Config, MethodConfig
 class Level(Config):
     """One feature level and its flow."""
 
-    size: int = Field(gt=0, description="Side of the image this level sees; smaller than `size`: resized from it")
+    size: int | None = Field(
+        default=None, gt=0, description="Side of the image this level sees, resized from `size`; none: `size` itself"
+    )
     tap: int = Field(ge=0, description="timm features_only index; must be one of backbone.taps")
     sample: float = Field(default=1.0, gt=0, le=1, description="Share of positions drawn at each training step")
 
@@ -37,7 +39,7 @@ class LossConfig(Config):
 class ScoreConfig(Config):
     """Scoring (METHODS.md 4.4)."""
 
-    map: int = Field(default=256, gt=0, description="Side of the score map")
+    map: int | None = Field(default=None, gt=0, description="Side of the score map; none: `size`")
     sigma: float = Field(default=4.0, ge=0, description="Gaussian blur of the map, in map pixels")
     quantile: float = Field(default=0.999, gt=0, lt=1, description="Quantile of the calibration constants")
     by_position: bool = Field(
@@ -76,12 +78,17 @@ class HgadConfig(MethodConfig):
     def needs_constants(self) -> bool:
         return True
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Side of the image that each level sees."""
+        return tuple(level.size or self.size for level in self.levels)
+
     @model_validator(mode="after")
     def _check(self) -> HgadConfig:
         for level in self.levels:
             if level.tap not in self.backbone.taps:
                 raise ValueError(f"level tap {level.tap} is not in backbone.taps {self.backbone.taps}")
-            if level.size > self.size:
+            if level.size is not None and level.size > self.size:
                 raise ValueError(f"level size {level.size} is larger than the network input {self.size}")
         if self.holdout == 0:
             raise ValueError("holdout must be above 0: the score is calibrated on held-out good images")

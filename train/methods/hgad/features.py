@@ -25,16 +25,16 @@ class LevelFeatures(nn.Module):
         taps = config.backbone.taps
         self.channels = tuple(self.backbone.channels[taps.index(level.tap)] for level in config.levels)
         strides = [self.backbone.strides[taps.index(level.tap)] for level in config.levels]
-        self.grids = tuple(-(-level.size // s) for level, s in zip(config.levels, strides, strict=True))
+        self.grids = tuple(-(-size // s) for size, s in zip(config.sizes, strides, strict=True))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         pixels = self.backbone.normalize(images)
         out: dict[str, Tensor] = {}
         passes: dict[int, list[Tensor]] = {}
-        for name, level in zip(self.names, self.config.levels, strict=True):
-            if level.size not in passes:
-                passes[level.size] = self.backbone.net(self._resize(pixels, level.size))
-            maps = passes[level.size][self.config.backbone.taps.index(level.tap)]
+        for name, level, size in zip(self.names, self.config.levels, self.config.sizes, strict=True):
+            if size not in passes:
+                passes[size] = self.backbone.net(self._resize(pixels, size))
+            maps = passes[size][self.config.backbone.taps.index(level.tap)]
             out[name] = self.smooth(maps)
         return out
 

@@ -86,7 +86,7 @@ class Hgad(AnomalyModel):
             LevelModel(config, channels, grid, len(classes), generator)
             for channels, grid in zip(self.features.channels, self.features.grids, strict=True)
         )
-        self.scoring = DensityScore(self.features.grids, config.score, len(classes))
+        self.scoring = DensityScore(self.features.grids, config.size, config.score, len(classes))
         for number, grid in enumerate(self.features.grids, 1):
             self.register_buffer(f"ceiling{number}", torch.zeros(len(classes), 2, grid * grid))
             if config.score.by_position:

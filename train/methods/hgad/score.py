@@ -35,16 +35,16 @@ class DensityScore(nn.Module):
 
     blur: Tensor | None
 
-    def __init__(self, grids: Sequence[int], config: ScoreConfig, classes: int) -> None:
+    def __init__(self, grids: Sequence[int], size: int, config: ScoreConfig, classes: int) -> None:
         super().__init__()
         self.grids = tuple(grids)
         self.delta = config.delta if classes > 1 else None  # one class has no entropy to tell apart
-        self.size = config.map
+        self.size = config.map or size
         self.by_position = config.by_position
-        blur = gaussian_matrix(config.map, config.sigma).float() if config.sigma else None
+        blur = gaussian_matrix(self.size, config.sigma).float() if config.sigma else None
         self.register_buffer("blur", blur, persistent=False)
         for level, grid in enumerate(self.grids):
-            matrix = interpolation_matrix(grid, config.map, align_corners=True).float()
+            matrix = interpolation_matrix(grid, self.size, align_corners=True).float()
             self.register_buffer(f"upsample{level}", matrix, persistent=False)
 
     def total(self, values: Sequence[Tensor], ceilings: Sequence[Tensor], gains: Sequence[Tensor]) -> Tensor:
