@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import selectors
 import ssl
 import time
@@ -21,6 +22,8 @@ from ..outbox import Outbox, Stored
 from ..verdict import mark_replayed
 from .client import CONNECT_TIMEOUT, Will, explain, explain_connack, explain_lost, make_client, tls_context
 from .stream import Stream
+
+log = logging.getLogger(__name__)
 
 #: Alarms first: an operator waits for them.
 KINDS = ("alarm", "verdict")
@@ -99,6 +102,7 @@ class Session:
         self._hooks = hooks
         self._wake = wake
         self._connack: ReasonCode | None = None
+        self._suback: ReasonCode | None = None
         self._last_error = ""
         self._acked: list[Stored] = []
         self._flying: dict[int, tuple[Stream, Stored] | None] = {}
@@ -110,6 +114,7 @@ class Session:
         will = Will(f"{self._topic}/status", hooks.status("offline"))
         self._client = make_client(broker, client_id, will, tls_context(broker.tls))
         self._client.on_connect = self._on_connect
+        self._client.on_subscribe = self._on_subscribe
         self._client.on_publish = self._on_publish
         self._client.on_message = self._on_message
         self._client.on_disconnect = self._on_disconnect
@@ -118,7 +123,7 @@ class Session:
     # -- life ------------------------------------------------------------------------------------------------------
 
     def open(self, stop: Callable[[], bool]) -> None:
-        """Connect, wait for the broker's answer, announce, subscribe.
+        """Connect, wait for the broker's answer, subscribe, announce.
 
         Raises:
             Lost: with the reason.
@@ -130,15 +135,15 @@ class Session:
         except (OSError, ssl.SSLError, ValueError) as error:
             raise Lost(explain(error, self._broker)) from error
         self._selector.register(self._wake, selectors.EVENT_READ)
-        deadline = time.monotonic() + CONNECT_TIMEOUT
-        while self._connack is None:
-            if stop():
-                raise Lost("stopped while connecting")
-            if time.monotonic() > deadline:
-                raise Lost(f"{self._broker.host}:{self._broker.port}: no answer to CONNECT in {CONNECT_TIMEOUT:g} s")
-            self._turn(0.2)
-        if self._connack.is_failure:
+        self._answered("CONNECT", lambda: self._connack is not None, stop)
+        if self._connack is not None and self._connack.is_failure:
             raise Lost(explain_connack(self._connack, self._broker))
+        # Before `online` is said: a command that comes before the broker has taken the subscription is lost.
+        commands = f"{self._topic}/cmd/+"
+        self._client.subscribe(commands, qos=1)
+        self._answered("SUBSCRIBE", lambda: self._suback is not None, stop)
+        if self._suback is not None and self._suback.is_failure:
+            log.warning("%s: the broker refuses the subscription: %s; no command will arrive", commands, self._suback)
         boundary = self._outbox.next_key
         self._streams = {kind: Stream(kind, self._reader(kind), boundary) for kind in KINDS}
         self.announce()
@@ -146,7 +151,16 @@ class Session:
             topic, payload = described
             self._owed[topic] = lambda: payload
         self._settle()
-        self._client.subscribe(f"{self._topic}/cmd/+", qos=1)
+
+    def _answered(self, request: str, there: Callable[[], bool], stop: Callable[[], bool]) -> None:
+        """Wait for the broker's answer to a request."""
+        deadline = time.monotonic() + CONNECT_TIMEOUT
+        while not there():
+            if stop():
+                raise Lost("stopped while connecting")
+            if time.monotonic() > deadline:
+                raise Lost(f"{self._broker.host}:{self._broker.port}: no answer to {request} in {CONNECT_TIMEOUT:g} s")
+            self._turn(0.2)
 
     def announce(self) -> None:
         """Publish status and alarms, retained, as they are when the window has room for them."""
@@ -301,6 +315,11 @@ class Session:
         if receive_maximum:
             self._window = min(self._window, int(receive_maximum))
         self._packet_limit = getattr(properties, "MaximumPacketSize", None)
+
+    def _on_subscribe(
+        self, _client: Any, _data: Any, _mid: int, reasons: Sequence[ReasonCode], _properties: Properties | None
+    ) -> None:
+        self._suback = reasons[0]
 
     def _on_publish(self, _client: Any, _data: Any, mid: int, reason: ReasonCode, _properties: Any) -> None:
         origin = self._flying.pop(mid, None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import select
 import shutil
 import socket
 import subprocess
@@ -317,39 +319,48 @@ def test_a_verdict_larger_than_the_broker_takes_is_dropped_and_said(
 class Reluctant:
     """A broker of MQTT 5 that takes one unacknowledged message at a time (Receive Maximum 1).
 
-    It acknowledges nothing before the client has subscribed, so the client has every occasion to send too many.
+    It answers only when the client falls silent, so the client has every occasion to send too much or too early.
     """
 
     def __init__(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self.most = 0
+        self.early = 0
         self.topics: list[str] = []
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
         connection = self._listener.accept()[0]
-        stream = connection.makefile("rb")
-        waiting: list[bytes] = []
-        subscribed = False
-        while head := stream.read(1):
-            length = shift = 0
-            while (byte := stream.read(1)[0]) & 128:
-                length, shift = length | (byte & 127) << shift, shift + 7
-            body = stream.read(length | byte << shift)
-            kind = head[0] >> 4
-            if kind == 1:
-                connection.sendall(bytes([0x20, 6, 0, 0, 3, 0x21, 0, 1]))  # CONNACK with Receive Maximum 1
-            elif kind == 3 and head[0] & 6:
-                end = 2 + int.from_bytes(body[:2], "big")
-                self.topics.append(body[2:end].decode().rsplit("/", 1)[1])
-                waiting.append(body[end : end + 2])
-                self.most = max(self.most, len(waiting))
-            elif kind == 8:
-                subscribed = True
-                connection.sendall(bytes([0x90, 4, *body[:2], 0, 1]))
-            while subscribed and waiting:
-                connection.sendall(bytes([0x40, 2]) + waiting.pop(0))
+        answers: list[bytes] = []
+
+        def read(count: int) -> bytes:
+            data = b""
+            while len(data) < count:
+                while answers and not select.select([connection], [], [], 0.05)[0]:
+                    connection.sendall(answers.pop(0))
+                if not (more := connection.recv(count - len(data))):
+                    raise ConnectionError
+                data += more
+            return data
+
+        with contextlib.suppress(ConnectionError):
+            while True:
+                head = read(1)[0]
+                length = shift = 0
+                while (byte := read(1)[0]) & 128:
+                    length, shift = length | (byte & 127) << shift, shift + 7
+                body = read(length | byte << shift)
+                if head >> 4 == 1:
+                    answers.append(bytes([0x20, 6, 0, 0, 3, 0x21, 0, 1]))  # CONNACK with Receive Maximum 1
+                elif head >> 4 == 8:
+                    answers.append(bytes([0x90, 4, *body[:2], 0, 1]))
+                elif head >> 4 == 3 and head & 6:
+                    end = 2 + int.from_bytes(body[:2], "big")
+                    self.topics.append(body[2:end].decode().rsplit("/", 1)[1])
+                    self.early += any(answer[0] == 0x90 for answer in answers)
+                    answers.append(bytes([0x40, 2]) + body[end : end + 2])
+                    self.most = max(self.most, sum(answer[0] == 0x40 for answer in answers))
 
 
 def test_what_is_announced_keeps_to_the_brokers_receive_maximum(line: Any, eventually: Any) -> None:
@@ -361,6 +372,7 @@ def test_what_is_announced_keeps_to_the_brokers_receive_maximum(line: Any, event
         eventually(lambda: len(broker.topics) == 7)
     assert broker.topics == ["status", "alarm", "config", "verdict", "verdict", "status", "alarm", "status"]
     assert broker.most == 1, "so many at once without an acknowledgement"
+    assert broker.early == 0, "whoever reads `online` may command: the subscription has to stand by then"
 
 
 # -- commands --------------------------------------------------------------------------------------------------------
