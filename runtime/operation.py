@@ -101,9 +101,7 @@ class Operation:
 
     def _judged_and_waiting(self) -> tuple[int, int]:
         slots = self._app.slots
-        counts = slots.counts()
-        judged = sum(count.taken + count.missed for count in counts.values())
-        return judged, sum(slots.waiting(camera) for camera in counts)
+        return slots.served, sum(slots.waiting(camera) for camera in slots.counts())
 
     # -- the thread ------------------------------------------------------------------------------------------------
 

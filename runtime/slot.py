@@ -93,6 +93,7 @@ class Slots:
         self._clock = clock
         self._closed = False
         self._poked = False
+        self._served = 0
 
     def wanted(self, camera: str, monotonic: float) -> bool:
         """False where only triggered frames count and no trigger waits for one captured then; that frame is counted."""
@@ -191,6 +192,12 @@ class Slots:
         with self._lock:
             return len(self._lanes[camera].items)
 
+    @property
+    def served(self) -> int:
+        """Items that :meth:`take` has handed out: what grows only while somebody judges."""
+        with self._lock:
+            return self._served
+
     def counts(self) -> dict[str, LaneCounts]:
         """A copy of every camera's counters."""
         with self._lock:
@@ -255,6 +262,7 @@ class Slots:
             if not lane.items:
                 continue
             item = lane.items.popleft()
+            self._served += 1
             self._order = self._order[position + 1 :] + self._order[: position + 1]
             if isinstance(item, Frame):
                 lane.counts.taken += 1

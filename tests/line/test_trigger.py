@@ -61,6 +61,21 @@ def test_a_frame_with_a_part_id_is_never_dropped_in_silence() -> None:
     assert isinstance(second, Frame) and second.part_id == "p3"
 
 
+def test_only_what_is_taken_counts_as_served() -> None:
+    """The watchdog goes by it: parts that are displaced, missed by a camera or without a frame are nobody's progress."""
+    clock = Clock()
+    slots = Slots({"a": LanePolicy(), "b": LanePolicy()}, clock)
+    for number in range(5):
+        slots.put(frame(part_id=f"p{number}"))
+    slots.put(frame("b"))
+    slots.trigger("b", Trigger("late", at=200.0, deadline=201.0))
+    clock.now = 300.0
+    slots.put(frame("b", at=150.0))
+    assert slots.counts()["a"].missed == 4 and slots.counts()["b"].missed == 1 and slots.served == 0
+    taken = drain(slots)
+    assert len(taken) == slots.served == 7
+
+
 def test_another_policy_lets_go_of_a_producer_that_waits() -> None:
     slots = Slots({"a": LanePolicy(drop="block")})
     assert slots.put(frame(part_id="0"))
