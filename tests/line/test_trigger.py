@@ -62,7 +62,7 @@ def test_a_frame_with_a_part_id_is_never_dropped_in_silence() -> None:
 
 
 def test_only_what_is_taken_counts_as_served() -> None:
-    """The watchdog goes by it: parts that are displaced, missed by a camera or without a frame are nobody's progress."""
+    """The watchdog goes by it: parts displaced, missed by a camera or without a frame are nobody's progress."""
     clock = Clock()
     slots = Slots({"a": LanePolicy(), "b": LanePolicy()}, clock)
     for number in range(5):
