@@ -148,7 +148,7 @@ function showDelivery(delivery) {
     ["acknowledged", count(delivery.acknowledged)],
     ["waiting in outbox", count(outbox.messages), outbox.messages > 1000],
     ["oldest waits", outbox.messages ? duration(outbox.oldest_age_s) : "–"],
-    ["dropped by caps", count(outbox.dropped), outbox.dropped > 0],
+    ["dropped", count(outbox.dropped), outbox.dropped > 0],
     ...(outbox.degraded ? [["disk", outbox.degraded, true]] : []),
   ]);
 }

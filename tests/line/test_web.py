@@ -274,6 +274,24 @@ def test_nothing_is_cut_off_on_a_phone(line: LineApp, tmp_path: Path, eventually
     assert len(np.unique(margins.reshape(-1, 3), axis=0)) == 1, "cards keep their margin on both sides"
 
 
+def test_a_square_picture_is_shown_whole(
+    bundle: Path, make_line: Any, tmp_path: Path, eventually: Callable[..., None]
+) -> None:
+    image = np.zeros((300, 300, 3), np.uint8)
+    image[:60, :, 1] = image[-60:, :, 0] = 120  # a green band at the top and a blue one at the bottom
+    (tmp_path / "parts").mkdir()
+    cv2.imwrite(str(tmp_path / "parts/a.png"), image)
+    source = {"kind": "folder", "path": str(tmp_path / "parts"), "fps": 4, "loop": True}
+    config = make_line({"a": {"source": source, "product": "mono"}}, bundle=str(bundle), broker=None, web={"port": 0})
+    picture = tmp_path / "page.png"
+    with running(config) as app:
+        eventually(lambda: state(app)["cameras"]["a"]["labels"])
+        browse(app.operation.web.url, f"--screenshot={picture}")
+    blue, green, red = cv2.split(cv2.imread(str(picture)).astype(int))
+    top, bottom = np.count_nonzero(green - blue > 50), np.count_nonzero(blue - np.maximum(green, red) > 50)
+    assert top > 5000 and bottom == pytest.approx(top, rel=0.25)
+
+
 def test_token_that_is_named_but_missing_is_refused(bundle: Path, make_line: Any) -> None:
     web = {"host": "0.0.0.0", "port": 0, "token_env": "ANDON_NO_SUCH_VARIABLE"}
     config = make_line({"cam0": {"source": LIVE, "product": "mono"}}, bundle=str(bundle), broker=None, web=web)
