@@ -84,17 +84,19 @@ def broker_at(address: str, settings: BrokerConfig | None = None) -> BrokerConfi
 def bundle_path(config: LineConfig) -> Path:
     """The bundle that is meant; with a * in its name the newest match.
 
+    Links are followed here, at every look: what is loaded and opened then is one bundle, wherever they point next.
+
     Raises:
         ConfigError: none is named, or none matches.
     """
     if config.bundle is None:
         raise ConfigError("no bundle is named", next_step="set 'bundle' in the configuration, or give --bundle")
     if "*" not in config.bundle.name:
-        return config.bundle
+        return config.bundle.resolve()
     matches = [path for path in config.bundle.parent.glob(config.bundle.name) if not path.name.startswith(".")]
     if not matches:
         raise ConfigError(f"no bundle matches {config.bundle}", next_step="andon export --method <method>")
-    return max(matches, key=lambda path: path.stat().st_mtime)
+    return max(matches, key=lambda path: path.stat().st_mtime).resolve()
 
 
 def open_bundle(config: LineConfig) -> Bundle:

@@ -11,7 +11,7 @@ import yaml
 from andon.runtime.configfile import secret
 from andon.runtime.errors import ConfigError
 from andon.runtime.lineconfig import CameraConfig, LineConfig, load_line, schema
-from andon.runtime.startup import Options, effective
+from andon.runtime.startup import Options, bundle_path, effective
 from jsonschema import Draft202012Validator
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +41,24 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     assert config.cameras["cam0"].source.path == tmp_path / "parts"
     assert config.bundle == tmp_path.parent / "bundles" / "hvq-*"
     assert config.topic == "andon/v1/s/l/st"
+
+
+def test_links_are_followed_when_they_are_used(tmp_path: Path) -> None:
+    for name in ("v1", "v2"):
+        (tmp_path / "bundles" / name).mkdir(parents=True)
+    current, folder, path = tmp_path / "bundles" / "current", tmp_path / "etc", tmp_path / "etc" / "line.yaml"
+    current.symlink_to("v1")
+    folder.mkdir()
+    (folder / "ca1.pem").touch()
+    (folder / "ca.pem").symlink_to("ca1.pem")
+    path.write_text(GOOD + "bundle: ../bundles/current\nbroker: {tls: {ca: ca.pem}}\n")
+    config = load_line(path)
+    assert config.broker is not None and config.broker.tls is not None
+    assert config.broker.tls.ca == folder / "ca.pem", "renewed by a new link, as certbot and Kubernetes do"
+    assert bundle_path(config) == tmp_path / "bundles" / "v1"
+    current.unlink()
+    current.symlink_to("v2")
+    assert bundle_path(config) == tmp_path / "bundles" / "v2", "what `rebuild` takes"
 
 
 @pytest.mark.parametrize(
