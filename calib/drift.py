@@ -68,11 +68,16 @@ class DriftMonitor:
         """Whether the warning stands."""
         return self._warning
 
+    @property
+    def complete(self) -> bool:
+        """Whether the reference has all its scores."""
+        return len(self._reference) >= self.policy.reference
+
     def observe(self, score: float) -> Drift:
         """Add one score; scores that are not finite are left out."""
         statistic = 0.0
         if np.isfinite(score):
-            if len(self._reference) < self.policy.reference:
+            if not self.complete:
                 self._reference.append(float(score))
             else:
                 self._recent.append(float(score))

@@ -37,6 +37,7 @@ class Autosave:
         self._ring_due = clock()
         self._pending: tuple[Arrays, Mapping[str, Any]] | None = None
         self._handover = threading.Lock()
+        self._flushing = threading.Lock()  # one after the other, or an older state could be written last
         self._stop = threading.Event()
         self._failing = False
         self._thread = threading.Thread(target=self._work, name="andon-autosave", daemon=True)
@@ -57,7 +58,14 @@ class Autosave:
             return self._store.save(arrays, meta, kind)
 
     def flush(self) -> None:
-        """Write what was offered, if anything; what goes wrong is logged once and tried again later. Raises nothing."""
+        """Write what was offered, if anything; what goes wrong is logged once and tried again later. Raises nothing.
+
+        From any thread; when it returns, all that was offered before is on the disk, if the disk takes it.
+        """
+        with self._flushing:
+            self._flush()
+
+    def _flush(self) -> None:
         with self._handover:
             pending, self._pending = self._pending, None
         if pending is None:

@@ -80,6 +80,8 @@ class LineMemory:
         self._warnings: dict[str, str] = {}
         self._broken: dict[int, str] = {}
         self._number = 0
+        self._clock = clock
+        self._save_due = clock() + config.save_every
         self._store = SnapshotStore(folder, _identity(program.bundle, self._memory), config.snapshots)
         self._audit = AuditLog(folder / "audit.jsonl")
         self._audit_failing = False
@@ -142,7 +144,7 @@ class LineMemory:
         self._number += 1
         self._upload(index, slice(outcome.change.start, outcome.change.stop))
         self._record(outcome, verdict, frame, index)
-        self._saver.offer(self._arrays(), self._meta())
+        self._offer()
         return True
 
     def _watch(self, camera: str, product: str, score: float) -> None:
@@ -151,7 +153,9 @@ class LineMemory:
         name = f"{camera}/{product}"
         if name not in self._drift:
             self._drift[name] = DriftMonitor(self._config.drift.policy())
-        drift = self._drift[name].observe(score)
+        monitor = self._drift[name]
+        learning = not monitor.complete
+        drift = monitor.observe(score)
         if drift.changed:
             detail = f"{product}: scores moved up, KS {drift.statistic:.2f} against {drift.critical:.2f}"
             log.warning("camera %s: drift %s (%s)", camera, "warning" if drift.warning else "cleared", detail)
@@ -160,6 +164,9 @@ class LineMemory:
             else:
                 self._warnings.pop(name, None)
             self._note({"action": "drift", "camera": camera, "warning": drift.warning})
+        # Whether or not anything is learnt: after a power cut a new reference would be taken from what has drifted.
+        if drift.changed or (learning and (monitor.complete or self._clock() >= self._save_due)):
+            self._offer()
 
     def _record(self, outcome: Outcome, verdict: str, frame: Frame, index: int) -> None:
         change, patches = outcome.change, outcome.patches
@@ -234,7 +241,8 @@ class LineMemory:
         entry = {"action": name, "before": before, "version": self._number, "by": arguments.get("by")}
         self._note(entry, sync=True)
         if name != "snapshot":
-            self._saver.offer(self._arrays(), self._meta())
+            self._offer()
+            self._saver.flush()  # what a person was told is done must not come undone by a power cut within the minute
         return {"version": self._number, "before": before, **self.describe()}
 
     def _freeze(self, frozen: bool) -> None:
@@ -277,6 +285,11 @@ class LineMemory:
         for calibrator, was in zip(self._calibrators, frozen, strict=True):
             calibrator.frozen = was
         self._number += 1
+
+    def _offer(self) -> None:
+        """Hand the present state to the thread that saves."""
+        self._saver.offer(self._arrays(), self._meta())
+        self._save_due = self._clock() + self._config.save_every
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -366,7 +379,7 @@ class LineMemory:
     def close(self) -> None:
         """Write what has to survive and stop the writer."""
         if self._calibrators or self._drift:
-            self._saver.offer(self._arrays(), self._meta())
+            self._offer()
         self._saver.close()
         with self._auditing():
             try:

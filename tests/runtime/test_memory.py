@@ -200,6 +200,17 @@ def test_snapshot_rollback_and_reset_reach_the_engine(station):
     assert line.memory.version("a") == versions + 2
 
 
+def test_a_command_outlives_a_power_cut_right_after_its_answer(station):
+    line = station()
+    for _ in range(3):
+        line.see(104)
+    line.memory.command("freeze", {})
+    after = station()  # the first one never closes, and its next save is an hour away
+    assert after.memory.describe()["frozen"] and after.memory.describe()["rows"]["a"] == 2
+    after.memory.command("reset", {})
+    assert station().memory.describe()["rows"]["a"] == 0, "what had been learnt wrongly is not back"
+
+
 def test_rollback_without_a_version_takes_the_newest_older_one(station):
     line = station()
     with pytest.raises(CalibrationError, match="no older version"):
@@ -292,6 +303,21 @@ def test_a_bundle_without_use_of_its_memory_still_warns_of_drift(station):
         line.memory.command("freeze", {})
     line.close()
     assert station(config).memory.drift("cam") is not None
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_the_drift_watch_outlives_a_power_cut_where_nothing_is_learnt(station, enabled):
+    config = DRIFTS.model_copy(update={"enabled": enabled})
+    line, rng = station(config), np.random.default_rng(0)
+    for _ in range(12):
+        line.see(int(rng.integers(100, 103)), label="NG")
+    line.memory._saver.flush()  # as every minute
+    again = station(config)  # the first one never closes
+    for _ in range(12):
+        again.see(int(rng.integers(104, 106)), label="NG")
+    assert again.memory.drift("cam"), "held against the reference of before, not against scores that have moved"
+    again.memory._saver.flush()
+    assert station(config).memory.drift("cam"), "a warning that stands is not taken for gone"
 
 
 def drift_up(line, rng):
