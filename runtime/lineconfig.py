@@ -248,7 +248,8 @@ class JudgeConfig(Settings):
 
     check_product: bool = Field(
         default=False,
-        description="UNKNOWN, wrong_product, where the bundle's classifier sees another product than given",
+        description="UNKNOWN, wrong_product, where the bundle's classifier sees another product than given; "
+        "refused where it has none",
     )
     thresholds: dict[str, float] = Field(default={}, description="Product -> threshold that replaces the bundle's")
     pixel_threshold: float | None = Field(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import ConfigError
 from .lineconfig import CameraConfig, LineConfig
 from .source import make_source
-from .startup import alarm_rule, effective
+from .startup import alarm_rule, effective, require_products
 
 if TYPE_CHECKING:
     from .app import LineApp
@@ -83,10 +83,11 @@ def _same_mode(old: CameraConfig, new: CameraConfig) -> bool:
 
 
 def _apply(app: LineApp, config: LineConfig) -> None:
-    """On the judging thread, between two frames. The judge checks products first, and raises before a thing changed."""
+    """On the judging thread, between two frames. What does not fit the bundle is refused before a thing changed."""
     judge = app.worker.judge
     if judge is None:
         raise ConfigError("the line is still starting", next_step="reload again when it runs")
+    require_products(config, judge.detector.bundle)
     judge.configure(config.cameras, config.judge)
     app.config = config
     rule = alarm_rule(config.alarm)

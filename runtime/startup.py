@@ -151,11 +151,11 @@ def require_engine(config: LineConfig, bundle: Bundle) -> tuple[str, Variant]:
 
 
 def require_products(config: LineConfig, bundle: Bundle) -> None:
-    """Refuse products of cameras and thresholds that the bundle does not know, and `auto` where it cannot tell them.
+    """Refuse products of cameras and thresholds that the bundle does not know, and what needs a classifier without one.
 
     Raises:
         ProductError: a product is unknown; names where the configuration has it.
-        ConfigError: `auto`, and the bundle has several products and no classifier.
+        ConfigError: `auto` of several products, or judge.check_product, and the bundle has no classifier.
     """
     classes = ", ".join(bundle.manifest.classes)
     places = {f"cameras.{name}.product": camera.product for name, camera in config.cameras.items()}
@@ -176,6 +176,13 @@ def require_products(config: LineConfig, bundle: Bundle) -> None:
             found=AUTO,
             expected=f"one of {classes}",
             next_step="name the camera's product",
+        )
+    if config.judge.check_product and bundle.manifest.outputs.logits is None:
+        raise ConfigError(
+            "judge.check_product: the bundle has no classifier that could see another product",
+            found=f"a {bundle.manifest.method} bundle without one",
+            expected="a bundle of several products that tells them by itself (hvq, hgad)",
+            next_step="remove judge.check_product, or use such a bundle",
         )
 
 

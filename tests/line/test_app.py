@@ -229,6 +229,11 @@ def test_a_short_run_waits_for_its_first_connection(
         ({"source": LIVE}, {"program": "nosuch"}, "nosuch"),
         ({"source": LIVE, "product": "mono"}, {"variant": "int8"}, "no int8 variant"),
         ({"source": LIVE, "product": "auto"}, {}, "no classifier"),
+        (
+            {"source": LIVE, "product": "mono"},
+            {"judge": {"check_product": True}},
+            "judge.check_product: the bundle has",
+        ),
         ({"source": LIVE, "product": "mono"}, {"judge": {"thresholds": {"nut": 1.0}}}, "judge.thresholds.nut: unknown"),
         ({"source": LIVE, "product": "mono"}, {"state": "bundle/manifest.json/state"}, "state folder"),
     ],
@@ -277,17 +282,20 @@ def test_hangup_takes_over_what_can_change(bundle: Path, broker: EmbeddedBroker,
     line.write_text(text + "judge: {thresholds: {mono: -1.0}}\noutbox: {inflight: 9}\n")
     process.send_signal(signal.SIGHUP)
     consumer.until(lambda: consumer.of("verdict")[-1]["label"] == "NG")
-    line.write_text("site: 3")
-    process.send_signal(signal.SIGHUP)
-    seen = len(consumer.of("verdict"))
-    consumer.wait_for("verdict", seen + 5)
+    for wrong in ("site: 3", text + "judge: {thresholds: {mono: 9.0}, check_product: true}\n"):
+        line.write_text(wrong)
+        process.send_signal(signal.SIGHUP)
+        seen = len(consumer.of("verdict"))
+        consumer.wait_for("verdict", seen + 5)
+        assert consumer.of("verdict")[-1]["label"] == "NG", "what was in force is"
     line.write_text(text.replace("pattern: black", "pattern: white"))
     process.send_signal(signal.SIGHUP)
     consumer.until(lambda: consumer.of("verdict")[-1]["score"] == pytest.approx(1.0, abs=0.1))
     process.send_signal(signal.SIGTERM)
     summary, log = finish(process)
     assert "reloaded: judge" in log and "only taken over by a restart: outbox" in log
-    assert "the configuration is not reloaded" in log and "reloaded: cameras.cam0.source" in log
+    assert log.count("the configuration is not reloaded") == 2 and "reloaded: cameras.cam0.source" in log
+    assert "judge.check_product: the bundle has no classifier" in log
     seqs = [verdict["seq"] for verdict in consumer.of("verdict")]
     assert seqs == list(range(1, len(seqs) + 1)), "no gap"
     assert summary["slots"]["cam0"]["dropped"] == 0

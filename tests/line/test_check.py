@@ -54,6 +54,7 @@ def test_a_line_that_works(
         (PATTERN, {"variant": "int8"}, "engine", "int8"),
         ({**PATTERN, "product": "nut"}, {}, "products", "nut"),
         ({**PATTERN, "product": "auto"}, {}, "products", "no classifier"),
+        (PATTERN, {"judge": {"check_product": True}}, "products", "judge.check_product: the bundle has no classifier"),
         ({**PATTERN, "source": {"kind": "gstreamer", "pipeline": "nosuch"}}, {}, "camera cam0", "GStreamer refuses"),
         ({**PATTERN, "source": {"kind": "csi"}}, {}, "camera cam0", "nvarguscamerasrc"),
         ({**PATTERN, "source": {"kind": "usb", "device": "/dev/none"}}, {}, "camera cam0", "/dev/none is not there"),
