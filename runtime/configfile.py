@@ -17,6 +17,19 @@ M = TypeVar("M", bound=BaseModel)
 KeyPath = tuple[str, ...]
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without its yes, no, on, off, true and false: where a switch is meant pydantic reads the word.
+
+    As truth values they would be taken for 1 and 0 where a number is meant: `pixel_threshold: off`, `deadline_ms: on`.
+    """
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:bool"]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def load(path: Path, model: type[M]) -> M:
     """Read and validate `path`; validators find its folder as ``info.context["base"]``.
 
@@ -34,9 +47,9 @@ def load(path: Path, model: type[M]) -> M:
             next_step="check the path; configs/ holds examples",
         ) from error
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml.compose(text, Loader=_Loader)
         lines = dict(_positions(root, (), path))
-        data = yaml.safe_load(text)
+        data = yaml.load(text, Loader=_Loader)  # a SafeLoader
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML", found=error, next_step=f"mend {path} at the line named") from error
     if not isinstance(data, dict):

@@ -43,6 +43,13 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     assert config.topic == "andon/v1/s/l/st"
 
 
+@pytest.mark.parametrize(("word", "on"), [("yes", True), ("Off", False), ("true", True), ("FALSE", False)])
+def test_switches_are_read_in_all_words_of_yaml(tmp_path: Path, word: str, on: bool) -> None:
+    path = tmp_path / "line.yaml"
+    path.write_text(GOOD + f"alarm: {{latch: {word}}}\n")
+    assert load_line(path).alarm.latch is on
+
+
 def test_links_are_followed_when_they_are_used(tmp_path: Path) -> None:
     for name in ("v1", "v2"):
         (tmp_path / "bundles" / name).mkdir(parents=True)
@@ -69,6 +76,11 @@ def test_links_are_followed_when_they_are_used(tmp_path: Path) -> None:
         ("broker: {tls: {caa: x}}\n", 9, "broker.tls.caa: unknown key; did you mean 'ca'?"),
         ("alarm: {k: 9, n: 2}\n", 9, "alarm: needs clear < k <= n"),
         ("    deadline_ms: .nan\n", 9, "cameras.cam0.deadline_ms: Input should be"),
+        ("    deadline_ms: yes\n", 9, "cameras.cam0.deadline_ms: Input should be a valid number"),
+        ("    roi: [0, 0, on, 9]\n", 9, "cameras.cam0.roi.2: Input should be a valid integer"),
+        ("judge: {pixel_threshold: off}\n", 9, "judge.pixel_threshold: Input should be a valid number"),
+        ("judge: {pixel_threshold: false}\n", 9, "judge.pixel_threshold: Input should be a valid number"),
+        ("judge: {thresholds: {mono: yes}}\n", 9, "judge.thresholds.mono: Input should be a valid number"),
         ("    product: poly\n", 9, "'cameras.cam0.product' is given twice"),
         ("  status: {source: {kind: test}}\n", 5, "cannot be called 'status'"),
         ("  c1: {source: {kind: tset}}\n", 9, "does not match any of the expected tags"),
