@@ -10,6 +10,7 @@ from typing import Any
 from ..bundle import Bundle
 from ..engine.build import BuildOptions, Built, default_cache, with_dla
 from ..engine.probe import require_tensorrt
+from ..errors import EngineError
 from . import numbers, options
 
 
@@ -33,7 +34,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """Run it. Stages whose plan is there are skipped, so it goes on where it was interrupted.
 
     Raises:
-        EngineError: TensorRT cannot be used here (the message says what is missing), or refuses a stage.
+        EngineError: TensorRT cannot be used here (the message says what is missing), or refuses a stage; or a plan
+            cannot be kept.
         BundleError: the bundle cannot be used.
     """
     with Bundle.load(args.bundle) as bundle:
@@ -52,10 +54,22 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             for variant in variants:
                 for name, stage in manifest.stages.items():
                     backend.open(name, stage, bundle.stage_path(name, variant), variant)
-                    _print(backend.plans.built[-1])
+                    _print(_kept(backend.plans.built[-1]))
             built = backend.plans.built
         print(f"next: andon verify --bundle {shlex.quote(str(args.bundle))} --backend tensorrt")
         return {"ok": True, "bundle": bundle.id, "plans": [_plain(b) for b in built]}
+
+
+def _kept(built: Built) -> Built:
+    """A line runs with a plan that the disk refused; here it was built to be kept."""
+    if not built.kept:
+        raise EngineError(
+            f"the plan of stage {built.stage} was built and cannot be kept",
+            found=f"{built.plan.parent} does not take it",
+            expected=f"a folder that this user can write, with room for {built.bytes / 1e6:.0f} MB",
+            next_step="make room, or give another folder: --cache DIR here, $ANDON_CACHE for andon run",
+        )
+    return built
 
 
 def _print(built: Built) -> None:

@@ -67,7 +67,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Built:
-    """What became of a stage's plan. seconds: of the build; 0 if it was there. reason: why it was built."""
+    """What became of a stage's plan. seconds: of the build; 0 if it was there. reason: why it was built.
+
+    kept: False where the disk refused it.
+    """
 
     stage: str
     variant: str
@@ -77,6 +80,7 @@ class Built:
     reason: str = ""
     trtexec: str = ""
     dla_fallback: tuple[str, ...] = ()
+    kept: bool = True
 
 
 class PlanStore:
@@ -113,7 +117,9 @@ class PlanStore:
         started = time.monotonic()
         serialized, fallback = self._build(stage, variant, model, onnx.name)
         seconds = time.monotonic() - started
-        self._write(path, serialized, {**wanted, "sha256": hashlib.sha256(serialized).hexdigest(), "seconds": seconds})
+        sidecar = {**wanted, "sha256": hashlib.sha256(serialized).hexdigest(), "seconds": seconds}
+        # Plan first, sidecar last: a plan without a sidecar is never used.
+        kept = _keep((path, serialized), (path.with_suffix(".json"), (json.dumps(sidecar, indent=1) + "\n").encode()))
         plan = self._runtime.deserialize_cuda_engine(serialized)
         if plan is None:
             raise EngineError(
@@ -123,7 +129,7 @@ class PlanStore:
                 next_step="andon doctor",
             )
         line = self.trtexec(stage, onnx, path)
-        self.built.append(Built(stage, variant, path, len(serialized), seconds, reason, line, fallback))
+        self.built.append(Built(stage, variant, path, len(serialized), seconds, reason, line, fallback, kept))
         return plan
 
     def has(self, stage: str, onnx: Path, variant: Variant) -> bool:
@@ -168,7 +174,10 @@ class PlanStore:
         if not path.is_file():
             return None, self._why_none(path, wanted)
         sidecar = _read_sidecar(path)
-        serialized = path.read_bytes()
+        try:
+            serialized = path.read_bytes()
+        except OSError as error:  # built by another user, as with sudo
+            return None, f"it cannot be read: {error.strerror}"
         if sidecar is None or {k: sidecar.get(k) for k in wanted} != wanted:
             return None, "its sidecar is missing or says something else"
         if hashlib.sha256(serialized).hexdigest() != sidecar.get("sha256"):
@@ -217,7 +226,11 @@ class PlanStore:
 
     def _attach_timing_cache(self, config: Any) -> Any:
         path = self._timing_cache()
-        cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+        try:
+            known = path.read_bytes()
+        except OSError:  # there is none, or it is another user's
+            known = b""
+        cache = config.create_timing_cache(known)
         if not config.set_timing_cache(cache, False):
             log.info("the timing cache %s is of another device and is started afresh", path.name)
             cache = config.create_timing_cache(b"")
@@ -225,12 +238,7 @@ class PlanStore:
         return cache
 
     def _save_timing_cache(self, cache: Any) -> None:
-        _replace(self._timing_cache(), bytes(cache.serialize()))
-
-    def _write(self, path: Path, serialized: bytes, sidecar: dict[str, Any]) -> None:
-        """Plan first, sidecar last: a plan without a sidecar is never used."""
-        _replace(path, serialized)
-        _replace(path.with_suffix(".json"), (json.dumps(sidecar, indent=1) + "\n").encode())
+        _keep((self._timing_cache(), bytes(cache.serialize())))
 
 
 def default_cache() -> Path:
@@ -278,11 +286,25 @@ def _read_sidecar(plan: Path) -> dict[str, Any] | None:
     return sidecar if isinstance(sidecar, dict) else None
 
 
+def _keep(*files: tuple[Path, bytes]) -> bool:
+    """Write them; what took minutes to build is used although the disk refuses it. Whether it took all."""
+    try:
+        for path, content in files:
+            _replace(path, content)
+    except OSError as error:
+        log.warning("%s cannot be kept, and is built again when it is needed again: %s", path, error)
+        return False
+    return True
+
+
 def _replace(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # on a full disk half a plan would lie there for good

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 import logging
@@ -240,6 +241,41 @@ def test_a_plan_is_built_once_and_rebuilt_when_it_does_not_fit(
     assert sidecar["tensorrt"] == "10.3.0" and sidecar["gpu"] == "Orin (double)" and sidecar["sm"] == "8.7"
     trtdouble.install(monkeypatch, "10.13.2")
     assert "tensorrt was 10.3.0" in open_all(bundle, cache)[0].reason
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_plans_that_cannot_be_kept_are_used_all_the_same(
+    world: trtdouble.World, make_bundle: MakeBundle, cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any,
+    capsys: pytest.CaptureFixture[str], full: bool,
+) -> None:  # fmt: skip
+    def refuse(number: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    root = make_bundle()
+    if full:
+        monkeypatch.setattr("andon.runtime.engine.build.os.fsync", refuse)
+    else:
+        cache.touch()  # where the folder should be, so that not even root can write there
+    with Bundle.load(root) as bundle, TensorRTBackend(cache) as backend, Program(bundle, backend) as program:
+        assert np.isfinite(program.run(0).score)
+    assert "cannot be kept" in caplog.text and not list(cache.parent.rglob("*.tmp")), "half a plan takes no room"
+    code, _, text = run(capsys, "build", "--bundle", root, "--cache", cache)
+    assert code == 1 and "cannot be kept" in text and "Traceback" not in text
+
+
+def test_a_plan_of_another_user_is_built_again(
+    world: trtdouble.World, make_bundle: MakeBundle, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, read = Bundle.load(make_bundle()), Path.read_bytes
+    open_all(bundle, cache)
+
+    def refuse(path: Path) -> bytes:
+        if path.parent == cache:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert {b.reason for b in open_all(bundle, cache)} == {"it cannot be read: Permission denied"}
 
 
 def test_a_plan_that_does_not_deserialise_is_rebuilt(
