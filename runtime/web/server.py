@@ -11,6 +11,7 @@ import hmac
 import ipaddress
 import json
 import logging
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -68,7 +69,7 @@ class WebServer:
 
     def __init__(self, host: str, port: int, backend: Backend, token: str | None):
         try:
-            self._server = _Server((host, port), _Handler)
+            self._server = (_Server6 if ":" in host else _Server)((host, port), _Handler)
         except OSError as error:
             raise DeliveryError(
                 f"the live page cannot be served on {host}:{port}",
@@ -108,6 +109,12 @@ class _Server(ThreadingHTTPServer):
             log.error("%s: %s", client_address, error, exc_info=error)
 
 
+class _Server6(_Server):
+    """On an IPv6 address; on :: Linux takes IPv4 as well."""
+
+    address_family = socket.AF_INET6
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
     protocol_version = "HTTP/1.1"
@@ -138,12 +145,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Login and acknowledge."""
-        length = self.headers.get("Content-Length", "")
-        if not length.isdigit() or int(length) > _MAX_BODY:
+        length = _whole(self.headers.get("Content-Length", ""))
+        if length is None or length > _MAX_BODY:
             self.close_connection = True
             self._json(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, {"error": f"a body of at most {_MAX_BODY} bytes"})
             return
-        body = self.rfile.read(int(length))
+        body = self.rfile.read(length)
         path = urlsplit(self.path).path
         if path == "/login":
             self._login(body)
@@ -196,11 +203,11 @@ class _Handler(BaseHTTPRequestHandler):
     # -- answers -----------------------------------------------------------------------------------------------------
 
     def _picture(self, camera: str, query: dict[str, list[str]]) -> None:
-        width = query.get("width", ["640"])[0]
-        if camera not in self.server.backend.cameras or not width.isdigit() or not 16 <= int(width) <= 4096:
+        width = _whole(query.get("width", ["640"])[0])
+        if camera not in self.server.backend.cameras or width is None or not 16 <= width <= 4096:
             self._json(HTTPStatus.NOT_FOUND, {"error": "no such camera or width"})
             return
-        picture = self.server.backend.picture(camera, int(width), query.get("heat", ["1"])[0] == "1")
+        picture = self.server.backend.picture(camera, width, query.get("heat", ["1"])[0] == "1")
         if picture is None:
             self._json(HTTPStatus.NOT_FOUND, {"error": "no picture yet"})
             return
@@ -254,6 +261,11 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Requests are not worth a line each."""
         log.debug(format, *args)
+
+
+def _whole(text: str) -> int | None:
+    """A number in a request; None for what is none, such as the superscript that str.isdigit lets pass."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
 
 
 def _finite(value: Any) -> Any:

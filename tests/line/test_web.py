@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import shutil
+import socket
 import subprocess
 import threading
 import urllib.error
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import cv2
 import numpy as np
@@ -134,6 +136,30 @@ def test_login_sets_a_cookie(guarded_page: int) -> None:
     cookie = headers["Set-Cookie"]
     assert status == 303 and "HttpOnly" in cookie and "SameSite=Strict" in cookie
     assert ask(guarded_page, "/api/state", Cookie=cookie.split(";")[0])[0] == 200
+
+
+@pytest.mark.parametrize("number", ["\xb2", "9" * 5000, "-1", "+2", ""])
+def test_what_is_no_number_is_refused_without_a_word(
+    open_page: int, caplog: pytest.LogCaptureFixture, number: str
+) -> None:
+    path = f"/api/picture/cam0?width={quote(number) or '%20'}"
+    assert ask(open_page, path)[0] == 404
+    head = f"POST /login HTTP/1.1\r\nHost: localhost\r\nContent-Length: {number}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", open_page), 10) as line:
+        line.sendall(head.encode("latin-1"))
+        assert line.recv(4096).startswith(b"HTTP/1.1 413")
+    assert not caplog.records, "anybody could fill the log with it"
+
+
+def test_an_ipv6_address_is_served() -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    with WebServer("::1", 0, backend(), None) as server:
+        assert server.url == f"http://[::1]:{server.port}/"
+        with urllib.request.urlopen(f"{server.url}healthz", timeout=10) as answer:
+            assert answer.status == 200
 
 
 def test_taken_port_is_said(open_page: int) -> None:
