@@ -175,7 +175,9 @@ class CameraConfig(Settings):
     roi: tuple[int, int, int, int] | None = Field(
         default=None, description="Region of interest [x, y, width, height] in camera pixels; null: the whole picture"
     )
-    max_fps: float | None = Field(default=None, gt=0, description="Frames above this rate are skipped")
+    max_fps: float | None = Field(
+        default=None, gt=0, description="Frames above this rate are skipped, but for those of triggers"
+    )
     drop: Literal["latest", "block"] | None = Field(
         default=None,
         description="latest: newer frames replace waiting ones (counted); block: the source waits; "

@@ -105,6 +105,12 @@ class Slots:
                 lane.counts.untriggered += 1
             return wanted
 
+    def awaited(self, camera: str, monotonic: float) -> bool:
+        """Whether a trigger waits for a frame captured then."""
+        lane = self._lanes[camera]
+        with self._lock:
+            return bool(lane.triggers) and monotonic >= lane.triggers[0].at
+
     def put(self, item: Frame | Missed) -> bool:
         """Hand over a frame or a missed one; waits for room with drop: block. False once the slots are closed.
 

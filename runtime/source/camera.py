@@ -144,7 +144,9 @@ class Camera:
 
     def _deliver(self, shot: Shot) -> None:
         config = self._config
-        if config.max_fps is not None and shot.part_id is None:
+        # A frame that a trigger waits for is its part's: a later one would show what has come after it.
+        announced = shot.part_id is not None or self._slots.awaited(self.name, shot.monotonic)
+        if config.max_fps is not None and not announced:
             if shot.monotonic < self._next_wanted:
                 self._update(skipped=self._state.skipped + 1)
                 return

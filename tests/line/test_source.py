@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from andon.runtime.errors import ConfigError, SourceError
 from andon.runtime.lineconfig import CameraConfig, CsiSource, UsbSource
-from andon.runtime.slot import LanePolicy, Missed, Slots
+from andon.runtime.slot import LanePolicy, Missed, Slots, Trigger
 from andon.runtime.source import EndOfSource, Shot, make_source
 from andon.runtime.source.camera import Camera, CameraState
 from andon.runtime.source.gstreamer import GstreamerCamera, gst, unpack
@@ -465,6 +465,18 @@ def test_max_fps_skips_and_counts() -> None:
         frames = running.items(1.05)
     assert 8 <= len(frames) <= 13
     assert running.camera.state.skipped > 20
+
+
+def test_max_fps_does_not_hold_back_the_frame_of_a_trigger() -> None:
+    with Running(Flaky(["deliver"]), live(max_fps=0.1)) as running:
+        while not running.camera.state.skipped:
+            running.slots.take(1)
+        at = time.monotonic()
+        running.slots.trigger("cam", Trigger("A-7731", at, at + 3))
+        item = None
+        while item is None or item.part_id is None:
+            item = running.slots.take(5)
+    assert isinstance(item, Frame), "in ten seconds another part would be in view"
 
 
 def test_blocking_loses_nothing_and_a_slow_line_is_no_stall(tmp_path: Path, make_images: Callable[..., Path]) -> None:
