@@ -326,6 +326,7 @@ class LineMemory:
 
     def _restore_last(self) -> None:
         """Take the newest snapshot that fits; what cannot be used is logged and passed over."""
+        last = max((int(e["version"]) for e in self._audit.entries() if "version" in e), default=0)
         for item in self._store.usable():
             if isinstance(item, Refusal):
                 log.warning("snapshot %s is not used: %s", item.path.name, item.reason)
@@ -336,13 +337,13 @@ class LineMemory:
                 log.warning("snapshot %d is not used: %s", item.number, error)
                 continue
             saved = int(item.meta["version"])
-            last = max((int(e["version"]) for e in self._audit.entries() if "version" in e), default=0)
             # Killed after the last save, the line may have published later versions: their numbers are not used again.
             self._number = saved if last <= saved else last + 1
             entry = {"action": "restore", "version": self._number, "of": saved, "snapshot": item.number}
             self._note(entry)
             log.info("memory version %d restored from snapshot %d as version %d", saved, item.number, self._number)
             return
+        self._number = last + 1 if last else 0  # nothing was saved yet, or nothing is left of it
 
     def _take(self, snapshot: Snapshot) -> None:
         arrays = snapshot.arrays

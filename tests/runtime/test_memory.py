@@ -252,13 +252,24 @@ def test_damaged_newest_snapshot_is_passed_over(station, tmp_path, caplog):
     assert "is not used" in caplog.text
 
 
+def test_a_number_that_was_published_is_not_used_again_where_no_snapshot_is_left(station, tmp_path):
+    line = station()
+    for value in (104, 105, 104, 108):
+        line.see(value)
+    assert line.memory.version("a") == 2 and not list((tmp_path / "state").glob("*.snapshot"))
+    again = station()  # the first one was killed within its first minute
+    assert again.memory.version("a") == 3 and again.memory.describe()["rows"]["a"] == 0
+    assert station().memory.version("a") == 3, "nothing has changed since"
+
+
 def test_state_of_another_bundle_is_refused(station, memory_bundle, caplog):
     line = station()
     for _ in range(3):
         line.see(104)
     line.close()
     other = station(bundle=memory_bundle(("x", "y")))
-    assert other.memory.version("x") == 0
+    assert other.memory.describe()["rows"] == {"x": 0, "y": 0}
+    assert other.memory.version("x") == 2, "the numbers of a state folder go on, whatever is in them"
     assert "another bundle" in caplog.text
 
 
