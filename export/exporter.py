@@ -15,7 +15,7 @@ from ..runtime.errors import AndonError, ConfigError
 from ..runtime.manifest import Manifest, Stage, Variant
 from ..train.method import AnomalyModel
 from . import bundle, trtcheck, verify
-from .frames import Evidence, Frames
+from .frames import Evidence, Frames, thin
 from .onnx import StageGraph, export_stage
 from .reduce import ROUNDED, Reduced, Reducer
 from .stage import StagedModel
@@ -176,7 +176,7 @@ class _Run:
         torch_side = verify.reference(self._model, some)
         engine_side = Scored(full.score[chosen], full.map[chosen])
         self._checks += verify.model_parity(engine_side, torch_side, some, threshold)
-        self._checks += verify.alternatives_parity(self._root, manifest, self._staged, some.select(range(2)))
+        self._checks += verify.alternatives_parity(self._root, manifest, self._staged, _ends(some))
         self._refuse_failures("mend the cut: the program does not compute what the torch model does")
         return full, threshold
 
@@ -251,18 +251,28 @@ class _Run:
 
 
 def _indices(frames: Frames, count: int) -> list[int]:
-    """Evenly from every (class, label), evenly spaced within it, in order."""
+    """Indices of `count` frames, or of one of every product where that is more: evenly from every (product, label),
+    evenly spaced within it, in order.
+
+    Products come first: each has constants of its own, which nothing has looked at where no frame is its.
+    """
     groups: dict[tuple[int, int], list[int]] = {}
     for i, key in enumerate(zip(frames.class_ids.tolist(), frames.labels.tolist(), strict=True)):
         groups.setdefault(key, []).append(i)
-    share = -(-count // len(groups))
-    picked = [
-        members[j]
-        for members in groups.values()
-        for j in sorted(set(np.linspace(0, len(members) - 1, min(share, len(members))).round().astype(int)))
-    ]
-    return sorted(picked[:: max(1, len(picked) // count)][:count]) if len(picked) > count else sorted(picked)
+    turns: dict[tuple[int, tuple[int, int]], list[int]] = {}
+    products = sorted({product for product, _ in groups})
+    for place, product in enumerate(products):
+        labels = sorted(label for owner, label in groups if owner == product)
+        for turn in range(len(labels)):  # good ones of this product and defective ones of the next, then the others
+            key = (product, labels[(turn + place) % len(labels)])
+            turns[turn, key] = groups[key]
+    return sorted(thin({turn: turns[turn] for turn in sorted(turns)}, max(count, len(products))))
 
 
 def _spread(frames: Frames, count: int) -> Frames:
     return frames.select(_indices(frames, count))
+
+
+def _ends(frames: Frames) -> Frames:
+    """The first frame and the last, which are of two products where there are two."""
+    return frames.select(sorted({0, len(frames) - 1}))

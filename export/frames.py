@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from ..runtime.manifest import Preprocess
 from ..runtime.preprocess import resize
 from .walk import Array
 
+_T = TypeVar("_T")
 #: Memory for all frames of an export, bytes: limits how many large frames are used.
 BUDGET = 256 << 20
 
@@ -39,6 +41,15 @@ class Frames:
         chosen = np.asarray(indices, dtype=np.int64)
         return Frames(self.images[chosen], self.class_ids[chosen], self.labels[chosen], self.source)
 
+    def joined(self, other: Frames) -> Frames:
+        """These frames and then the others."""
+        return Frames(
+            np.concatenate((self.images, other.images)),
+            np.concatenate((self.class_ids, other.class_ids)),
+            np.concatenate((self.labels, other.labels)),
+            f"{self.source}; {other.source}",
+        )
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -58,14 +69,17 @@ def load(samples: Sequence[Sample], classes: Sequence[str], preprocess: Preproce
     return Frames(images, ids, labels, source)
 
 
-def thin(groups: Mapping[object, Sequence[Sample]], limit: int) -> list[Sample]:
-    """At most `limit` samples, evenly from every group and evenly spaced within it: the same ones every time."""
+def thin(groups: Mapping[Any, Sequence[_T]], limit: int) -> list[_T]:
+    """At most `limit` members, evenly from every group and evenly spaced within it: the same ones every time.
+
+    Where there are more groups than that, the first ones have one each.
+    """
     sizes = {key: len(members) for key, members in groups.items()}
     share = dict.fromkeys(groups, 0)
     for _ in range(min(limit, sum(sizes.values()))):
         key = min((k for k in groups if share[k] < sizes[k]), key=lambda k: share[k])
         share[key] += 1
-    chosen: list[Sample] = []
+    chosen: list[_T] = []
     for key, members in groups.items():
         picks = np.linspace(0, sizes[key] - 1, share[key]).round().astype(int)
         chosen += [members[i] for i in picks]
@@ -81,7 +95,10 @@ def gather(
     good: int = 128,
     labelled: int = 400,
 ) -> Evidence:
-    """The evidence of a checkpoint: its held-out good images, and the test split or synthetic defects.
+    """The evidence of a checkpoint: its held-out good images, and the test split.
+
+    A product without good and defective test images is judged by its held-out good ones with synthetic defects: no
+    product's decisions go unlooked at.
 
     holdout: keys of the good images that training left out.
 
@@ -98,14 +115,17 @@ def gather(
             f"{dataset.spec} has no held-out good image of {', '.join(missing)}",
             found=f"{len(held)} held-out images",
             expected="good images that training left out (holdout > 0)",
-            next_step="train with holdout 0.1, or give --data with a test split",
+            next_step="train again with at least four good images of each product and holdout 0.1 or more",
         )
     kept = load(thin(_by_class(held.samples), good), classes, preprocess, f"{dataset.spec}, held-out good")
     test = dataset.select(split="test", products=classes).samples
-    if any(s.good for s in test) and any(not s.good for s in test):
-        chosen = thin(_by_class(test), labelled)
-        return Evidence(kept, load(chosen, classes, preprocess, f"{dataset.spec}, test split"))
-    return Evidence(kept, with_synthetic_defects(kept))
+    judged = [c for c in classes if len({s.good for s in test if s.product == c}) == 2]
+    if not judged:
+        return Evidence(kept, with_synthetic_defects(kept))
+    others = with_synthetic_defects(kept.select([i for i, c in enumerate(kept.class_ids) if classes[c] not in judged]))
+    chosen = thin(_by_class([s for s in test if s.product in judged]), max(1, labelled - len(others)))
+    tested = load(chosen, classes, preprocess, f"{dataset.spec}, test split")
+    return Evidence(kept, tested.joined(others) if len(others) else tested)
 
 
 def _by_class(samples: Sequence[Sample]) -> dict[object, list[Sample]]:

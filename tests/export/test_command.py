@@ -5,11 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from andon.export import command
+from andon.export.frames import gather
 from andon.runtime.dataset import Dataset, Sample, open_dataset
 from andon.runtime.errors import SourceError
 from andon.runtime.fingerprint import image_hash, pack
+from andon.runtime.manifest import Preprocess
 from andon.train.checkpoint import Provenance
 
 from .conftest import Toy  # type: ignore[import-not-found]
@@ -79,3 +82,19 @@ def test_the_set_is_found_from_elsewhere_and_named_at_another_depth(
     assert (deeper.good.images == whole.good.images).all() and len(deeper.labelled) == len(whole.labelled)
     with pytest.raises(SourceError, match="give the same --data"):
         command._evidence(str(data / "grid"), origin.model_copy(update={"fingerprints": {}, "skipped": ()}), toy.model)
+
+
+def test_a_product_without_defective_test_images_is_judged_by_synthetic_ones(
+    synthetic_data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(synthetic_data / "grid", tmp_path / "set" / "grid")
+    shutil.copytree(synthetic_data / "stripes" / "train", tmp_path / "set" / "stripes" / "train")
+    shutil.copytree(synthetic_data / "grain" / "train", tmp_path / "set" / "grain" / "train")
+    shutil.copytree(synthetic_data / "grain" / "test" / "good", tmp_path / "set" / "grain" / "test" / "good")
+    held = [f"{product}/train/good/00{i}.png" for product in ("grain", "grid", "stripes") for i in range(3)]
+    preprocess = Preprocess(height=32, width=32)
+    evidence = gather(open_dataset(str(tmp_path / "set")), held, ("grain", "grid", "stripes"), preprocess)
+    found = evidence.labelled
+    counts = {(c, y): int(np.sum((found.class_ids == c) & (found.labels == y))) for c in range(3) for y in range(2)}
+    assert counts == {(0, 0): 3, (0, 1): 3, (1, 0): 8, (1, 1): 8, (2, 0): 3, (2, 1): 3}
+    assert "test split" in found.source and "synthetic" in found.source

@@ -17,7 +17,8 @@ import torch
 from andon.export import bundle as writing
 from andon.export import reduce, verify
 from andon.export.command import narrow_lines
-from andon.export.exporter import GateError, Request, export_bundle
+from andon.export.exporter import GATE_FRAMES, GOLDEN_FRAMES, GateError, Request, _indices, export_bundle
+from andon.export.frames import Frames
 from andon.runtime.bundle import Bundle, read_npz
 from andon.runtime.engine.onnxruntime import OnnxRuntimeBackend
 from andon.runtime.errors import BundleError, ConfigError
@@ -51,6 +52,21 @@ def test_a_looped_method_exports_loads_and_replays(toy: Toy, tmp_path: Path) -> 
                     np.testing.assert_allclose(found, golden[f"{stage.name}.{output}"][i], rtol=1e-3, atol=1e-4)
     gate = read_npz(bundle.root / writing.GATE_FILE)
     assert set(gate["labels"]) == {0, 1} and gate["threshold"].shape == (2,)
+
+
+@pytest.mark.parametrize("products", [1, 3, 15, 70])
+@pytest.mark.parametrize("count", [GOLDEN_FRAMES, GATE_FRAMES])
+def test_every_product_has_frames_in_what_is_compared(products: int, count: int) -> None:
+    """Golden set, gate set and the comparison with torch are choices of the same kind."""
+    each = 5  # good and as many defective frames a product, in the order of a data set
+    class_ids = np.repeat(np.arange(products, dtype=np.int32), 2 * each)
+    labels = np.tile(np.repeat(np.array([0, 1], np.int32), each), products)
+    frames = Frames(np.zeros((len(labels), 1, 1, 3), np.uint8), class_ids, labels, "made for the test")
+    chosen = frames.select(_indices(frames, count))
+    assert {*chosen.class_ids} == {*range(products)}
+    assert len(chosen) == min(len(frames), max(count, products))
+    of_each = np.bincount(chosen.class_ids)
+    assert of_each.max() - of_each.min() <= 2 and (products == 1 or {*chosen.labels} == {0, 1})
 
 
 def test_the_files_are_what_the_manifest_says(toy: Toy, tmp_path: Path) -> None:
