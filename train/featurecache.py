@@ -6,6 +6,7 @@ while it is used. Locks go with the process that holds them, so a killed one lea
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -18,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 
 from ..runtime.errors import ConfigError
+from .errors import TrainingError
 
 LIMIT = "ANDON_CACHE_LIMIT"
 DEFAULT_LIMIT = "20 GB"
@@ -57,6 +59,32 @@ def limit() -> int | None:
         step = f"set {LIMIT} to one of these, or unset it for {DEFAULT_LIMIT}"
         raise ConfigError(f"{LIMIT} is not a size", found=text, expected="500 MB, 20 GB, off, ...", next_step=step)
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def reserve(path: Path) -> None:
+    """Take room on the disk for all of a file that is to be written through a memory map.
+
+    Such a file has holes; on a full disk the first write into one is no error but the signal SIGBUS, which ends the
+    process without a word.
+
+    Raises:
+        TrainingError: there is not so much room.
+    """
+    size = path.stat().st_size
+    handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.posix_fallocate(handle, 0, size)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot
+            return
+        raise TrainingError(
+            f"the feature cache {path.parent.parent} cannot be written",
+            found=error.strerror,
+            expected=f"room for {_size(size)}",
+            next_step=f"make room there, set ANDON_CACHE to a folder on another disk, or {LIMIT} to less",
+        ) from error
+    finally:
+        os.close(handle)
 
 
 def used(entry: Path) -> None:

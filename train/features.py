@@ -33,7 +33,7 @@ from ..runtime.manifest import Preprocess
 from ..runtime.preprocess import resize
 from .augment import View
 from .backbones import state_hash
-from .featurecache import INDEX, Lease, limit, prune, used
+from .featurecache import INDEX, Lease, limit, prune, reserve, used
 from .method import AnomalyModel, Batch
 
 Array = NDArray[Any]
@@ -96,11 +96,12 @@ def extract(
 ) -> FeatureSet:
     """What `model` trains on for these samples, from the cache or computed now.
 
-    Afterwards the cache is pruned to its limit, see featurecache.py.
+    Before and after it computes, the cache is pruned to its limit, see featurecache.py.
 
     Raises:
         SourceError: an image cannot be read.
         ConfigError: $ANDON_CACHE_LIMIT is not a size.
+        TrainingError: the cache's disk is full.
     """
     most = limit()
     if not samples:
@@ -113,6 +114,7 @@ def extract(
     while not (entry / INDEX).is_file():
         lease.own()
         if not (entry / INDEX).is_file():
+            prune(root, most)  # a limit that was lowered for want of room makes room first
             _compute(model, samples, entry, torch.device(device), batch, progress)
         lease.share()
     used(entry)
@@ -186,6 +188,7 @@ def _compute(
                         shape = (len(samples), *value.shape[1:])
                         path = work / f"{name}.npy"
                         arrays[name] = np.lib.format.open_memmap(path, "w+", value.dtype, shape)
+                        reserve(path)
                     arrays[name][start : start + len(part)] = value
                 bar.update(len(part))
         for array in arrays.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -108,6 +109,23 @@ def test_second_process_waits_for_the_first(toy: ModuleType, synthetic_data: Pat
     calls = sorted(int(p.communicate()[0]) for p in both)
     assert calls[0] == 0 < calls[1], "one computes, the other reads"
     assert not list(tmp_path.rglob("*.tmp-*"))
+
+
+def test_a_full_disk_is_said_and_leaves_nothing_behind(
+    toy: ModuleType, synthetic_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room is taken before the memory map is written into: there a full disk is a signal that ends the process."""
+
+    def full(handle: int, offset: int, length: int) -> None:
+        assert length == os.fstat(handle).st_size > 0
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    samples = [s for s in open_dataset(synthetic_data).samples if s.split == "train"][:4]
+    with pytest.raises(TrainingError, match="cannot be written") as caught:
+        extract(toy.build(), samples, root=tmp_path, progress=False)
+    assert "No space left" in str(caught.value.found) and "ANDON_CACHE" in str(caught.value.next_step)
+    assert not [p for p in (tmp_path / "features").iterdir() if p.is_dir()]
 
 
 def entry_of(root: Path, name: str, days: float, size: int = 1000) -> Path:
