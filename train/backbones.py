@@ -242,8 +242,15 @@ def _tensors(path: Path) -> dict[str, Tensor]:
             next_step="convert the file to safetensors",
         ) from error
     for key in ("state_dict", "model"):
-        if isinstance(state.get(key), dict):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
+    if not isinstance(state, dict):
+        raise ConfigError(
+            f"backbone weights {path} are no state dict",
+            found=type(state).__name__,
+            expected="a dict of tensors by name",
+            next_step="save the model's state_dict()",
+        )
     return {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
 
 
@@ -263,7 +270,9 @@ def _load_by_order(net: nn.Module, model_id: str, source: Mapping[str, Tensor]) 
 
 
 def _load_by_name(net: nn.Module, source: Mapping[str, Tensor], name: str) -> None:
+    """Load the whole model's tensors into the cut one."""
     wanted = net.state_dict()
+    source = {k: source[there] for k in wanted if (there := _in_whole(k, source)) is not None}
     missing = [k for k in wanted if k not in source and not k.endswith("num_batches_tracked")]
     wrong = [k for k in wanted if k in source and source[k].shape != wanted[k].shape]
     if missing or wrong:
@@ -274,3 +283,14 @@ def _load_by_name(net: nn.Module, source: Mapping[str, Tensor], name: str) -> No
             next_step="use weights saved from timm's model of the same id",
         )
     net.load_state_dict({k: source.get(k, v) for k, v in wanted.items()})
+
+
+def _in_whole(key: str, source: Mapping[str, Tensor]) -> str | None:
+    """A tensor's name in the whole model, None if it has no such tensor.
+
+    timm's feature networks flatten what they take a feature from inside of (`stages.0` of ConvNeXt is `stages_0`), or
+    wrap the model (`model.` of vision transformers).
+    """
+    head, _, rest = key.partition(".")
+    split = [f"{head[:i]}.{head[i + 1 :]}.{rest}" for i, letter in enumerate(head) if letter == "_"]
+    return next((name for name in (key, *split, key.removeprefix("model.")) if name in source), None)

@@ -132,6 +132,30 @@ def test_local_file(tmp_path: Path, suffix: str) -> None:
     assert model.record.weights == f"file:w{suffix}"
 
 
+@pytest.mark.parametrize(
+    ("name", "taps"),
+    [("convnext_atto", (0, 2)), ("densenet121", (1,)), ("hgnetv2_b0", (1, 2)), ("vit_tiny_patch16_224", (3, 6))],
+)
+def test_local_file_of_a_network_whose_features_have_other_names(
+    name: str, taps: tuple[int, ...], tmp_path: Path
+) -> None:
+    """timm flattens some networks for their features and wraps others; a file has the whole model's names."""
+    torch.manual_seed(1)
+    whole = timm.create_model(name).eval()
+    save_file(whole.state_dict(), tmp_path / "w.safetensors")
+    mine = Backbone(BackboneConfig(id=name, weights=str(tmp_path / "w.safetensors"), taps=taps))
+    images = frames(224, 1)
+    seen: list[Tensor] = []
+    last = whole.get_submodule(whole.feature_info[taps[-1]]["module"])
+    last.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    with torch.no_grad():
+        (found,) = mine(images)[-1:]
+        whole(mine.normalize(images))
+    # a transformer's block gives tokens, class token first: its features are the same numbers on their grid
+    expected = seen[0] if seen[0].ndim == 4 else seen[0][:, 1:].transpose(1, 2).reshape(found.shape)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 class Evil:
     """Would run code when unpickled."""
 
@@ -153,6 +177,9 @@ def test_what_cannot_be_had_is_named(tmp_path: Path, capsys: pytest.CaptureFixtu
     torch.save({"conv_stem.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ConfigError, match="do not fit"):
         lite(str(tmp_path / "other.pth"))
+    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
+    with pytest.raises(ConfigError, match="no state dict"):
+        lite(str(tmp_path / "tensor.pth"))
     torch.save({"a": Evil()}, tmp_path / "evil.pth")
     with pytest.raises(ConfigError, match="cannot read"):
         lite(str(tmp_path / "evil.pth"))
