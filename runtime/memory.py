@@ -216,6 +216,8 @@ class LineMemory:
     def command(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Execute freeze, unfreeze, snapshot, rollback (`version`, else the newest older one) or reset.
 
+        Where there is no memory but a drift watch, reset gives that a new reference, and is all there is.
+
         Raises:
             ConfigError: unknown action, or there is no memory to command.
             CalibrationError: no snapshot to roll back to, or it cannot be written.
@@ -229,7 +231,7 @@ class LineMemory:
         }
         if name not in actions:
             raise ConfigError(f"no memory action '{name}'", found=name, expected=", ".join(actions))
-        if not self._calibrators:
+        if not self._calibrators and not (name == "reset" and self._config.drift.enabled):
             raise ConfigError(
                 "this line has no memory to command",
                 found="memory.enabled: false" if not self._config.enabled else "a bundle without memory",
@@ -322,7 +324,12 @@ class LineMemory:
         return arrays
 
     def _meta(self) -> dict[str, Any]:
-        return {"version": self._number, "saved": timestamp(), "drift": sorted(self._drift)}
+        return {
+            "version": self._number,
+            "saved": timestamp(),
+            "program": self._program.name,
+            "drift": sorted(self._drift),
+        }
 
     def _restore_last(self) -> None:
         """Take the newest snapshot that fits; what cannot be used is logged and passed over."""
@@ -350,7 +357,9 @@ class LineMemory:
         for index, calibrator in enumerate(self._calibrators):
             calibrator.restore(_part(arrays, f"{index}."))
             self._upload(index)
-        for name in snapshot.meta.get("drift", []) if self._config.drift.enabled else []:
+        # Programs of a bundle score on scales of their own: what one has seen is no reference for another.
+        same = snapshot.meta.get("program", self._program.name) == self._program.name
+        for name in snapshot.meta.get("drift", []) if self._config.drift.enabled and same else []:
             monitor = DriftMonitor(self._config.drift.policy())
             monitor.restore(_part(arrays, f"drift.{name}."))
             self._drift[name] = monitor

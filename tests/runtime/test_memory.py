@@ -71,6 +71,7 @@ def memory_bundle(make_bundle):
                 ),
             },
             program=[{"run": "features"}, {"run": "score"}],
+            alternatives={"other": [{"run": "features"}, {"run": "score"}]},
             state={"bank": bank if per_class else bank[0], "valid": valid if per_class else valid[0]},
             class_bound=("bank", "valid") if per_class else (),
             outputs={"score": "score.score", "map": "score.map"},
@@ -91,11 +92,11 @@ def memory_bundle(make_bundle):
 class Station:
     """Detector, memory and the judge's call order."""
 
-    def __init__(self, bundle_path, folder, config=CONFIG):
+    def __init__(self, bundle_path, folder, config=CONFIG, program="default"):
         self.bundle = Bundle.load(bundle_path)
         self.backend = open_backend("onnxruntime", threads=1)
         self.backend.__enter__()
-        self.detector = Detector(self.bundle, self.backend)
+        self.detector = Detector(self.bundle, self.backend, program=program)
         for product in self.bundle.manifest.classes:
             promise = Threshold(value=50.0, false_alarm_rate=0.01, samples=1)
             self.detector.set_threshold(product, promise)
@@ -122,10 +123,10 @@ class Station:
 def station(memory_bundle, tmp_path):
     opened = []
 
-    def make(config=CONFIG, bundle=None):
+    def make(config=CONFIG, bundle=None, program="default"):
         if not hasattr(make, "bundle"):
             make.bundle = memory_bundle()
-        opened.append(Station(bundle or make.bundle, tmp_path / "state", config))
+        opened.append(Station(bundle or make.bundle, tmp_path / "state", config, program))
         return opened[-1]
 
     yield make
@@ -313,7 +314,24 @@ def test_a_bundle_without_use_of_its_memory_still_warns_of_drift(station):
     with pytest.raises(ConfigError, match="no memory to command"):
         line.memory.command("freeze", {})
     line.close()
-    assert station(config).memory.drift("cam") is not None
+    again = station(config)
+    assert again.memory.drift("cam") is not None
+    again.memory.command("reset", {})
+    assert again.memory.drift("cam") is None
+    for _ in range(25):
+        again.see(int(rng.integers(104, 106)))
+    assert again.memory.drift("cam") is None, "a new lamp is the new reference"
+
+
+def test_a_drift_reference_is_of_one_program(station):
+    line = station(DRIFTS)
+    for _ in range(12):
+        line.see(100, label="NG")
+    line.close()
+    other = station(DRIFTS, program="other")
+    for _ in range(12):
+        other.see(105, label="NG")
+    assert other.memory.drift("cam") is None, "its scores are higher because they are another program's"
 
 
 @pytest.mark.parametrize("enabled", [False, True])
