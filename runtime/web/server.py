@@ -42,6 +42,9 @@ _POLICY = (
 )
 _COOKIE = "andon_token"
 _MAX_BODY = 4096
+#: Connections at once; each has a thread and a descriptor, and the line needs some for cameras, broker and disk. A
+#: browser keeps up to six, an idle one is closed after _Handler.timeout seconds.
+CONNECTIONS = 64
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,29 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 32
     backend: Backend
     token: str | None
+
+    def __init__(self, *arguments: Any) -> None:
+        self._free = threading.BoundedSemaphore(CONNECTIONS)
+        super().__init__(*arguments)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """On a thread of its own; one too many is closed at once."""
+        if not self._free.acquire(blocking=False):
+            log.debug("%s: more than %d connections", client_address, CONNECTIONS)
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread was started that could release it
+            self._free.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Serve one connection to its end."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that has gone is no news; anything else is logged, the server goes on."""

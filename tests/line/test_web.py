@@ -11,7 +11,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -24,7 +24,7 @@ from andon.runtime.broker import EmbeddedBroker
 from andon.runtime.errors import ConfigError, DeliveryError
 from andon.runtime.health import Check
 from andon.runtime.startup import Options
-from andon.runtime.web.server import Backend, WebServer
+from andon.runtime.web.server import CONNECTIONS, Backend, WebServer
 
 LIVE = {"kind": "test", "width": 64, "height": 48, "fps": 10, "pattern": "white"}
 
@@ -149,6 +149,19 @@ def test_what_is_no_number_is_refused_without_a_word(
         line.sendall(head.encode("latin-1"))
         assert line.recv(4096).startswith(b"HTTP/1.1 413")
     assert not caplog.records, "anybody could fill the log with it"
+
+
+def test_slow_clients_do_not_take_all_threads_and_descriptors(open_page: int, eventually: Callable[..., None]) -> None:
+    def answered() -> bool:
+        with suppress(OSError, http.client.HTTPException):
+            return ask(open_page, "/healthz")[0] == 200
+        return False
+
+    with ExitStack() as stack:
+        for _ in range(CONNECTIONS):
+            stack.enter_context(socket.create_connection(("127.0.0.1", open_page), 10)).sendall(b"GET /")
+        assert not any(answered() for _ in range(3)), "one too many"
+    eventually(answered)
 
 
 def test_an_ipv6_address_is_served() -> None:
