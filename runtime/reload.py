@@ -53,11 +53,13 @@ def reload(app: LineApp) -> dict[str, list[str]]:
     }
     for source in sources.values():
         source.check()
-    app.worker.call(lambda: _apply(app, config))
+    changed = app.worker.call(lambda: _apply(app, config))
     for name, camera in cameras.items():
         app.cameras[name].configure(camera)
         if name in sources:
             app.replace_source(name, sources[name])
+    for name in changed:
+        app.delivery.announce(name)
     log.info("reloaded: %s", ", ".join(applied) or "nothing has changed")
     if restart:
         log.warning("changed, but only taken over by a restart: %s", ", ".join(restart))
@@ -82,15 +84,23 @@ def _same_mode(old: CameraConfig, new: CameraConfig) -> bool:
     return old.trigger is not None and new.trigger is not None and old.trigger.only == new.trigger.only
 
 
-def _apply(app: LineApp, config: LineConfig) -> None:
-    """On the judging thread, between two frames. What does not fit the bundle is refused before a thing changed."""
+def _apply(app: LineApp, config: LineConfig) -> list[str]:
+    """On the judging thread, between two frames. What does not fit the bundle is refused before a thing changed.
+
+    Returns the cameras that expect another product now.
+    """
     judge = app.worker.judge
     if judge is None:
         raise ConfigError("the line is still starting", next_step="reload again when it runs")
     require_products(config, judge.detector.bundle)
+    before = {name: judge.product_of(name) for name in app.boards}
     judge.configure(config.cameras, config.judge)
     app.config = config
     rule = alarm_rule(config.alarm)
+    changed = [name for name in app.boards if judge.product_of(name) != before[name]]
     for name, board in app.boards.items():
         board.rule = rule
         app.state.expects(name, judge.product_of(name))
+    for name in changed:  # as the command `product` does: one product's verdicts are no reason for another's alarm
+        app.boards[name].reset_window()
+    return changed

@@ -378,6 +378,28 @@ def test_a_reload_to_a_source_that_waits_for_the_judge_loses_no_part(
     assert {(verdict["label"], verdict["reason"]) for verdict in parts} == {("OK", parts[0]["reason"])}
 
 
+def test_a_reload_to_another_product_forgets_the_verdicts_of_the_one_before(
+    start_line: Callable[..., Line], consumer: Any, bundle: Path, make_line: Any
+) -> None:
+    sections = {"judge": {"thresholds": {"mono": -1.0, "poly": -1.0}}, "alarm": {"k": 3, "n": 5}}
+    cam = {"source": LIVE, "product": "mono", "trigger": {"timeout_ms": 5000}}
+    line = start_line({"cam0": cam}, **sections)
+
+    def judge(*parts: str) -> None:
+        for part in parts:
+            assert line.command("cam0", "trigger", part_id=part)["ok"]
+            consumer.until(lambda part=part: any(v["part_id"] == part for v in consumer.of("verdict")))
+        assert consumer.of("verdict")[-1]["label"] == "NG"
+
+    judge("1", "2")
+    broker = {"host": line.app.broker.host, "port": line.app.broker.port}
+    make_line({"cam0": {**cam, "product": "poly"}}, bundle=str(bundle), broker=broker, **sections)
+    line.app.reload()
+    consumer.until(lambda: consumer.of("status", "cam0")[-1]["product"] == "poly")
+    judge("3")
+    assert not line.app.worker.call(lambda: line.app.boards["cam0"].active), "one NG of this product is no series"
+
+
 def test_a_trigger_names_the_next_frame(start_line: Callable[..., Line], consumer: Any) -> None:
     line = start_line({"cam0": {"source": LIVE, "product": "mono", "queue": 8, "trigger": {"timeout_ms": 2000}}})
     for index in range(5):
