@@ -48,14 +48,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """Print messages until --count, --timeout or Ctrl-C; returns the summary.
 
     Raises:
-        ConfigError: no broker is named. DeliveryError: the broker refuses.
+        ConfigError: no broker is named, or --topic is none. DeliveryError: the broker refuses.
     """
-    broker, base = _where(args)
+    broker, topic = _where(args)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     with _recorder(args.out) as record:
         watch = Watch(colour=colour, quiet=False, record=record)
         with _interrupt(watch):
-            watch.follow(broker, f"{base}/#", args.count, args.timeout, args.wait)
+            watch.follow(broker, topic, args.count, args.timeout, args.wait)
     summary = watch.summary()
     print(_summary_line(summary), flush=True)
     short = args.count is not None and summary["verdicts"] < args.count and not watch.interrupted
@@ -81,7 +81,7 @@ class Watch:
         self._seen: OrderedDict[str, None] = OrderedDict()
         self._labels: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
-        self._refusal: str | None = None
+        self._refusal: DeliveryError | None = None
         self._at = time.monotonic()
 
     def follow(
@@ -90,13 +90,15 @@ class Watch:
         """Subscribe and take messages until the end is reached; a lost connection is taken up again."""
         client = make_client(broker, f"andon-watch-{os.getpid()}", None, tls_context(broker.tls))
         client.on_connect = lambda c, _d, _f, reason, _p: self._connected(c, reason, broker, topic)
+        client.on_subscribe = lambda _c, _d, _mid, reasons, _p: self._subscribed(reasons[0], topic)
         client.on_message = lambda _c, _d, message: self.take(message.topic, bytes(message.payload), message.retain)
         self._connect(client, broker, time.monotonic() + wait)
         self._at = time.monotonic()
         while not self._ended(count, timeout):
-            if client.loop(0.2) != paho.MQTT_ERR_SUCCESS and not self.interrupted:
-                if self._refusal:
-                    raise DeliveryError("the broker refuses the connection", found=self._refusal)
+            lost = client.loop(0.2) != paho.MQTT_ERR_SUCCESS
+            if self._refusal is not None:
+                raise self._refusal
+            if lost and not self.interrupted:
                 self._say(f"-- connection to {broker.host}:{broker.port} lost, waiting for it", _YELLOW)
                 self._reconnect(client, count, timeout)
         client.disconnect()
@@ -175,10 +177,20 @@ class Watch:
 
     def _connected(self, client: paho.Client, reason: Any, broker: BrokerConfig, topic: str) -> None:
         if reason.is_failure:
-            self._refusal = explain_connack(reason, broker)
+            self._refusal = DeliveryError("the broker refuses the connection", found=explain_connack(reason, broker))
             return
         client.subscribe(topic, qos=1)
         self._say(f"-- watching {topic} on {broker.host}:{broker.port}", _DIM)
+
+    def _subscribed(self, reason: Any, topic: str) -> None:
+        """A broker that refuses would be silent like a line without parts."""
+        if reason.is_failure:
+            self._refusal = DeliveryError(
+                f"the broker refuses the subscription to {topic}",
+                found=reason,
+                expected="a login that may read the line's topics",
+                next_step="allow it in the broker's ACL, or name a topic that is allowed with --topic",
+            )
 
     def _connect(self, client: paho.Client, broker: BrokerConfig, deadline: float) -> None:
         while True:
@@ -243,6 +255,7 @@ def _summary_line(summary: dict[str, Any]) -> str:
 
 
 def _where(args: argparse.Namespace) -> tuple[BrokerConfig, str]:
+    """Broker and filter."""
     line = load(args.config, LineConfig) if args.config else None
     broker = line.broker if line is not None and line.broker is not None else BrokerConfig()
     if args.broker is not None:
@@ -252,8 +265,24 @@ def _where(args: argparse.Namespace) -> tuple[BrokerConfig, str]:
     elif broker.port == 0:
         host, port = _announced(announcement(state_folder(line, args.config)), args.wait)
         broker = broker.model_copy(update={"host": host, "port": port})
-    base = args.topic or (line.topic if line is not None else "andon/v1")
-    return broker, base.removesuffix("/#")
+    return broker, _filter(args.topic or (line.topic if line is not None else "andon/v1"))
+
+
+def _filter(topic: str) -> str:
+    """The MQTT filter of a topic and all below it; the topic may have the wildcard at its end already.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    base = topic.removesuffix("#").rstrip("/")
+    if "#" in base or any("+" in level and level != "+" for level in base.split("/")):
+        raise ConfigError(
+            f"--topic {topic} is no MQTT filter",
+            found=topic,
+            expected="levels between slashes; + for any one level, # only as the last",
+            next_step="andon watch --topic andon/v1/SITE --broker HOST:PORT",
+        )
+    return f"{base}/#" if base else "#"
 
 
 def _announced(path: Path, wait: float) -> tuple[str, int]:

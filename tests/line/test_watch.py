@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from andon.runtime.broker import EmbeddedBroker
 from andon.runtime.commands.watch import Watch, verdict_line
+from andon.runtime.errors import DeliveryError
+from andon.runtime.lineconfig import BrokerConfig
 from andon.runtime.mqtt.bench import delivery_benchmark
 
 WATCH = [sys.executable, "-m", "andon.cli", "watch", "--json"]
@@ -111,6 +115,45 @@ def test_ctrl_c_ends_with_the_summary(broker: EmbeddedBroker) -> None:
 def test_refusals(arguments: tuple[str, ...], says: str) -> None:
     code, answer, _, err = run(*arguments)
     assert code == 1 and not answer["ok"] and says in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("topic", "watched"),
+    [
+        ("#", "#"),
+        ("andon/v1/", "andon/v1/#"),
+        ("andon/v1/#", "andon/v1/#"),
+        ("andon/v1/+/line", "andon/v1/+/line/#"),
+        ("andon/#/x", None),
+        ("a+b", None),
+    ],
+)
+def test_a_topic_is_followed_as_it_is_meant_or_refused(topic: str, watched: str | None, broker: EmbeddedBroker) -> None:
+    code, answer, out, err = run("--broker", f"127.0.0.1:{broker.port}", "--topic", topic, "--timeout", "0.1")
+    if watched is None:
+        assert code == 1 and "is no MQTT filter" in answer["error"] and "Traceback" not in err
+    else:
+        assert code == 0 and f"-- watching {watched} on" in out
+
+
+def test_a_subscription_that_the_broker_refuses_is_said() -> None:
+    """It would be as silent as a line without parts. mosquitto grants every one; others answer Not authorized."""
+
+    def refuse(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(1024)
+            connection.sendall(b"\x20\x03\x00\x00\x00")  # CONNACK, success
+            request = connection.recv(1024)
+            connection.sendall(b"\x90\x04" + request[2:4] + b"\x00\x87")  # SUBACK of its packet id, Not authorized
+            connection.recv(1024)  # until the other end closes
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=refuse, args=(listener,), daemon=True).start()
+        watch = Watch(colour=False, quiet=True)
+        with pytest.raises(DeliveryError, match="refuses the subscription to andon/v1/#") as caught:
+            watch.follow(BrokerConfig(host="127.0.0.1", port=listener.getsockname()[1]), "andon/v1/#", None, 30)
+    assert "Not authorized" in str(caught.value.found)
 
 
 def test_delivery_benchmark_counts_what_it_says(tmp_path: Path) -> None:
