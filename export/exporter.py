@@ -22,11 +22,12 @@ from .stage import StagedModel
 from .verify import Check, Scored
 from .walk import Array, Walk, examples, torch_call
 
-#: Frames of the golden set, and of the gate set that travels along
+#: Frames of the golden set, and of the gate set that travels along; where products are more, one of each
 GOLDEN_FRAMES = 8
 GATE_FRAMES = 64
 GATE_BYTES = 12 << 20
-#: Frames on which the torch model is compared with the engines, and each stage with its module
+#: Frames on which the torch model is compared with the engines (one of each product at least), and each stage with its
+#: module, in every program
 MODEL_FRAMES = 48
 STAGE_FRAMES = 6
 
@@ -171,7 +172,7 @@ class _Run:
         threshold = verify.thresholds(good.score, evidence.good.class_ids, len(self._staged.classes))
         full = verify.run_engines(self._root, manifest, "fp32", evidence.labelled)
         self._say("the torch model beside them")
-        chosen = _indices(evidence.labelled, MODEL_FRAMES)
+        chosen = _indices(evidence.labelled, max(MODEL_FRAMES, len(self._staged.classes)))
         some = evidence.labelled.select(chosen)
         torch_side = verify.reference(self._model, some)
         engine_side = Scored(full.score[chosen], full.map[chosen])
@@ -187,7 +188,8 @@ class _Run:
     def _golden(self, manifest: Manifest, full: Scored, threshold: Array) -> dict[str, Any]:
         """Write golden.npz (torch's values) and gate.npz; returns the tolerances they are to be replayed with."""
         labelled = self._evidence.labelled
-        frames = _spread(labelled, GOLDEN_FRAMES)
+        least = max(GOLDEN_FRAMES, len(self._staged.classes))
+        frames = _spread(labelled, least)
         walk = Walk(self._staged, torch_call(self._staged))
         values: dict[str, list[Array]] = {}
         for image, class_id in zip(frames.images, frames.class_ids, strict=True):
@@ -199,7 +201,7 @@ class _Run:
         named = {"score": stacked[outputs.score][:, 0], "map": stacked[outputs.map][:, 0]}
         inputs = {"frames": frames.images, "class_ids": frames.class_ids}
         bundle.save_npz(self._root, bundle.GOLDEN_FILE, {**inputs, **named, **stacked})
-        count = max(GOLDEN_FRAMES, min(GATE_FRAMES, GATE_BYTES // labelled.images[0].nbytes))
+        count = max(least, min(GATE_FRAMES, GATE_BYTES // labelled.images[0].nbytes))
         chosen = _indices(labelled, count)
         gate = labelled.select(chosen)
         bundle.save_npz(
@@ -251,8 +253,7 @@ class _Run:
 
 
 def _indices(frames: Frames, count: int) -> list[int]:
-    """Indices of `count` frames, or of one of every product where that is more: evenly from every (product, label),
-    evenly spaced within it, in order.
+    """Indices of at most `count` frames, evenly from every (product, label), evenly spaced within it, in order.
 
     Products come first: each has constants of its own, which nothing has looked at where no frame is its.
     """
@@ -266,7 +267,7 @@ def _indices(frames: Frames, count: int) -> list[int]:
         for turn in range(len(labels)):  # good ones of this product and defective ones of the next, then the others
             key = (product, labels[(turn + place) % len(labels)])
             turns[turn, key] = groups[key]
-    return sorted(thin({turn: turns[turn] for turn in sorted(turns)}, max(count, len(products))))
+    return sorted(thin({turn: turns[turn] for turn in sorted(turns)}, count))
 
 
 def _spread(frames: Frames, count: int) -> Frames:

@@ -15,9 +15,9 @@ import onnx
 import pytest
 import torch
 from andon.export import bundle as writing
-from andon.export import reduce, verify
+from andon.export import exporter, reduce, verify
 from andon.export.command import narrow_lines
-from andon.export.exporter import GATE_FRAMES, GOLDEN_FRAMES, GateError, Request, _indices, export_bundle
+from andon.export.exporter import GateError, Request, _indices, export_bundle
 from andon.export.frames import Frames
 from andon.runtime.bundle import Bundle, read_npz
 from andon.runtime.engine.onnxruntime import OnnxRuntimeBackend
@@ -54,19 +54,37 @@ def test_a_looped_method_exports_loads_and_replays(toy: Toy, tmp_path: Path) -> 
     assert set(gate["labels"]) == {0, 1} and gate["threshold"].shape == (2,)
 
 
-@pytest.mark.parametrize("products", [1, 3, 15, 70])
-@pytest.mark.parametrize("count", [GOLDEN_FRAMES, GATE_FRAMES])
-def test_every_product_has_frames_in_what_is_compared(products: int, count: int) -> None:
-    """Golden set, gate set and the comparison with torch are choices of the same kind."""
+@pytest.mark.parametrize("products", [1, 3, 15, 64])
+@pytest.mark.parametrize("count", [8, 64])
+def test_frames_are_of_as_many_products_as_there_is_room_for(products: int, count: int) -> None:
     each = 5  # good and as many defective frames a product, in the order of a data set
     class_ids = np.repeat(np.arange(products, dtype=np.int32), 2 * each)
     labels = np.tile(np.repeat(np.array([0, 1], np.int32), each), products)
     frames = Frames(np.zeros((len(labels), 1, 1, 3), np.uint8), class_ids, labels, "made for the test")
     chosen = frames.select(_indices(frames, count))
-    assert {*chosen.class_ids} == {*range(products)}
-    assert len(chosen) == min(len(frames), max(count, products))
-    of_each = np.bincount(chosen.class_ids)
-    assert of_each.max() - of_each.min() <= 2 and (products == 1 or {*chosen.labels} == {0, 1})
+    assert len(chosen) == min(len(frames), count) and {*chosen.labels} == {0, 1}
+    assert len({*chosen.class_ids}) == min(products, count)
+    assert np.ptp(np.unique(chosen.class_ids, return_counts=True)[1]) <= 2
+
+
+def test_every_product_is_in_what_is_replayed_on_the_device(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporter, "GOLDEN_FRAMES", 1)
+    monkeypatch.setattr(exporter, "GATE_FRAMES", 1)
+    monkeypatch.setattr(exporter, "MODEL_FRAMES", 1)
+    compared = []
+    parity = verify.model_parity
+
+    def noted(engine: verify.Scored, model: verify.Scored, frames: Frames, threshold: np.ndarray) -> list[verify.Check]:
+        compared.extend(frames.class_ids.tolist())
+        return parity(engine, model, frames, threshold)
+
+    monkeypatch.setattr(verify, "model_parity", noted)
+    export(toy, tmp_path / "b")
+    for name in (writing.GOLDEN_FILE, writing.GATE_FILE):
+        assert {*read_npz(tmp_path / "b" / name)["class_ids"]} == {0, 1}
+    assert {*compared} == {0, 1}
 
 
 def test_the_files_are_what_the_manifest_says(toy: Toy, tmp_path: Path) -> None:
