@@ -95,6 +95,7 @@ class _Trainer:
         self.model, self.data, self.device, self.log, self.resume = model, data, device, log, resume
         self.progress = progress and distributed.is_main()
         self.schedule = bounded(model.config.schedule, len(data))
+        model.planned_steps = self.schedule.steps
         self.step = 0
         self.seconds = 0.0
         self.last: dict[str, float] = {}

@@ -210,6 +210,8 @@ class AnomalyModel(nn.Module, ABC):
 
     config: MethodConfig
     classes: tuple[str, ...]
+    #: Steps of this run, fewer than `schedule.steps` where `max_epochs` says so; set by the loop, None outside of it
+    planned_steps: int | None = None
 
     @property
     @abstractmethod

@@ -12,6 +12,8 @@ import torch
 import yaml
 from andon.runtime.errors import CalibrationError
 from andon.train.byposition import typical
+from andon.train.features import FeatureSet
+from andon.train.loop import fit as run
 from andon.train.method import Batch
 from andon.train.methods.hgad.config import HgadConfig, LossConfig, ScoreConfig
 from andon.train.methods.hgad.features import LevelFeatures
@@ -208,6 +210,19 @@ def test_first_phase_has_no_intra_terms() -> None:
     assert all(level.mixture.deltas.grad is None for level in model.each_level)
     model.training_step(data.batch(torch.arange(4)), 10)["loss"].backward()
     assert all(level.mixture.deltas.grad is not None for level in model.each_level)
+
+
+def test_first_phase_is_a_share_of_the_steps_that_the_images_allow() -> None:
+    """24 images and `max_epochs` may leave a tenth of `schedule.steps`: the first phase would be most of the run."""
+    settings = small_config()
+    schedule = settings.schedule.model_copy(update={"steps": 1000, "batch": 4, "max_epochs": 5, "amp": "off"})
+    model = Hgad(settings.model_copy(update={"schedule": schedule}), ("a", "b"))
+    data = feature_data(model, 16, 2)  # 20 steps
+    images = FeatureSet((None,) * 16, {k: v.numpy() for k, v in data.features.items()}, None, data.class_ids.numpy())
+    log: list[Mapping[str, float]] = []
+    run(model, images, torch.device("cpu"), log=log.append, progress=False)
+    first = model.config.loss.first_phase * 20
+    assert [r["step"] for r in log if "intra0" in r] == [step + 1 for step in range(20) if step >= first]
 
 
 def test_every_parameter_has_one_optimizer() -> None:

@@ -166,7 +166,8 @@ class Hgad(AnomalyModel):
         return out
 
     def training_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        intra = step >= self.config.loss.first_phase * self.config.schedule.steps
+        steps = self.config.schedule.steps if self.planned_steps is None else self.planned_steps
+        intra = step >= self.config.loss.first_phase * steps
         total: Tensor | None = None
         log: dict[str, Tensor] = {}
         generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + step)
