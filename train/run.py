@@ -216,7 +216,7 @@ def train(request: Request) -> dict[str, Any]:
         "thresholds": pack(image_hash(s.path) for s in split.thresholds) if show else "",
         "skipped": pack(_hashes(skipped)),
     }
-    resume = ResumeFile(folder / "resume.pt", _run_hash(config, trainset, data.products), request.save_every)
+    resume = ResumeFile(folder / "resume.pt", _run_hash(model, trainset), request.save_every)
     try:
         fitted = fit(model, trainset, device, log=lambda r: write_log(folder, r), resume=resume, progress=show)
     except KeyboardInterrupt:
@@ -382,10 +382,12 @@ def _where(device: torch.device) -> str:
     return f"{where}, {distributed.world()} processes" if distributed.active() else where
 
 
-def _run_hash(config: MethodConfig, data: FeatureSet, classes: Sequence[str]) -> str:
-    """What must be the same when a run goes on."""
-    keys = [s.key for s in data.samples]
-    return hashlib.sha256(json.dumps([config.model_dump(mode="json"), keys, list(classes)]).encode()).hexdigest()
+def _run_hash(model: AnomalyModel, data: FeatureSet) -> str:
+    """What must be the same when a run goes on: settings, products, backbone weights, images and their contents."""
+    images = [(s.key, hashed) for s, hashed in zip(data.samples, data.hashes, strict=True)]
+    weights = [b.record.sha256 for b in backbones_in(model)]
+    known = [model.config.model_dump(mode="json"), list(model.classes), weights, images]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
 def _versions() -> dict[str, str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import timm
 import torch
 from andon.cli import main
 from andon.runtime.dataset import Sample, open_dataset
@@ -366,6 +367,45 @@ def test_a_run_goes_on_from_any_directory(
     assert main(["train", "--resume", "../run", "--data", "../here/moved"]) == 0
     provenance = read_provenance(out)
     assert provenance.data == "../here/moved" and Path(provenance.data_path).samefile(here / "moved")
+
+
+@pytest.mark.parametrize("changed", ["an image", "the backbone's file", "nothing"])
+def test_a_run_does_not_go_on_with_other_images_or_weights(
+    changed: str,
+    synthetic_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Features would be of one, the resumed model of the other."""
+    shutil.copytree(synthetic_data / "grid", tmp_path / "grid")
+    weights, out, records = tmp_path / "w.pth", tmp_path / "run", []
+
+    def interrupt(folder: Path, record: object) -> None:
+        records.append(record)
+        if len(records) == 2:
+            raise KeyboardInterrupt
+
+    def save(seed: int) -> None:
+        torch.manual_seed(seed)
+        torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), weights)
+
+    save(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_log", interrupt)
+        settings = [*SETS, "--set", f"backbone.weights={weights}"]
+        started = ["--data", str(tmp_path / "grid"), "--no-eval", "--save-every", "0", "--out", str(out)]
+        assert main(["train", "--method", "hvq", *started, *settings]) == 130
+    assert (out / "resume.pt").is_file()
+    if changed == "an image":
+        for path in (tmp_path / "grid" / "train" / "good").iterdir():
+            cv2.imwrite(str(path), 255 - cv2.imread(str(path)))
+    elif changed == "the backbone's file":
+        save(1)
+    else:
+        assert main(["train", "--resume", str(out)]) == 0
+        return
+    assert "is of another run" in refusal(capsys, "--resume", str(out))
 
 
 def test_resume_refuses_options_that_it_would_not_heed(
