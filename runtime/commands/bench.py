@@ -162,6 +162,8 @@ def _reference(stack: ExitStack, bundle: Bundle, args: argparse.Namespace, threa
     points = entry_points(group=REFERENCE)
     if args.no_torch:
         return None, "left out (--no-torch)"
+    if args.program != "default":
+        return None, f"it computes the default program, not {args.program}"
     if not points or find_spec("torch") is None:
         return None, "torch is not installed here"
     if not bundle.manifest.checkpoint_sha256:
