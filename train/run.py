@@ -41,7 +41,7 @@ from .checkpoint import (
     write_log,
 )
 from .config import differences, dump_config, load_config
-from .errors import CheckpointError, no_constants
+from .errors import CheckpointError, TrainingError, no_constants
 from .evaluate import evaluate
 from .features import FeatureSet, extract
 from .holdout import Split, split_good
@@ -190,6 +190,7 @@ def train(request: Request) -> dict[str, Any]:
         f"good images: {len(split.fitting)} to train on; "
         f"held out: {len(split.constants)} for constants, {len(split.thresholds)} for thresholds"
     )
+    _check_products(data.products, split)
     if config.needs_constants:
         for product in data.products:  # now, not after the training
             if not any(s.product == product for s in split.constants):
@@ -245,6 +246,28 @@ def train(request: Request) -> dict[str, Any]:
         print(table(metrics))
     print(f"next: andon export --method {config.method} --checkpoint {shlex.quote(str(folder))}")
     return {"ok": True, "checkpoint": str(folder), **summary}
+
+
+def _check_products(products: Sequence[str], split: Split) -> None:
+    """Refuse a product that nothing would be learned of; say of which none is held out.
+
+    Raises:
+        TrainingError: naming it.
+    """
+    learned = {s.product for s in split.fitting}
+    if missing := [product for product in products if product not in learned]:
+        raise TrainingError(
+            f"no good image of product {', '.join(missing)} to train on",
+            found=f"good training images of {', '.join(sorted(learned)) or 'none'}",
+            expected="at least one of each product that can be decoded",
+            next_step=f"add good images, or leave the product out: --products {','.join(sorted(learned)) or '...'}",
+        )
+    held = {s.product for s in (*split.constants, *split.thresholds)}
+    if bare := [product for product in products if product not in held]:
+        _say(
+            f"no good image of {', '.join(bare)} is held out: `andon export` will not take this checkpoint; "
+            "train with four good images of each product or more, and holdout above 0"
+        )
 
 
 def _hashes(samples: Sequence[Sample]) -> Iterator[str]:

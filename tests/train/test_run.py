@@ -461,3 +461,27 @@ def test_a_product_without_an_image_for_its_constants_is_refused_before_the_trai
     if method == "vpdm":
         assert "score.by_position=false" in told
         assert main(["train", *arguments, "--set", "score.by_position=false", "--no-eval"]) == 0
+
+
+def test_a_product_that_nothing_would_be_learned_of_is_refused(
+    synthetic_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copytree(synthetic_data, tmp_path / "data")
+    for image in (data / "grid/train/good").iterdir():
+        image.write_bytes(b"")
+    arguments = ("--method", "hvq", "--data", str(data), "--out", str(tmp_path / "run"), *SETS)
+    told = refusal(capsys, *arguments, "--on-corrupt", "skip")
+    assert "no good image of product grid to train on" in told and "--products grain,stripes" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_product_of_which_nothing_is_held_out_is_named(
+    synthetic_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would be trained, and refused by the export minutes later."""
+    data = shutil.copytree(synthetic_data, tmp_path / "data")
+    for image in sorted((data / "grid/train/good").iterdir())[3:]:
+        image.unlink()
+    arguments = ["--method", "hvq", "--data", str(data), "--out", str(tmp_path / "run"), "--no-eval", *SETS]
+    assert main(["train", *arguments]) == 0
+    assert "no good image of grid is held out: `andon export` will not" in capsys.readouterr().out
