@@ -85,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (missing := (error.name or "").partition(".")[0]) not in WORKSTATION:
             return _unexpected(error, as_json)
         print(f"andon {selected}: {missing} is not installed; this command is the workstation's", file=sys.stderr)
-        mend = 'pip install "andon[workstation]", or run it on the workstation and copy the bundle here'
+        mend = (
+            'pip install -e ".[workstation]" in Andon\'s sources, or run it on the workstation and copy the bundle here'
+        )
         print(f"  next:     {mend}", file=sys.stderr)
         return _failed(1, as_json, f"{missing} is not installed", None, "the workstation's packages", mend)
     except KeyboardInterrupt:

@@ -109,7 +109,7 @@ def _jetpack() -> Finding:
 def _packages() -> list[Finding]:
     found = []
     for name, module in (("numpy", "numpy"), ("OpenCV", "cv2"), ("paho-mqtt", "paho.mqtt.client")):
-        found.append(_module(name, module, "pip install andon"))
+        found.append(_module(name, module, "pip install -e . in Andon's sources"))
     runtime = _module("onnxruntime", "onnxruntime", "pip install onnxruntime")
     if runtime.status == "ok":
         providers = ", ".join(import_module("onnxruntime").get_available_providers())
@@ -154,7 +154,7 @@ def _torch() -> Finding:
             "torch",
             "absent",
             why="a line device needs none; train and export do",
-            remedy="pip install 'andon[workstation]'",
+            remedy="pip install -e '.[workstation]' in Andon's sources",
         )
 
 

@@ -125,7 +125,7 @@ def test_on_a_device_the_workstations_commands_say_what_is_missing(arguments: li
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "andon[workstation]" in last_line(done.stdout)["next"] and "is not installed" in done.stderr
+    assert 'pip install -e ".[workstation]"' in last_line(done.stdout)["next"] and "is not installed" in done.stderr
 
 
 def test_a_path_that_is_no_utf8_is_printed_all_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -26,6 +27,8 @@ from .errors import CheckpointError
 from .method import AnomalyModel, MethodConfig
 from .registry import get_method
 from .state import load_state
+
+log = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.yaml"
@@ -134,13 +137,19 @@ def read_provenance(folder: Path) -> Provenance:
 def newest_checkpoint(method: str, root: Path | None = None) -> Path:
     """The folder of the checkpoint of `method` that was completed last.
 
+    A damaged one is passed over with a warning: whose it was cannot be read, and it must not be in the way of others.
+
     Raises:
         CheckpointError: there is none.
     """
     root = root or runs_root()
     found = []
     for path in root.glob(f"*/{PROVENANCE}"):
-        provenance = read_provenance(path.parent)
+        try:
+            provenance = read_provenance(path.parent)
+        except CheckpointError as error:
+            log.warning("passed over: %s", error.what)
+            continue
         if provenance.method == method:
             found.append((provenance.created, path.parent.name, path.parent))
     if not found:

@@ -213,6 +213,9 @@ def _import() -> ModuleType:
         import onnxruntime
     except ImportError as error:
         raise EngineError(
-            "onnxruntime is not installed", found=error, expected="onnxruntime >= 1.18", next_step="pip install andon"
+            "onnxruntime is not installed",
+            found=error,
+            expected="onnxruntime >= 1.18",
+            next_step="pip install onnxruntime",
         ) from error
     return onnxruntime

@@ -237,6 +237,16 @@ def test_newest_checkpoint_is_the_last_completed_of_its_method(checkpoint: Path,
         newest_checkpoint("hgad", tmp_path)
 
 
+def test_a_damaged_checkpoint_is_not_in_the_way_of_the_newest(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("whole", "damaged"):
+        shutil.copytree(checkpoint, tmp_path / name)
+    (tmp_path / "damaged/provenance.json").write_text("{")
+    assert newest_checkpoint("hvq", tmp_path) == tmp_path / "whole"
+    assert "passed over" in caplog.text and str(tmp_path / "damaged") in caplog.text
+
+
 def test_same_seed_gives_the_same_weights(checkpoint: Path, synthetic_data: Path, tmp_path: Path) -> None:
     arguments = ["train", "--method", "hvq", "--data", str(synthetic_data), "--products", "grid,stripes", "--no-eval"]
     for seed in ("3", "4"):
