@@ -135,15 +135,18 @@ class Session:
         except (OSError, ssl.SSLError, ValueError) as error:
             raise Lost(explain(error, self._broker)) from error
         self._selector.register(self._wake, selectors.EVENT_READ)
-        self._answered("CONNECT", lambda: self._connack is not None, stop)
-        if self._connack is not None and self._connack.is_failure:
+        self._wait_for(lambda: self._connack is not None, stop)
+        if self._connack is None:
+            raise Lost(f"{self._broker.host}:{self._broker.port}: no answer to CONNECT in {CONNECT_TIMEOUT:g} s")
+        if self._connack.is_failure:
             raise Lost(explain_connack(self._connack, self._broker))
         # Before `online` is said: a command that comes before the broker has taken the subscription is lost.
         commands = f"{self._topic}/cmd/+"
         self._client.subscribe(commands, qos=1)
-        self._answered("SUBSCRIBE", lambda: self._suback is not None, stop)
-        if self._suback is not None and self._suback.is_failure:
-            log.warning("%s: the broker refuses the subscription: %s; no command will arrive", commands, self._suback)
+        self._wait_for(lambda: self._suback is not None, stop)
+        if self._suback is None or self._suback.is_failure:  # verdicts are delivered all the same
+            why = self._suback or f"no answer in {CONNECT_TIMEOUT:g} s"
+            log.warning("%s: the broker refuses the subscription: %s; no command will arrive", commands, why)
         boundary = self._outbox.next_key
         self._streams = {kind: Stream(kind, self._reader(kind), boundary) for kind in KINDS}
         self.announce()
@@ -152,14 +155,12 @@ class Session:
             self._owed[topic] = lambda: payload
         self._settle()
 
-    def _answered(self, request: str, there: Callable[[], bool], stop: Callable[[], bool]) -> None:
-        """Wait for the broker's answer to a request."""
+    def _wait_for(self, answered: Callable[[], bool], stop: Callable[[], bool]) -> None:
+        """Turn until the broker has answered, CONNECT_TIMEOUT at most."""
         deadline = time.monotonic() + CONNECT_TIMEOUT
-        while not there():
+        while not answered() and time.monotonic() <= deadline:
             if stop():
                 raise Lost("stopped while connecting")
-            if time.monotonic() > deadline:
-                raise Lost(f"{self._broker.host}:{self._broker.port}: no answer to {request} in {CONNECT_TIMEOUT:g} s")
             self._turn(0.2)
 
     def announce(self) -> None:

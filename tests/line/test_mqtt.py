@@ -23,6 +23,7 @@ from andon.runtime.alarm import payload as alarm_payload
 from andon.runtime.broker import EmbeddedBroker
 from andon.runtime.errors import ConfigError, DeliveryError
 from andon.runtime.lineconfig import BrokerConfig
+from andon.runtime.mqtt import session
 from andon.runtime.mqtt.commands import Commands, TokenBucket
 from andon.runtime.mqtt.delivery import Delivery
 from andon.runtime.mqtt.publisher import Publisher
@@ -322,9 +323,10 @@ class Reluctant:
     It answers only when the client falls silent, so the client has every occasion to send too much or too early.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, subscriptions: bool = True) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
+        self._subscriptions = subscriptions
         self.most = 0
         self.early = 0
         self.topics: list[str] = []
@@ -353,7 +355,7 @@ class Reluctant:
                 body = read(length | byte << shift)
                 if head >> 4 == 1:
                     answers.append(bytes([0x20, 6, 0, 0, 3, 0x21, 0, 1]))  # CONNACK with Receive Maximum 1
-                elif head >> 4 == 8:
+                elif head >> 4 == 8 and self._subscriptions:
                     answers.append(bytes([0x90, 4, *body[:2], 0, 1]))
                 elif head >> 4 == 3 and head & 6:
                     end = 2 + int.from_bytes(body[:2], "big")
@@ -373,6 +375,17 @@ def test_what_is_announced_keeps_to_the_brokers_receive_maximum(line: Any, event
     assert broker.topics == ["status", "alarm", "config", "verdict", "verdict", "status", "alarm", "status"]
     assert broker.most == 1, "so many at once without an acknowledgement"
     assert broker.early == 0, "whoever reads `online` may command: the subscription has to stand by then"
+
+
+def test_verdicts_reach_a_broker_that_answers_no_subscription(
+    line: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(session, "CONNECT_TIMEOUT", 0.5)
+    broker = Reluctant(subscriptions=False)
+    with line(broker.port) as running:
+        running.send(2)
+        eventually(lambda: broker.topics.count("verdict") == 2)
+    assert "no answer in 0.5 s; no command will arrive" in caplog.text
 
 
 # -- commands --------------------------------------------------------------------------------------------------------
