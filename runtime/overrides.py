@@ -71,9 +71,9 @@ class Overrides:
         return MappingProxyType({name: each.value for name, each in self._thresholds.items() if self._fits(each)})
 
     @property
-    def products(self) -> MappingProxyType[str, str]:
-        """Camera -> product."""
-        return MappingProxyType(dict(self._products))
+    def products(self) -> Mapping[str, str]:
+        """Camera -> product. Read for every frame."""
+        return self._products
 
     def use(self, bundle: Bundle, program: str) -> None:
         """Say whose scores are judged from now on: at the start and after a rebuild.
