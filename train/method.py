@@ -35,6 +35,11 @@ class BackboneConfig(Config):
         description="auto (PyPI package, then timm's download) | pypi | timm | random:<seed> | path of a local file",
     )
     taps: tuple[int, ...] = Field(description="timm features_only indices to return, shallow first")
+    turned: bool = Field(
+        default=False,
+        description="Maps are the mean over the image and the image turned by 180 degrees (turned back), at twice the "
+        "cost of the backbone; in no paper",
+    )
 
 
 _DECAYS = {"none": 0, "cosine": 0, "step": 2, "inverse": 2}  # how many numbers follow

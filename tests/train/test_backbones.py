@@ -59,8 +59,23 @@ def test_cut_network_equals_the_whole_one(
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_exports_with_static_shapes() -> None:
-    model = AlignedFeatures(BackboneConfig(id=LITE, weights="random:0", taps=(2, 3)), grid=4).eval()
+def test_turned_is_the_mean_over_both_ways_round() -> None:
+    config = BackboneConfig(id=LITE, weights="random:0", taps=(2, 3))
+    plain, turned = Backbone(config), Backbone(config.model_copy(update={"turned": True}))
+    images = frames(64)
+    with torch.no_grad():
+        upright, over = plain(images), plain(images.flip(1, 2))
+        for a, b, mean in zip(upright, over, turned(images), strict=True):
+            torch.testing.assert_close(mean, (a + b.flip(2, 3)) / 2)
+            assert not torch.allclose(mean, a, atol=1e-3)
+        for a, b in zip(turned(images), turned(images.flip(1, 2)), strict=True):
+            torch.testing.assert_close(a, b.flip(2, 3))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_exports_with_static_shapes(turned: bool) -> None:
+    config = BackboneConfig(id=LITE, weights="random:0", taps=(2, 3), turned=turned)
+    model = AlignedFeatures(config, grid=4).eval()
     images = frames(64, 1)
     with torch.no_grad():
         expected = model(images).numpy()

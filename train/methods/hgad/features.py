@@ -33,7 +33,7 @@ class LevelFeatures(nn.Module):
         passes: dict[int, list[Tensor]] = {}
         for name, level, size in zip(self.names, self.config.levels, self.config.sizes, strict=True):
             if size not in passes:
-                passes[size] = self.backbone.net(self._resize(pixels, size))
+                passes[size] = self.backbone.maps(self._resize(pixels, size))
             maps = passes[size][self.config.backbone.taps.index(level.tap)]
             out[name] = self.smooth(maps)
         return out

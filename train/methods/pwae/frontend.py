@@ -34,5 +34,5 @@ class TileMaps(nn.Module):
         """images: [B, S, S, 3] uint8 RGB."""
         x = self.backbone.normalize(images)
         tiles = split(x, self.grid)
-        maps = self.backbone.net(tiles.flatten(0, 1))[-1].unflatten(0, (-1, self.grid**2))
+        maps = self.backbone.maps(tiles.flatten(0, 1))[-1].unflatten(0, (-1, self.grid**2))
         return {"maps": maps, "target": F.avg_pool2d(x, self.factor) if self.factor > 1 else x}
