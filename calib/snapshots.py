@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -109,7 +110,7 @@ class SnapshotStore:
     """The snapshots of one line in one folder.
 
     Three kinds: `last`, the frequent save that a restart reads (two are kept, should one be damaged); `ring`, spaced
-    out for rolling back, the newest `keep`; `pinned`, made by command, the newest `keep`.
+    out for rolling back, the newest `keep`; `pinned`, made by command, the newest `keep`. The caller says which.
 
     Args:
         folder: created if missing; left-over temporary files of a killed process are removed.
@@ -209,9 +210,22 @@ class SnapshotStore:
                 next_step="use the bundle it was made with, or reset the memory",
             )
 
-    def usable(self) -> Iterator[Snapshot | Refusal]:
-        """Every snapshot from the newest on, checked one by one; those that cannot be used come as refusals."""
-        for _, path in self._files():
+    def age(self, kind: Kind) -> float | None:
+        """Seconds by the wall clock since the newest of a kind was written; None where there is none.
+
+        Negative where the clock was set back since.
+
+        Raises:
+            CalibrationError: the folder cannot be read.
+        """
+        try:
+            return next((time.time() - path.stat().st_mtime for _, path in self._files(kind)), None)
+        except OSError:
+            return None  # it was removed a moment ago
+
+    def usable(self, kind: Kind | None = None) -> Iterator[Snapshot | Refusal]:
+        """Snapshots (of one kind) from the newest on, checked one by one; what cannot be used comes as a refusal."""
+        for _, path in self._files(kind):
             try:
                 snapshot = read_snapshot(path)
                 self._check_identity(path, snapshot)

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from ..calib.snapshots import Kind, Snapshot, SnapshotStore
 from .errors import AndonError
 
@@ -19,6 +21,9 @@ Arrays = Mapping[str, Any]
 class Autosave:
     """Writes the latest offered state every `interval` seconds and, of these, one every `ring_interval` to the ring.
 
+    The ring is spaced out over restarts, too, and a state takes no place in it whose content is that of the newest
+    there: neither a line that is restarted again and again nor one that learns nothing pushes its own history out.
+
     Owns one thread; :meth:`close` joins it and writes what is left.
 
     Args:
@@ -26,15 +31,27 @@ class Autosave:
         interval: seconds between frequent saves.
         ring_interval: seconds between saves that rollback can return to.
         clock: seconds, monotonic.
+        content: of the offered arrays those that make two states different.
+
+    Raises:
+        CalibrationError: the store's folder cannot be read.
     """
 
     def __init__(
-        self, store: SnapshotStore, interval: float, ring_interval: float, clock: Callable[[], float] = time.monotonic
+        self,
+        store: SnapshotStore,
+        interval: float,
+        ring_interval: float,
+        clock: Callable[[], float] = time.monotonic,
+        content: Callable[[Arrays], Arrays] = lambda arrays: arrays,
     ) -> None:
         self.lock = threading.Lock()  # held while the store is read or written
         self._store = store
         self._interval, self._ring_interval, self._clock = interval, ring_interval, clock
-        self._ring_due = clock()
+        self._content = content
+        age = store.age("ring")
+        # A wall clock that was set back says nothing of the age: then as if it had been written just now.
+        self._ring_due = clock() if age is None else clock() + ring_interval - max(0.0, age)
         self._pending: tuple[Arrays, Mapping[str, Any]] | None = None
         self._handover = threading.Lock()
         self._flushing = threading.Lock()  # one after the other, or an older state could be written last
@@ -71,8 +88,8 @@ class Autosave:
         if pending is None:
             return
         now = self._clock()
-        kind: Kind = "ring" if now >= self._ring_due else "last"
         try:
+            kind: Kind = "ring" if now >= self._ring_due and self._is_new(pending[0]) else "last"
             self.write(*pending, kind)
         except Exception as error:  # whatever it is, its thread must be there when the disk works again
             if not self._failing:
@@ -86,6 +103,15 @@ class Autosave:
         self._failing = False
         if kind == "ring":
             self._ring_due = now + self._ring_interval
+
+    def _is_new(self, arrays: Arrays) -> bool:
+        """Whether the content is another than that of the ring's newest usable snapshot."""
+        with self.lock:
+            newest = next((item for item in self._store.usable("ring") if isinstance(item, Snapshot)), None)
+        if newest is None:
+            return True
+        before, now = self._content(newest.arrays), self._content(arrays)
+        return before.keys() != now.keys() or not all(np.array_equal(before[name], now[name]) for name in now)
 
     def _work(self) -> None:
         while not self._stop.wait(self._interval):

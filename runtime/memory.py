@@ -86,7 +86,7 @@ class LineMemory:
         self._audit = AuditLog(folder / "audit.jsonl")
         self._audit_failing = False
         self._restore_last()
-        self._saver = Autosave(self._store, config.save_every, config.snapshot_every, clock)
+        self._saver = Autosave(self._store, config.save_every, config.snapshot_every, clock, _rows)
 
     # -- what the judge asks -----------------------------------------------------------------------------------------
 
@@ -417,6 +417,11 @@ def _calibrators(bundle: Bundle, memory: Memory, config: MemoryConfig) -> tuple[
 def _identity(bundle: Bundle, memory: Memory | None) -> dict[str, Any]:
     """What a snapshot must have been made with: the model (thresholds aside) and whether its memory is in use."""
     return {"model": bundle.model_id, "classes": list(bundle.manifest.classes), "memory": memory is not None}
+
+
+def _rows(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """What the memory of normal consists of, without what every frame changes (guard, drift) and without counters."""
+    return {name: array for name, array in arrays.items() if name.endswith((".memory.rows", ".memory.foreground"))}
 
 
 def _part(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -73,7 +73,9 @@ class MemoryConfig(Settings):
     guard: GuardConfig = Field(default=GuardConfig(), description="Admission guard")
     drift: DriftConfig = Field(default=DriftConfig(), description="Drift warning")
     save_every: Seconds = Field(default=60.0, description="Seconds between saves; a restart goes on from the last")
-    snapshot_every: Seconds = Field(default=900.0, description="Seconds between saves that rollback can return to")
+    snapshot_every: Seconds = Field(
+        default=900.0, description="Seconds between saves that rollback can return to, over restarts, too"
+    )
     snapshots: int = Field(default=8, ge=1, description="How many of these are kept, and of those made by command")
 
     def policy(self, rows: int) -> MemoryPolicy:
