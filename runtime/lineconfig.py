@@ -311,6 +311,13 @@ class BrokerConfig(Settings):
     tls: TlsConfig | None = Field(default=None, description="TLS; null: plain TCP")
     keepalive: int = Field(default=30, ge=5, le=3600, description="Seconds")
     retry_max: Seconds = Field(default=30, description="Longest pause between connection attempts, in seconds")
+    max_packet: int | None = Field(
+        default=None,
+        ge=2048,
+        le=268435460,
+        description="Largest packet the broker takes, in bytes, where it has a limit that it does not announce "
+        "(no broker does with MQTT 3.1.1); null: what it announces",
+    )
     metrics_every: Seconds = Field(default=10, description="Seconds between metrics messages")
     home_assistant: TopicLevel | None = Field(
         default=None, description="Discovery prefix of Home Assistant, usually homeassistant; null: no discovery"

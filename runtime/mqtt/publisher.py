@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from ..errors import AndonError, DeliveryError
 from ..lineconfig import BrokerConfig
 from ..outbox import Outbox
-from .session import Direct, Hooks, Lost, Session
+from .session import Direct, Heavy, Hooks, Lost, Session
 
 log = logging.getLogger("andon.mqtt")
 
@@ -37,7 +37,7 @@ class LinkState:
     """How the connection stands. reason: why it is down, empty while it is up. since: monotonic seconds.
 
     refused: topic and reason, for topics whose messages the broker does not take at the moment.
-    too_large: messages of this run that were not sent because they exceed the broker's Maximum Packet Size.
+    too_large: messages of this run that were not sent because they exceed what the broker takes.
     """
 
     connected: bool = False
@@ -84,6 +84,8 @@ class Publisher:
         self._announce = False
         self._up_at = 0.0
         self._short = 0
+        self._heavy: Heavy | None = None
+        self._after_heavy = 0
         self._stop = threading.Event()
         self._drain = 0.0
         self._wake_read, self._wake_write = -1, -1
@@ -182,6 +184,7 @@ class Publisher:
             session.farewell(1.0)
             self._state = replace(self._state, connected=False, reason="stopped", since=time.monotonic())
         finally:
+            self._heavy = session.unproved
             session.close()
 
     def _turn(self, session: Session) -> None:
@@ -208,7 +211,13 @@ class Publisher:
         was = self._state
         if was.connected:
             self._short = self._short + 1 if time.monotonic() - self._up_at < _STEADY else 0
-        if self._short >= _SUSPICIOUS:
+            self._after_heavy = self._after_heavy + 1 if self._heavy else 0
+        if self._heavy and self._after_heavy >= _SUSPICIOUS:
+            reason += (
+                f", time and again after a message ({self._heavy.kind}, now {self._heavy.size} bytes): does the broker "
+                "take none so large? Then set broker.max_packet"
+            )
+        elif self._short >= _SUSPICIOUS:
             # mosquitto closes the older connection of a client id without telling it why.
             reason += f", time and again soon after connecting: does another client use the id {self._client_id}?"
         if reason != was.reason:
@@ -230,8 +239,8 @@ class Publisher:
         if (kind, limit) not in self._said_too_large:  # said once: pictures may come several a second
             self._said_too_large.add((kind, limit))
             log.error(
-                "%s: a message (%s) of %d bytes is not sent: the broker takes at most %d (its Maximum Packet Size); "
-                "from here on they are only counted, as too_large",
+                "%s: a message (%s) of %d bytes is not sent: the broker takes at most %d (its Maximum Packet Size, "
+                "or broker.max_packet); from here on they are only counted, as too_large",
                 self._client_id, kind, size, limit,
             )  # fmt: skip
         self._state = replace(self._state, too_large=self._state.too_large + 1)

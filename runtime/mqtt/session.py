@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 KINDS = ("alarm", "verdict")
 #: Largest command we let a broker send us, in bytes.
 MAX_COMMAND = 65536
+#: No broker has a limit below so many bytes that we would want to know of.
+HEAVY = 2048
 
 
 class Lost(Exception):
@@ -64,9 +66,21 @@ class Hooks:
     discovery: Callable[[], tuple[str, bytes] | None] = lambda: None
 
 
-def packet_size(topic: str, payload: bytes, qos: int) -> int:
-    """Bytes of a PUBLISH packet of MQTT 5 without properties, all headers included."""
-    rest = 2 + len(topic.encode()) + (2 if qos else 0) + 1 + len(payload)  # topic, packet id, properties, payload
+@dataclass(frozen=True)
+class Heavy:
+    """A message of more than HEAVY bytes that was sent; nothing says yet that the broker took it.
+
+    before: packet ids in flight when it was sent; an acknowledgement of one of them proves nothing.
+    """
+
+    kind: str
+    size: int
+    before: frozenset[int]
+
+
+def packet_size(topic: str, payload: bytes, qos: int, protocol: str = "5") -> int:
+    """Bytes of a PUBLISH packet without properties, all headers included."""
+    rest = 2 + len(topic.encode()) + (2 if qos else 0) + (protocol == "5") + len(payload)  # packet id, properties
     length = 1
     while rest >= 128**length:  # a variable byte integer: seven bits a byte
         length += 1
@@ -98,7 +112,8 @@ class Session:
         self._topic = f"{base}/{cameras[0]}"
         self._outbox = outbox
         self._window = inflight
-        self._packet_limit: int | None = None
+        self._packet_limit = broker.max_packet
+        self._heavy: Heavy | None = None
         self._hooks = hooks
         self._wake = wake
         self._connack: ReasonCode | None = None
@@ -193,6 +208,11 @@ class Session:
         )
 
     @property
+    def unproved(self) -> Heavy | None:
+        """The largest message that may have been too large, if the connection is lost now; None: there is none."""
+        return self._heavy
+
+    @property
     def inflight(self) -> int:
         """Messages offered and not yet acknowledged."""
         return len(self._flying)
@@ -251,10 +271,13 @@ class Session:
         self, topic: str, payload: bytes, qos: int, retain: bool, origin: tuple[Stream, Stored] | None
     ) -> bool:
         """False where it is larger than the broker takes: sent all the same, it would end the connection."""
-        if self._packet_limit is not None and (size := packet_size(topic, payload, qos)) > self._packet_limit:
-            kind = topic.removeprefix(f"{self._base}/").split("/")[1]
+        size = packet_size(topic, payload, qos, self._broker.protocol)
+        kind = topic.removeprefix(f"{self._base}/").split("/")[1]
+        if self._packet_limit is not None and size > self._packet_limit:
             self._hooks.too_large(kind, size, self._packet_limit)
             return False
+        if size > (self._heavy.size if self._heavy else HEAVY):
+            self._heavy = Heavy(kind, size, frozenset(self._flying))
         info = self._client.publish(topic, payload, qos, retain)
         if info.rc not in (paho.MQTT_ERR_SUCCESS, paho.MQTT_ERR_AGAIN):
             raise Lost(explain_lost(self._last_error, True, self._broker))
@@ -315,7 +338,8 @@ class Session:
         receive_maximum = getattr(properties, "ReceiveMaximum", None)
         if receive_maximum:
             self._window = min(self._window, int(receive_maximum))
-        self._packet_limit = getattr(properties, "MaximumPacketSize", None)
+        limits = (self._broker.max_packet, getattr(properties, "MaximumPacketSize", None))
+        self._packet_limit = min((limit for limit in limits if limit is not None), default=None)
 
     def _on_subscribe(
         self, _client: Any, _data: Any, _mid: int, reasons: Sequence[ReasonCode], _properties: Properties | None
@@ -323,7 +347,11 @@ class Session:
         self._suback = reasons[0]
 
     def _on_publish(self, _client: Any, _data: Any, mid: int, reason: ReasonCode, _properties: Any) -> None:
-        origin = self._flying.pop(mid, None)
+        if mid not in self._flying:
+            return  # of QoS 0: paho has sent it, which says nothing of the broker
+        origin = self._flying.pop(mid)
+        if self._heavy is not None and mid not in self._heavy.before:
+            self._heavy = None  # a broker reads in order
         if origin is None:
             return
         stream, message = origin

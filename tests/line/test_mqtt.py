@@ -273,20 +273,37 @@ def wordy(ids: Ids) -> Verdict:
     return replace(verdict(ids), regions=(Region((1001, 1002, 103, 104), 12, 3.0),) * 300)
 
 
+#: How mosquitto is told its limit, the protocol, whether the line is told, too: max_packet_size is announced in MQTT 5.
+#: Above message_size_limit mosquitto ends the connection in MQTT 5; in 3.1.1 it acknowledges the message and drops it.
+LIMITS = [
+    ("max_packet_size", "5", False),
+    ("max_packet_size", "3.1.1", True),
+    ("message_size_limit", "5", True),
+    ("message_size_limit", "3.1.1", True),
+]
+
+
+@pytest.mark.parametrize(("setting", "protocol", "told"), LIMITS)
 def test_a_picture_larger_than_the_broker_takes_is_skipped_and_counted(
-    line: Any, make_consumer: Any, eventually: Any, caplog: pytest.LogCaptureFixture
+    line: Any,
+    make_consumer: Any,
+    eventually: Any,
+    caplog: pytest.LogCaptureFixture,
+    setting: str,
+    protocol: str,
+    told: bool,
 ) -> None:
     pictures: list[int] = []
 
     def take(_client: Any, _data: Any, message: Any) -> None:
         pictures.append(len(message.payload))
 
-    with EmbeddedBroker(settings=["max_packet_size 4000"]) as broker, make_consumer(broker.port) as consumer:
+    with EmbeddedBroker(settings=[f"{setting} 4000"]) as broker, make_consumer(broker.port) as consumer:
         consumer.client.message_callback_add("+/+/+/+/+/+/evidence/#", take)
-        with line(broker.port) as running:
+        with line(broker.port, protocol=protocol, max_packet=4000 if told else None) as running:
             assert running.delivery.wait_connected(10)
             topic = "andon/v1/site/line/station/cam0/evidence/A"
-            fits = 4000 - packet_size(topic, b"", 0) - 1  # the length of the rest takes two bytes, not one
+            fits = 4000 - packet_size(topic, b"", 0, protocol) - 1  # the length of the rest takes two bytes, not one
             for size in (60_000, fits + 1, fits):
                 running.delivery.picture("cam0", "A", bytes(size))
             running.send(3)
@@ -299,11 +316,12 @@ def test_a_picture_larger_than_the_broker_takes_is_skipped_and_counted(
     assert sum("is not sent: the broker takes at most 4000" in text for text in caplog.messages) == 1
 
 
+@pytest.mark.parametrize(("setting", "protocol", "told"), LIMITS)
 def test_a_verdict_larger_than_the_broker_takes_is_dropped_and_said(
-    line: Any, make_consumer: Any, eventually: Any
+    line: Any, make_consumer: Any, eventually: Any, setting: str, protocol: str, told: bool
 ) -> None:
-    with EmbeddedBroker(settings=["max_packet_size 10000"]) as broker, make_consumer(broker.port) as consumer:
-        with line(broker.port) as running:
+    with EmbeddedBroker(settings=[f"{setting} 10000"]) as broker, make_consumer(broker.port) as consumer:
+        with line(broker.port, protocol=protocol, max_packet=10_000 if told else None) as running:
             assert running.delivery.wait_connected(10)
             before = running.send(1)
             running.delivery.verdict(wordy(running.ids))
@@ -315,6 +333,50 @@ def test_a_verdict_larger_than_the_broker_takes_is_dropped_and_said(
             assert running.delivery.health().links["cam0"].connects == 1
         consumer.until(lambda: consumer.of("status")[-1]["state"] == "stopped")
     assert consumer.of("status")[-1]["outbox"]["dropped"] == 1
+
+
+@pytest.mark.parametrize(("setting", "protocol"), [("max_packet_size", "3.1.1"), ("message_size_limit", "5")])
+def test_a_limit_that_nobody_announces_is_suspected(
+    line: Any, make_consumer: Any, eventually: Any, caplog: pytest.LogCaptureFixture, setting: str, protocol: str
+) -> None:
+    hint = "does the broker take none so large? Then set broker.max_packet"
+    with EmbeddedBroker(settings=[f"{setting} 10000"]) as broker, make_consumer(broker.port) as consumer:
+        with line(broker.port, protocol=protocol) as running:
+            before = running.send(2)
+            running.delivery.verdict(wordy(running.ids))
+            after = running.send(2)
+            eventually(lambda: any("(verdict, now " in text and hint in text for text in caplog.messages), 20)
+            assert running.outbox.stats().messages >= 3, "a suspicion costs no verdict"
+        with line(broker.port, protocol=protocol, max_packet=10_000):
+            assert {document["id"] for document in consumer.wait_for("verdict", 4)} == {*before, *after}
+    assert not any("another client" in text for text in caplog.messages)
+
+
+def test_pictures_that_end_the_connection_time_and_again_are_suspected(
+    line: Any, eventually: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with EmbeddedBroker(settings=["max_packet_size 10000"]) as broker, line(broker.port, protocol="3.1.1") as running:
+        for turn in range(3):
+            eventually(lambda turn=turn: running.delivery.health().links["cam0"].connects == turn + 1)
+            running.delivery.picture("cam0", "A", bytes(60_000))
+        eventually(lambda: any("(evidence, now 600" in text and "max_packet" in text for text in caplog.messages))
+
+
+def test_an_outage_after_a_large_message_that_was_taken_raises_no_suspicion(
+    line: Any, broker: EmbeddedBroker, caplog: pytest.LogCaptureFixture, eventually: Any
+) -> None:
+    with line(broker.port) as running:
+        assert running.delivery.wait_connected(10)
+        (publisher,) = running.delivery._publishers.values()
+        for turn in range(3):
+            running.delivery.verdict(wordy(running.ids))
+            running.send(1)
+            eventually(lambda: running.outbox.stats().messages == 0)
+            broker.stop()
+            eventually(lambda: not running.delivery.health().connected)
+            broker.start()
+            eventually(lambda turn=turn: publisher.state.connects == turn + 2)
+    assert not any("max_packet" in text for text in caplog.messages)
 
 
 class Reluctant:
