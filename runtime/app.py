@@ -254,8 +254,8 @@ class LineApp:
             variant=variant,
             program=self.config.program,
             products=list(manifest.classes),
-            thresholds={product: judge.threshold(product) for product in manifest.classes},
         )
+        self.say_thresholds(judge)
         for name in self.config.cameras:
             self.state.expects(name, judge.product_of(name))
         log.info(
@@ -263,6 +263,13 @@ class LineApp:
             bundle.path.name, manifest.method, detector.bundle.id, detector.backend.name, time.monotonic() - started,
         )  # fmt: skip
         return judge, memory
+
+    def say_thresholds(self, judge: Judge) -> None:
+        """State which thresholds are in force, and which of them commands have set; on the judging thread."""
+        self.state.fact(
+            thresholds={product: judge.threshold(product) for product in judge.detector.bundle.manifest.classes},
+            threshold_overrides=dict(self.overrides.thresholds),
+        )
 
     # -- run and stop ------------------------------------------------------------------------------------------------
 

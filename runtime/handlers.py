@@ -70,12 +70,12 @@ class Handlers:
                     raise ConfigError("which product?", found="product: auto", expected=", ".join(classes))
                 product = classes[0]
             changed = judge.set_threshold(product, arguments["threshold"], arguments.get("by"))
-            self._app.state.fact(
-                thresholds={name: judge.threshold(name) for name in judge.detector.bundle.manifest.classes}
-            )
+            self._app.say_thresholds(judge)
             return {"product": product, **changed}
 
-        return self._app.worker.call(act)
+        result = self._app.worker.call(act)
+        self._app.delivery.announce()  # of every camera: the threshold is the product's
+        return result
 
     def trigger(self, camera: str, arguments: dict[str, Any]) -> dict[str, Any]:
         """Announce a part; its verdict follows, UNKNOWN if no frame comes in time."""

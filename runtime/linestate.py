@@ -180,7 +180,7 @@ class LineState:
         """What a camera's status message says about it."""
         with self._lock:
             held = self._cameras[camera]
-            names = ("method", "bundle", "backend", "variant", "ready")
+            names = ("method", "bundle", "backend", "variant", "ready", "threshold_overrides")
             facts = {name: self._facts[name] for name in names if name in self._facts}
             return {**facts, "product": held.product, "source": held.source.state, "detail": held.source.detail}
 

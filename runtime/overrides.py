@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -185,8 +186,14 @@ class Overrides:
 
 
 def _threshold(entry: Any) -> ThresholdOverride:
-    """One entry of the file; in earlier versions it was the number alone."""
+    """One entry of the file; in earlier versions it was the number alone.
+
+    Raises:
+        ValueError: not a finite number: it would judge nothing, and no status message could say it.
+    """
     if isinstance(entry, int | float):
-        return ThresholdOverride(float(entry))
+        entry = {"value": entry, "model": None, "program": None}
     model, program = (None if entry[name] is None else str(entry[name]) for name in ("model", "program"))
-    return ThresholdOverride(float(entry["value"]), model, program)
+    if not math.isfinite(value := float(entry["value"])):
+        raise ValueError(f"threshold {value}")
+    return ThresholdOverride(value, model, program)

@@ -95,6 +95,7 @@ def _apply(app: LineApp, config: LineConfig) -> list[str]:
     require_products(config, judge.detector.bundle)
     before = {name: judge.product_of(name) for name in app.boards}
     judge.configure(config.cameras, config.judge)
+    app.say_thresholds(judge)
     app.config = config
     rule = alarm_rule(config.alarm)
     changed = [name for name in app.boards if judge.product_of(name) != before[name]]

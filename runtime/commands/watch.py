@@ -121,8 +121,10 @@ class Watch:
             note = " (as of before)" if retained else ""
             waiting = document["outbox"]["messages"]
             backlog = f", {waiting} waiting in its outbox" if waiting else ""
+            overrides = document.get("threshold_overrides", {}).items()
+            overridden = "".join(f", threshold of {product} by command: {value:g}" for product, value in overrides)
             colour = _RED if document["state"] == "offline" else _DIM
-            self._say(f"-- {camera} is {document['state']}{note}{backlog}", colour)
+            self._say(f"-- {camera} is {document['state']}{note}{backlog}{overridden}", colour)
         elif schema == "andon.command-result/1":
             outcome = "done" if document["ok"] else f"failed: {document['error']} ({document['found']})"
             self._say(f"-- {camera} command {document['command']} {outcome}", _DIM)

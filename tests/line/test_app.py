@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import andon
 import numpy as np
 import paho.mqtt.client as paho
 import pytest
@@ -31,6 +32,7 @@ from andon.runtime.startup import Options
 from andon.runtime.summary import _NEXT
 from andon.runtime.types import UNKNOWN_REASONS
 from andon.runtime.verdict import dumps
+from jsonschema import Draft202012Validator
 from paho.mqtt.enums import CallbackAPIVersion
 
 RUN = [sys.executable, "-m", "andon.cli", "run", "--backend", "onnxruntime", "--threads", "1", "--json"]
@@ -393,9 +395,11 @@ def test_a_reload_to_another_product_forgets_the_verdicts_of_the_one_before(
 
     judge("1", "2")
     broker = {"host": line.app.broker.host, "port": line.app.broker.port}
+    sections["judge"] = {"thresholds": {"poly": -2.0}}
     make_line({"cam0": {**cam, "product": "poly"}}, bundle=str(bundle), broker=broker, **sections)
     line.app.reload()
     consumer.until(lambda: consumer.of("status", "cam0")[-1]["product"] == "poly")
+    assert line.app.state.snapshot()["thresholds"] == {"mono": 0.5, "poly": -2.0}
     judge("3")
     assert not line.app.worker.call(lambda: line.app.boards["cam0"].active), "one NG of this product is no series"
 
@@ -439,6 +443,32 @@ def test_commands_change_the_line_and_are_answered(start_line: Callable[..., Lin
         refused = line.command("cam0", name, **arguments)
         assert not refused["ok"] and refused["error"], name
     assert consumer.of("verdict")[-1]["product"] == "poly"
+
+
+def test_the_retained_status_says_which_thresholds_commands_have_set(
+    start_line: Callable[..., Line], broker: EmbeddedBroker, consumer: Any, make_consumer: Any
+) -> None:
+    schema = json.loads((Path(andon.__file__).parent / "configs/schema/status.json").read_text())
+
+    def said(watcher: Any, camera: str) -> Any:
+        return [status.get("threshold_overrides") for status in watcher.of("status", camera)][-1:]
+
+    cameras = {name: {"source": LIVE, "product": "mono"} for name in ("cam0", "cam1")}
+    line = start_line(cameras)
+    consumer.until(lambda: said(consumer, "cam1") == [{}])
+    assert line.command("cam0", "threshold", threshold=0.6)["ok"]
+    consumer.until(lambda: said(consumer, "cam0") == said(consumer, "cam1") == [{"mono": 0.6}])
+    with make_consumer(broker.port) as later:
+        later.until(lambda: said(later, "cam0") == said(later, "cam1") == [{"mono": 0.6}])
+    line.app.stop()
+    line.thread.join(20)
+    consumer.forget()
+    line = start_line(cameras)
+    consumer.until(lambda: said(consumer, "cam0") == said(consumer, "cam1") == [{"mono": 0.6}])
+    assert line.command("cam1", "threshold", threshold=None)["ok"]
+    consumer.until(lambda: said(consumer, "cam0") == said(consumer, "cam1") == [{}])
+    for status in consumer.of("status"):
+        Draft202012Validator(schema).validate(status)
 
 
 def test_a_command_that_cannot_be_kept_is_refused_and_changes_nothing(
@@ -526,6 +556,7 @@ def test_rebuild_takes_over_the_newest_export(
     last = consumer.of("verdict")[-1]
     assert (last["threshold"], last["label"]) == (0.005, "NG"), "0.6 was about the scores of another model"
     assert line.app.state.snapshot()["overrides"]["thresholds"]["mono"]["in_force"] is False
+    consumer.until(lambda: consumer.of("status")[-1]["threshold_overrides"] == {})
     damaged = export("hvq-3", 3)
     (damaged / "stages/judge.onnx").write_bytes(b"damaged")
     assert "judge.onnx" in line.command("cam0", "rebuild")["error"]

@@ -318,8 +318,9 @@ def test_a_change_that_cannot_be_audited_is_answered_as_it_is(
     assert "audit.jsonl cannot be written" in caplog.text
 
 
-def test_damaged_overrides_are_set_aside(tmp_path: Path) -> None:
-    (tmp_path / "overrides.json").write_text('{"thresholds": {"mono": "hi')
+@pytest.mark.parametrize("threshold", ['"hi', "NaN}", '{"value": Infinity, "model": "m", "program": "p"}}'])
+def test_damaged_overrides_are_set_aside(tmp_path: Path, threshold: str) -> None:
+    (tmp_path / "overrides.json").write_text(f'{{"products": {{}}, "thresholds": {{"mono": {threshold}}}')
     overrides = Overrides(tmp_path)
     assert dict(overrides.thresholds) == {} and (tmp_path / "overrides.damaged").exists()
 

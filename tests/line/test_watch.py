@@ -70,6 +70,16 @@ def test_colours_dedupe_and_foreign_messages() -> None:
     assert (summary["verdicts"], summary["NG"], summary["repeated"], summary["foreign"]) == (1, 1, 1, 7)
 
 
+def test_a_status_says_which_thresholds_commands_have_set() -> None:
+    lines: list[str] = []
+    watch = Watch(colour=False, quiet=False, out=lines.append)
+    status = {"schema": "andon.status/1", "state": "online", "outbox": {"messages": 0}}
+    for overrides in ({}, {"threshold_overrides": {}}, {"threshold_overrides": {"mono": 0.6}}):
+        watch.take(f"{TOPIC}/status", json.dumps({**status, **overrides}).encode(), False)
+    plain = "-- cam0 is online"
+    assert [line.strip() for line in lines] == [plain, plain, f"{plain}, threshold of mono by command: 0.6"]
+
+
 def test_messages_cannot_steer_the_terminal() -> None:
     lines: list[str] = []
     watch = Watch(colour=False, quiet=False, out=lines.append)
