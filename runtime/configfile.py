@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -69,23 +70,42 @@ def load(path: Path, model: type[M]) -> M:
 def secret(name: str, env: str | None, file: Path | None) -> str | None:
     """A password or token from the environment or a file (its last newline does not count); None if neither is named.
 
+    A configuration names one of them (settings.py).
+
     Raises:
-        ConfigError: named, but not there or empty.
+        ConfigError: named, but not there, empty or not UTF-8.
     """
     if env is not None:
         value = os.environ.get(env, "")
         if not value:
             raise ConfigError(f"{name}: the environment variable {env} is not set", next_step=f"export {env}=...")
+        with _utf8(name, f"the environment variable {env}"):
+            value.encode()  # bytes of another encoding come as lone surrogates, which nobody could send
         return value
     if file is not None:
         try:
-            value = file.read_text(encoding="utf-8").rstrip("\r\n")
+            with _utf8(name, f"the file {file}"):
+                value = file.read_text(encoding="utf-8").rstrip("\r\n")
         except OSError as error:
             raise ConfigError(f"{name}: the file {file} cannot be read", found=error) from error
         if not value:
             raise ConfigError(f"{name}: the file {file} is empty")
         return value
     return None
+
+
+@contextmanager
+def _utf8(name: str, where: str) -> Iterator[None]:
+    """Say of a secret that it is not UTF-8, but not what it is."""
+    try:
+        yield
+    except UnicodeError:
+        raise ConfigError(
+            f"{name}: {where} holds what is not UTF-8",
+            found="bytes of another encoding",
+            expected="UTF-8 text",
+            next_step="write it again, best in ASCII",
+        ) from None
 
 
 def _positions(node: yaml.Node | None, at: KeyPath, path: Path) -> Iterator[tuple[KeyPath, int]]:

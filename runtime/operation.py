@@ -10,12 +10,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from .configfile import secret
 from .errors import AndonError
 from .health import Check, Progress, readiness
 from .metrics import Metrics
 from .notify import Notifier
-from .web.server import Backend, WebServer
+from .web.server import Backend, WebServer, page_token
 
 if TYPE_CHECKING:
     from .app import LineApp
@@ -34,7 +33,7 @@ class Operation:
     The web server is up from the start, so that a line that is still building engines says so.
 
     Raises:
-        ConfigError: the token is named but not there. SourceError-free: the line itself is not touched.
+        ConfigError: see :func:`page_token`. SourceError-free: the line itself is not touched.
         DeliveryError: the port is taken.
     """
 
@@ -58,8 +57,7 @@ class Operation:
         config = app.config.web
         if config is not None:
             app.state.on_verdict.append(self.metrics.observe)
-            token = secret("web.token", config.token_env, config.token_file)
-            self.web = WebServer(config.host, config.port, self._backend(), token)
+            self.web = WebServer(config.host, config.port, self._backend(), page_token(config))
             self._stack.enter_context(self.web)
             log.info("live page on %s", self.web.url)
         self._thread.start()

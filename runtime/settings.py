@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Seconds = Annotated[float, Field(gt=0)]
 
 
 class Settings(BaseModel):
-    """Base of all sections: unknown keys are refused, values do not change after loading."""
+    """Base of all sections: unknown keys are refused, values do not change after loading.
+
+    A secret is named by an environment variable (`..._env`) or by a file (`..._file`); both are refused, for only one
+    of them would count, and perhaps the other is the one that is renewed.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _one_place_per_secret(self) -> Settings:
+        for env in (name for name in type(self).model_fields if name.endswith("_env")):
+            file = env.removesuffix("_env") + "_file"
+            if getattr(self, env) is not None and getattr(self, file, None) is not None:
+                raise ValueError(f"needs one of {env} and {file}, found both; remove the one that is not meant")
+        return self

@@ -194,6 +194,9 @@ def _broker(config: Any) -> str:
 
 
 def _page(web: Any) -> str:
+    from ..web.server import page_token
+
+    page_token(web)
     _free("web.port", web.host, web.port)
     return f"{web.host}:{web.port}"
 

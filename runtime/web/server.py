@@ -23,8 +23,10 @@ from importlib.resources import files
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from ..errors import AndonError, DeliveryError
+from ..configfile import secret
+from ..errors import AndonError, ConfigError, DeliveryError
 from ..health import Check
+from ..lineconfig import WebConfig
 from ..metrics import CONTENT_TYPE
 from ..verdict import dumps, number
 
@@ -58,6 +60,24 @@ class Backend:
     metrics: Callable[[], bytes]
     alive: Callable[[], list[Check]]
     ready: Callable[[], list[Check]]
+
+
+def page_token(config: WebConfig) -> str | None:
+    """The token that the configuration names, None if it names none.
+
+    Raises:
+        ConfigError: it is not there, or is not what every browser and client sends alike in a header.
+    """
+    token = secret("web.token", config.token_env, config.token_file)
+    if token is None or (token.isascii() and token.isprintable() and token == token.strip()):
+        return token
+    kinds = ["characters outside ASCII"] * (not token.isascii()) + ["spaces at its ends"] * (token != token.strip())
+    raise ConfigError(
+        "web.token: the token cannot be sent as it is in a header",
+        found=" and ".join(kinds) or "control characters",
+        expected="printable ASCII without spaces at its ends",
+        next_step="make a new one: openssl rand -hex 24",
+    )
 
 
 class WebServer:

@@ -65,6 +65,7 @@ def test_a_line_that_works(
             "cannot be reached",
         ),
         (PATTERN, {"state": "bundle/manifest.json/state"}, "state folder", "cannot be written"),
+        (PATTERN, {"web": {"port": 0, "token_env": "ANDON_NO_SUCH_VARIABLE"}}, "live page", "is not set"),
     ],
 )
 def test_each_fault_is_found_in_its_row(

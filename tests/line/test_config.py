@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,13 @@ def test_links_are_followed_when_they_are_used(tmp_path: Path) -> None:
         ("  c1: {source: {kind: rtsp, url: 'rtsp://me:word@cam/x'}}\n", 9, "no user name or password in the URL"),
         ("  'a/b': {source: {kind: test}}\n", 9, "String should match pattern"),
         ("web: {host: 0.0.0.0}\n", 9, "needs token_env or token_file"),
+        ("web: {token_env: A, token_file: b}\n", 9, "web: needs one of token_env and token_file, found both"),
+        ("broker: {password_env: A, password_file: b}\n", 9, "needs one of password_env and password_file, found both"),
+        (
+            "  c1: {source: {kind: rtsp, url: 'rtsp://x/y', password_env: A, password_file: b}}\n",
+            9,
+            "cameras.c1.source: needs one of password_env and password_file, found both",
+        ),
     ],
 )
 def test_what_is_refused_names_file_line_and_key(tmp_path: Path, change: str, line: int, told: str) -> None:
@@ -139,12 +147,18 @@ def test_secrets_come_from_environment_or_file(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "word").write_text("from file\n")
     monkeypatch.setenv("ANDON_TEST_WORD", "from environment")
     assert secret("x", None, tmp_path / "word") == "from file"
-    assert secret("x", "ANDON_TEST_WORD", tmp_path / "word") == "from environment"
+    assert secret("x", "ANDON_TEST_WORD", None) == "from environment"
     assert secret("x", None, None) is None
     with pytest.raises(ConfigError, match="ANDON_TEST_NOTHING is not set"):
         secret("x", "ANDON_TEST_NOTHING", None)
     with pytest.raises(ConfigError, match="cannot be read"):
         secret("x", None, tmp_path / "none")
+    (tmp_path / "latin").write_bytes(b"Schl\xfcssel")
+    monkeypatch.setenv("ANDON_TEST_LATIN", os.fsdecode(b"Schl\xfcssel"))
+    for named in ({"env": "ANDON_TEST_LATIN", "file": None}, {"env": None, "file": tmp_path / "latin"}):
+        with pytest.raises(ConfigError, match="not UTF-8") as error:
+            secret("x", **named)
+        assert "Schl" not in str(error.value)
 
 
 def test_published_schema_is_the_models() -> None:

@@ -23,8 +23,9 @@ from andon.runtime.app import LineApp
 from andon.runtime.broker import EmbeddedBroker
 from andon.runtime.errors import ConfigError, DeliveryError
 from andon.runtime.health import Check
+from andon.runtime.lineconfig import WebConfig
 from andon.runtime.startup import Options
-from andon.runtime.web.server import CONNECTIONS, Backend, WebServer
+from andon.runtime.web.server import CONNECTIONS, Backend, WebServer, page_token
 
 LIVE = {"kind": "test", "width": 64, "height": 48, "fps": 10, "pattern": "white"}
 
@@ -336,6 +337,32 @@ def test_token_that_is_named_but_missing_is_refused(bundle: Path, make_line: Any
     config = make_line({"cam0": {"source": LIVE, "product": "mono"}}, bundle=str(bundle), broker=None, web=web)
     with pytest.raises(ConfigError, match="ANDON_NO_SUCH_VARIABLE"):
         LineApp(Options(config=config, backend="onnxruntime")).run()
+
+
+@pytest.mark.parametrize(
+    ("token", "found"),
+    [
+        ("Schlüssel", "characters outside ASCII"),
+        ("schlüssel ", "characters outside ASCII and spaces at its ends"),
+        ("\u20ac\u20ac", "characters outside ASCII"),
+        (" sesame", "spaces at its ends"),
+        ("ses\tame", "control characters"),
+    ],
+)
+def test_a_token_that_a_header_cannot_carry_is_refused(tmp_path: Path, token: str, found: str) -> None:
+    (tmp_path / "token").write_text(token + "\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="cannot be sent as it is in a header") as error:
+        page_token(WebConfig(token_file=tmp_path / "token"))
+    assert error.value.found == found and token.strip() not in str(error.value)
+
+
+@pytest.mark.parametrize("token", ["a b", "a;b,c\"d\\'", "~!@#$%^&*()=+/-_.:?<>[]{}|`"])
+def test_every_other_token_opens_the_page(token: str) -> None:
+    with WebServer("127.0.0.1", 0, backend(), token) as server:
+        assert ask(server.port, "/api/state", Authorization=f"Bearer {token}")[0] == 200
+        status, _, headers = ask(server.port, "/login", f"token={quote(token, safe='')}".encode())
+        assert status == 303
+        assert ask(server.port, "/api/state", Cookie=headers["Set-Cookie"].partition("; HttpOnly")[0])[0] == 200
 
 
 def test_nothing_listens_after_the_end(bundle: Path, make_line: Any) -> None:
