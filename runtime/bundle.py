@@ -11,22 +11,23 @@ import fcntl
 import hashlib
 import json
 import os
-import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from ..calib.snapshots import write_atomic
+from .bundlefiles import COPY_AGAIN, MAX_FILE_BYTES, MAX_FILES, MAX_TOTAL_BYTES, inside
 from .errors import BundleError, ConfigError, ProductError
 from .manifest import Manifest, State, Table, Threshold, Variant
+from .unpack import unpack
 from .wiring import check
 
 MANIFEST = "manifest.json"
@@ -34,11 +35,7 @@ DIGEST = "manifest.sha256"
 #: What a folder of `andon train` has, and a bundle has not
 CHECKPOINT = "provenance.json"
 MAX_MANIFEST_BYTES = 16 << 20
-MAX_FILE_BYTES = 4 << 30
-MAX_TOTAL_BYTES = 8 << 30
-MAX_FILES = 4096
 _CHUNK = 1 << 20
-_COPY_AGAIN = "copy the bundle again from the machine that exported it"
 
 
 class Bundle:
@@ -71,7 +68,7 @@ class Bundle:
         if path.is_file():
             unpacked = tempfile.TemporaryDirectory(prefix="andon-bundle-")
             try:
-                return cls._load(path, _unpack(path, Path(unpacked.name)), unpacked)
+                return cls._load(path, unpack(path, Path(unpacked.name)), unpacked)
             except BaseException:
                 unpacked.cleanup()
                 raise
@@ -134,7 +131,7 @@ class Bundle:
                 f"{entry.file}: array {entry.key} is not what the manifest says",
                 found=f"{array.dtype.name}{list(array.shape)}",
                 expected=f"{entry.dtype}{list(entry.shape)}",
-                next_step=_COPY_AGAIN,
+                next_step=COPY_AGAIN,
             )
         return array
 
@@ -253,34 +250,6 @@ def hash_file(path: Path) -> tuple[str, int]:
     return digest.hexdigest(), size
 
 
-def inside(root: Path, name: str) -> Path:
-    """The file `name` of a bundle; refuses anything that could lie outside its directory.
-
-    Raises:
-        BundleError: the path is absolute, has `..`, a backslash or a drive, or passes through a symbolic link.
-    """
-    pure = PurePosixPath(name)
-    plain = name and "\\" not in name and ":" not in name and "\0" not in name
-    if not plain or pure.is_absolute() or ".." in pure.parts or name != pure.as_posix():
-        raise BundleError(
-            "a path in the bundle leaves its directory",
-            found=name,
-            expected="a relative path without '..'",
-            next_step="do not use this bundle; " + _COPY_AGAIN,
-        )
-    path = root
-    for part in pure.parts:
-        path = path / part
-        if path.is_symlink():
-            raise BundleError(
-                "a file of the bundle is a symbolic link",
-                found=name,
-                expected="a plain file",
-                next_step="do not use this bundle; " + _COPY_AGAIN,
-            )
-    return path
-
-
 def read_npz(path: Path, keys: tuple[str, ...] | None = None, limit: int = MAX_FILE_BYTES) -> dict[str, NDArray[Any]]:
     """Read arrays of an npz without pickle; `limit` bounds each array's unpacked size in bytes.
 
@@ -297,7 +266,7 @@ def read_npz(path: Path, keys: tuple[str, ...] | None = None, limit: int = MAX_F
                     f"{path.name} has no usable array {key!r}",
                     found=f"{sizes[key]} bytes" if key in sizes else ", ".join(sizes),
                     expected=f"at most {limit} bytes" if key in sizes else key,
-                    next_step=_COPY_AGAIN,
+                    next_step=COPY_AGAIN,
                 )
         with np.load(path, allow_pickle=False) as data:
             return {key: np.ascontiguousarray(data[key]).reshape(data[key].shape) for key in wanted}
@@ -343,7 +312,7 @@ def _signed_manifest(root: Path) -> tuple[Manifest, str]:
             f"{root / MANIFEST} was changed after it was written",
             found=f"sha256 {digest}",
             expected=f"sha256 {' or '.join(listed)} ({DIGEST})",
-            next_step=_COPY_AGAIN,
+            next_step=COPY_AGAIN,
         )
     return parse_manifest(raw, str(root / MANIFEST)), digest
 
@@ -390,7 +359,7 @@ def _check_files(root: Path, manifest: Manifest) -> None:
         path = inside(root, name)
         if not path.is_file():
             raise BundleError(
-                f"the bundle lacks {name}", found="no such file", expected=f"{entry.bytes} bytes", next_step=_COPY_AGAIN
+                f"the bundle lacks {name}", found="no such file", expected=f"{entry.bytes} bytes", next_step=COPY_AGAIN
             )
         size = path.stat().st_size
         digest = hash_file(path)[0] if size == entry.bytes else f"(of {size} bytes)"
@@ -399,55 +368,8 @@ def _check_files(root: Path, manifest: Manifest) -> None:
                 f"{name} was changed after the bundle was written",
                 found=f"sha256 {digest}",
                 expected=f"sha256 {entry.sha256} (of {entry.bytes} bytes)",
-                next_step=_COPY_AGAIN,
+                next_step=COPY_AGAIN,
             )
-
-
-def _unpack(path: Path, target: Path) -> Path:
-    """Unpack a .tar of plain files and folders; the bundle is at its root or in its single top folder."""
-    total = 0
-    try:
-        with tarfile.open(path) as archive:
-            for count, member in enumerate(archive):
-                total += member.size
-                _check_member(member, count, total)
-                if member.name.strip("./") == "" or member.isdir():
-                    continue
-                place = inside(target, _relative(member.name))
-                place.parent.mkdir(parents=True, exist_ok=True)
-                source = archive.extractfile(member)
-                if source is not None:
-                    with source, place.open("xb") as out:
-                        _copy(source, out)
-    except (tarfile.TarError, EOFError, FileExistsError, NotADirectoryError) as error:
-        # tarfile tells of an unknown format in a line for each that it has tried.
-        found = "no tar archive" if "\n" in str(error) else error
-        raise BundleError(
-            f"{path} cannot be unpacked", found=found, expected="a .tar of a bundle", next_step=_COPY_AGAIN
-        ) from error
-    tops = list(target.iterdir())
-    return tops[0] if len(tops) == 1 and tops[0].is_dir() else target
-
-
-def _check_member(member: tarfile.TarInfo, count: int, total: int) -> None:
-    if not (member.isreg() or member.isdir()):
-        raise BundleError(
-            "the .tar holds something that is not a plain file or folder",
-            found=member.name,
-            expected="files and folders only",
-            next_step="do not use this bundle; " + _COPY_AGAIN,
-        )
-    if count >= MAX_FILES or member.size > MAX_FILE_BYTES or total > MAX_TOTAL_BYTES:
-        raise BundleError("the .tar is too large", found=f"{total} bytes", expected=f"<= {MAX_TOTAL_BYTES} bytes")
-
-
-def _relative(name: str) -> str:
-    return name.removeprefix("./").rstrip("/")
-
-
-def _copy(source: IO[bytes], out: IO[bytes]) -> None:
-    while chunk := source.read(_CHUNK):
-        out.write(chunk)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .bundle import MAX_FILE_BYTES, Bundle, inside, read_npz
+from .bundle import Bundle, read_npz
+from .bundlefiles import MAX_FILE_BYTES, inside
 from .errors import BundleError
 from .manifest import Variant
 from .program import Program

@@ -16,6 +16,7 @@ import jsonschema
 import numpy as np
 import pytest
 from andon.runtime import bundle as module
+from andon.runtime import unpack
 from andon.runtime.bundle import DIGEST, MANIFEST, Bundle, read_npz, schema
 from andon.runtime.engine.onnxruntime import OnnxRuntimeBackend
 from andon.runtime.errors import BundleError, ConfigError, EngineError, ProductError
@@ -215,9 +216,9 @@ def test_a_hostile_tar_is_refused_and_leaves_nothing(
 def test_size_limits(make_bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_bundle()
     path = pack(root, tmp_path / "b.tar")
-    monkeypatch.setattr(module, "MAX_TOTAL_BYTES", 100)
-    refused(path, "too large")
-    refused(root, "too large")
+    for reader, bundle in ((unpack, path), (module, root)):
+        monkeypatch.setattr(reader, "MAX_TOTAL_BYTES", 100)
+        refused(bundle, "too large")
 
 
 def test_something_that_is_no_tar_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,40 @@
+"""What the files of a bundle may be, packed or not: how many, how large, and nowhere but in its directory."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+
+from .errors import BundleError
+
+MAX_FILE_BYTES = 4 << 30
+MAX_TOTAL_BYTES = 8 << 30
+MAX_FILES = 4096
+COPY_AGAIN = "copy the bundle again from the machine that exported it"
+
+
+def inside(root: Path, name: str) -> Path:
+    """The file `name` of a bundle; refuses anything that could lie outside its directory.
+
+    Raises:
+        BundleError: the path is absolute, has `..`, a backslash or a drive, or passes through a symbolic link.
+    """
+    pure = PurePosixPath(name)
+    plain = name and "\\" not in name and ":" not in name and "\0" not in name
+    if not plain or pure.is_absolute() or ".." in pure.parts or name != pure.as_posix():
+        raise BundleError(
+            "a path in the bundle leaves its directory",
+            found=name,
+            expected="a relative path without '..'",
+            next_step="do not use this bundle; " + COPY_AGAIN,
+        )
+    path = root
+    for part in pure.parts:
+        path = path / part
+        if path.is_symlink():
+            raise BundleError(
+                "a file of the bundle is a symbolic link",
+                found=name,
+                expected="a plain file",
+                next_step="do not use this bundle; " + COPY_AGAIN,
+            )
+    return path
