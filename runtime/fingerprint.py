@@ -1,6 +1,7 @@
 """Images known again by the bytes of their files, wherever they lie and whatever they are called.
 
 Training and enrolment record which images they saw, and for what; the record travels in the bundle's report.json.
+`andon calibrate` records its images with the thresholds it sets, because report.json belongs to the model.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ USES = {
     "fitted": "trained on",
     "constants": "that set constants",
     "thresholds": "held out for thresholds",
+    "calibrated": "that thresholds were set on",
     "support": "enrolled from",
     "skipped": "that training could not decode",
 }
@@ -63,16 +65,19 @@ class Known(NamedTuple):
 
 
 class Seen:
-    """The images that the making of a bundle saw. recorded: use -> packed fingerprints, as in report.json."""
+    """The images that the making of a bundle or its thresholds saw. recorded: use -> packed fingerprints."""
 
     def __init__(self, recorded: Mapping[str, str]):
         self._uses = {use: unpack(recorded.get(use, "")) for use in USES}
 
     @classmethod
     def of(cls, bundle: Bundle) -> Seen | None:
-        """What the bundle's report records; None for a bundle made before fingerprints were."""
+        """What the bundle's report and its present thresholds record; None for one made before fingerprints were."""
         recorded = read_report(bundle).get("fingerprints")
-        return None if recorded is None else cls(recorded)
+        if recorded is None:
+            return None
+        thresholds = [t for entries in bundle.manifest.thresholds.values() for t in entries.values()]
+        return cls({**recorded, "calibrated": "".join(t.images for t in thresholds)})
 
     def sort(self, samples: Sequence[Sample]) -> list[Known]:
         """Each sample with what became of its image before; every file is read once.

@@ -147,6 +147,12 @@ class Threshold(Model):
     pixel: float | None = Field(default=None, description="Map value above which a pixel belongs to a region")
     program: str = Field(default="default", description="Program (alternative) whose scores it is for")
     source: str = Field(default="", description="Data set, date and command that set it")
+    images: str = Field(
+        default="",
+        pattern=r"^([0-9a-f]{16})*$",
+        description="Contents of the images behind it: the first 16 hexadecimal digits of each file's SHA-256, sorted, "
+        "one after the other",
+    )
 
 
 class Backbone(Model):

@@ -31,8 +31,10 @@ def unseen_good(bundle: Bundle, dataset: Dataset) -> Unseen:
     """Good images that the model has not been fitted to, new ones never from a test split.
 
     Images are known by content: those that training held out are used wherever they lie, those that it fitted, that
-    set constants or that were enrolled from are left out, all others are new. A bundle that has no record of contents
-    goes by the images' keys instead: then the held-out ones are used if the set has them, else all are taken for new.
+    set constants or that were enrolled from are left out, all others are new. So are those that the present thresholds
+    were set on, which are used again even where the set has come to call them test images. A bundle that has no record
+    of contents goes by the images' keys instead: then the held-out ones are used if the set has them, else all are
+    taken for new.
 
     Raises:
         CalibrationError: a product has no image in the set, or none that the model has not seen; by keys also: the
@@ -56,7 +58,7 @@ def _by_content(bundle: Bundle, good: Dataset, seen: Seen) -> Unseen:
     # Of copies the first alone: another promises nothing more.
     known = {k.fingerprint: k for k in reversed(seen.sort(good.samples))}.values()
     held = [k.sample for k in known if k.use == "thresholds"]
-    new = [k.sample for k in known if k.use is None and k.sample.split == "train"]
+    new = [k.sample for k in known if k.use == "calibrated" or (k.use is None and k.sample.split == "train")]
     for product in good.products:
         if not any(s.product == product for s in [*held, *new]):
             mine = tally(k.use for k in known if k.sample.product == product)
@@ -66,7 +68,8 @@ def _by_content(bundle: Bundle, good: Dataset, seen: Seen) -> Unseen:
                 expected="good images that it has not seen",
                 next_step="collect some and give their folder with --data",
             )
-    left_out = tally(k.use for k in known if k.use != "thresholds" and k.sample.split == "train")
+    usable = ("thresholds", "calibrated")
+    left_out = tally(k.use for k in known if k.use not in usable and k.sample.split == "train")
     names = _recorded(bundle, "holdout")
     remark = ""
     if not held and names and names <= {s.key for s in good.samples}:

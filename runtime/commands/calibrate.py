@@ -13,7 +13,7 @@ from ..dataset import Sample, open_dataset, split_readable
 from ..detector import Detector
 from ..engine.select import open_backend
 from ..errors import ConfigError
-from ..fingerprint import counted
+from ..fingerprint import counted, image_hash, pack
 from ..images import read_rgb
 from ..manifest import Threshold
 from ..unseen import unseen_good
@@ -88,7 +88,7 @@ def _calibrate(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
         updated = bundle.save_thresholds(found)
         _print(found)
         print(f"written to {bundle.root}, now bundle {updated.id}")
-        thresholds = {p: {n: t.model_dump() for n, t in entries.items()} for p, entries in found.items()}
+        thresholds = {p: {n: t.model_dump(exclude={"images"}) for n, t in e.items()} for p, e in found.items()}
         return {
             "ok": True,
             "bundle": updated.id,
@@ -119,6 +119,7 @@ def _threshold(
         pixel=pixel_threshold(maps),
         program=detector.program_name,
         source=source,
+        images=pack(image_hash(s.path) for s in samples),
     )
 
 

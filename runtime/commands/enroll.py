@@ -156,5 +156,7 @@ def summarize(bundle: Bundle, shots: int, foreground: float | None, seconds: flo
         "rows": rows,
         "foreground": foreground,
         "seconds": round(seconds, 2),
-        "thresholds": {n: t.model_dump() for n, t in bundle.manifest.thresholds.get(product, {}).items()},
+        "thresholds": {
+            n: t.model_dump(exclude={"images"}) for n, t in bundle.manifest.thresholds.get(product, {}).items()
+        },
     }

@@ -269,6 +269,36 @@ def test_calibrate_knows_images_by_content_wherever_they_lie_and_whatever_they_a
     assert code == 0 and 38 < result["images"] < 58 and result["origin"].startswith("38 held out by training and ")
 
 
+def test_images_that_thresholds_were_set_on_are_no_test_images_and_may_set_them_again(
+    make_bundle: MakeBundle, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The promise looks better on the images that it was set on; a growing good/bad folder moves them to the test."""
+    root = make_bundle(report={"holdout": [], "fingerprints": {"fitted": contents(data, 1, 20)}})
+    model, folder = Bundle.load(root).model_id, tmp_path / "line"
+    for product in "ab":
+        for i in range(20):
+            write(folder / product / "good" / f"{i:03}.png", level(100 + i, product))
+        write(folder / product / "bad" / "0.png", level(200, product))
+    calibrate = ("calibrate", "--bundle", root, "--data", folder, "--false-alarm-rate", 0.1, *ENGINE)
+    used = {s.key for s in open_dataset(str(folder)).select(split="train", good=True).samples}
+    code, first, text = run(capsys, *calibrate)
+    assert code == 0 and first["images"] == len(used) and "images" not in first["thresholds"]["a"]["default"], text
+    code, again, text = run(capsys, *calibrate)
+    assert code == 0 and again["images"] == len(used) and not again["left_out"], text
+    assert again["thresholds"]["a"]["default"]["value"] == first["thresholds"]["a"]["default"]["value"]
+    assert Bundle.load(root).model_id == model
+    for product in "ab":
+        for i in range(20):  # before the others by name
+            write(folder / product / "good" / f"-{i:03}.png", level(60 + i, product))
+    moved = used & {s.key for s in open_dataset(str(folder)).select(split="test", good=True).samples}
+    code, result, text = run(capsys, "eval", "--bundle", root, "--data", folder, *ENGINE)
+    assert moved and code == 0 and result["seen"] == {"calibrated": len(moved)}, text
+    assert f"left out of the figures: {len(moved)} that thresholds were set on" in text
+    code, result, text = run(capsys, *calibrate)
+    train = {s.key for s in open_dataset(str(folder)).select(split="train", good=True).samples}
+    assert code == 0 and result["images"] == len(used | train), "what it was set on before may be used again"
+
+
 def test_calibrate_takes_new_images_that_are_named_like_the_held_out_ones_and_says_so(
     make_bundle: MakeBundle, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
