@@ -19,6 +19,7 @@ from ..enrolment.features import memory_of
 from ..enrolment.foreground import choose
 from ..enrolment.support import read_support
 from ..errors import ConfigError
+from ..fingerprint import read_report
 from ..wiring import parse_source
 from . import numbers
 
@@ -113,7 +114,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             args.support, args.shots, source.manifest.preprocess, round(patches**0.5), foreground, args.seed
         )
         bundle = enroll(source, backend, name, support, target)
-    return summarize(bundle, len(support.paths), support.foreground, time.monotonic() - started)
+    return summarize(bundle, time.monotonic() - started)
 
 
 def _other_method(args: argparse.Namespace, method: str) -> ConfigError:
@@ -131,9 +132,17 @@ def _other_method(args: argparse.Namespace, method: str) -> ConfigError:
     return ConfigError(what, found=found, expected=f"a bundle of {args.method}", next_step=step)
 
 
-def summarize(bundle: Bundle, shots: int, foreground: float | None, seconds: float) -> dict[str, Any]:
+def summarize(bundle: Bundle, seconds: float) -> dict[str, Any]:
     """Print what was made and what comes next; the JSON object."""
-    product = bundle.manifest.classes[0]
+    product, report = bundle.manifest.classes[0], read_report(bundle)
+    shots, repeated = len(report["enrolled"]["support"]), report["enrolled"]["repeated"]
+    foreground = report["foreground"]
+    if repeated:
+        print(
+            f"warning: {len(repeated)} of {shots + len(repeated)} support images show the same picture as another "
+            f"(a burst, copies?) and are left out: {', '.join(repeated)}. Parts differ more than that: give images of "
+            "different parts, or of one that was taken away and put back"
+        )
     memory = memory_of(bundle)
     valid = bundle.array(bundle.manifest.state[memory.valid])
     rows = int(valid.sum())
@@ -153,6 +162,7 @@ def summarize(bundle: Bundle, shots: int, foreground: float | None, seconds: flo
         "method": bundle.manifest.method,
         "product": product,
         "shots": shots,
+        "repeated": repeated,
         "rows": rows,
         "foreground": foreground,
         "seconds": round(seconds, 2),

@@ -24,6 +24,7 @@ from ..program import Program
 from ..replay import GOLDEN
 from ..wiring import check, programs
 from .bank import Bank, BankSettings, build_bank, fill, principal
+from .distinct import distinct, turns
 from .features import FeatureExtractor, memory_of
 from .navigator import NavigatorSettings, enroll_navigator
 from .support import Support
@@ -94,6 +95,8 @@ def _navigator(manifest: Manifest, bank: Bank, patches: Sequence[Array], seed: i
 def enroll(source: Bundle, backend: Backend, name: str, support: Support, target: Path) -> Bundle:
     """Write the bundle of product `name` to `target`, with a golden set and provisional thresholds.
 
+    Images that repeat another's picture (distinct.py) are left out; report.json names them under `repeated`.
+
     Raises:
         ConfigError: the target exists, or the source bundle keeps no memory.
         CalibrationError: the support does not make a memory.
@@ -101,17 +104,24 @@ def enroll(source: Bundle, backend: Backend, name: str, support: Support, target
     memory_of(source)
     with FeatureExtractor(source, backend) as extract:
         patches = [extract(frame) for frame in support.frames]
+        kept = distinct(support.frames, patches, extract)
+    given, support, patches = support.paths, support.only(kept), [patches[i] for i in kept]
     product = enroll_product(source.manifest, patches, list(support.masks))
     with _new_folder(target) as root:
         draft = _write(source, root, target.name, name, product.state)
         thresholds = provisional_thresholds(draft, backend, support, product.bank)
         _golden(draft, backend, support)
         report = {
-            "enrolled": {"product": name, "support": [p.name for p in support.paths], "from": source.id},
+            "enrolled": {
+                "product": name,
+                "support": [p.name for p in support.paths],
+                "repeated": [p.name for p in given if p not in support.paths],
+                "from": source.id,
+            },
             "foreground": support.foreground,
             "rows": len(product.bank.rows),
             "holdout": [],
-            "fingerprints": {"support": pack(image_hash(p) for p in support.paths)},
+            "fingerprints": {"support": pack(image_hash(p) for p in given)},
         }
         (root / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         manifest = draft.manifest.model_copy(update={"thresholds": {name: thresholds}, "files": _hashes(root)})
@@ -206,8 +216,7 @@ def provisional_thresholds(
 def _left_out(support: Support, bank: Bank, valid: Array) -> Iterator[tuple[Array, Array]]:
     """(frame, valid rows) pairs, see :func:`provisional_thresholds`."""
     if len(support.frames) == 1:
-        frame = support.frames[0]
-        for turned in (frame[:, ::-1], frame[::-1], frame[::-1, ::-1]):
+        for turned in turns(support.frames[0]):
             yield turned, valid
         return
     for index, frame in enumerate(support.frames):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ class Support:
     def foreground(self) -> float:
         """Share of foreground patches."""
         return float(self.masks.mean())
+
+    def only(self, indices: Sequence[int]) -> Support:
+        """These images of it."""
+        return Support(tuple(self.paths[i] for i in indices), self.frames[indices], self.masks[indices])
 
 
 def support_paths(folder: Path, shots: int, seed: int | None = None) -> list[Path]:

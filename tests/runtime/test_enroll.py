@@ -210,7 +210,7 @@ def engines(tmp_path_factory):
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for k in range(5):
-        image, _ = part()
+        image = np.roll(part()[0], (7 * k, -5 * k), (0, 1))  # laid down anew: the same picture again is no support
         noisy = np.clip(image.astype(int) + rng.integers(-8, 8, image.shape), 0, 255).astype(np.uint8)
         cv2.imwrite(str(folder / f"{k}.png"), noisy)
     made = {}
@@ -313,6 +313,36 @@ def test_calibrate_leaves_out_the_images_enrolled_from(engines, tmp_path, capsys
             image.unlink()
     assert main(arguments) == 1
     assert "enrolled from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["foct", "knn"])
+def test_a_burst_of_one_part_is_worth_one_image(engines, method, tmp_path, capsys):
+    """Held against its copies a part is at no distance: with that for a threshold every other part is NG."""
+    from andon.cli import main
+
+    made, folder = engines
+    image = cv2.imread(str(folder / "0.png")).astype(int)
+    noise = np.random.default_rng(3)
+    for name, copies in (("one", 1), ("burst", 4)):
+        (tmp_path / name).mkdir()
+        for k in range(copies):
+            shot = image if k == 0 else image + noise.integers(-2, 3, image.shape)
+            cv2.imwrite(str(tmp_path / name / f"{k}.png"), np.clip(shot, 0, 255).astype(np.uint8))
+    shutil.copy(folder / "1.png", tmp_path / "burst" / "4.png")
+    found = {}
+    for name, shots in (("one", 1), ("burst", 4), ("burst", 5)):
+        arguments = ["--method", method, "--support", str(tmp_path / name), "--shots", str(shots), "--threads", "1"]
+        target = ["--backbone-bundle", str(made[method]), "--out", str(tmp_path / f"{name}{shots}")]
+        assert main(["enroll", *arguments, *target, "--json"]) == 0
+        said = capsys.readouterr().out
+        found[shots] = json.loads(said.splitlines()[-1])
+        assert ("warning: 3 of" in said and "1.png, 2.png, 3.png" in said) == (name == "burst")
+    assert found[4]["repeated"] == ["1.png", "2.png", "3.png"] and found[1]["repeated"] == []
+    assert found[4]["thresholds"] == found[1]["thresholds"] and found[4]["shots"] == 1
+    assert found[5]["shots"] == 2 and found[5]["thresholds"]["default"]["samples"] == 2
+    with Bundle.load(tmp_path / "burst4") as bundle:
+        packed = json.loads((bundle.root / "report.json").read_text())["fingerprints"]["support"]
+        assert len(packed) == 4 * 16, "what was left out has been seen all the same"
 
 
 def test_refusals(engines, tmp_path, capsys):
