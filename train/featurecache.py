@@ -1,64 +1,26 @@
-"""The folder of cached features: who uses an entry, and which entries go when there are too many bytes.
+"""The folder of cached features, kept to a limit by andon.runtime.diskcache.
 
-An entry is a folder; ``<entry>.lock`` beside it is held exclusively while the entry is written or removed, and shared
-while it is used. Locks go with the process that holds them, so a killed one leaves nothing locked.
+An entry is a folder; ``<entry>.lock`` beside it is its lock.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
-import re
-import shutil
-import sys
-import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 
-from ..runtime.errors import ConfigError
+from ..runtime.diskcache import LIMIT, Entry, Lease, size_text
+from ..runtime.diskcache import prune as prune_entries
 from .errors import TrainingError
 
-LIMIT = "ANDON_CACHE_LIMIT"
-DEFAULT_LIMIT = "20 GB"
 #: Written last into an entry and removed first; its time stamp is that of the entry's last use.
 INDEX = "index.json"
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-class Lease:
-    """A hold on an entry: shared from the start, and given back when the object is gone."""
-
-    def __init__(self, entry: Path):
-        self._handle = os.open(_lock_of(entry), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        self._close = weakref.finalize(self, os.close, self._handle)
-        self.share()
-
-    def share(self) -> None:
-        """Wait until nobody writes or removes the entry, and let nobody begin to."""
-        fcntl.flock(self._handle, fcntl.LOCK_SH)
-
-    def own(self) -> None:
-        """Wait until nobody else has the entry. Others may have had it in between: look again at what is there."""
-        fcntl.flock(self._handle, fcntl.LOCK_EX)
-
-
-def limit() -> int | None:
-    """Bytes that the cache may hold: $ANDON_CACHE_LIMIT, as in "500 MB", "20 GB" or "off" (None); 20 GB if not set.
-
-    Raises:
-        ConfigError: it is something else.
-    """
-    text = os.environ.get(LIMIT) or DEFAULT_LIMIT
-    if text.strip().lower() == "off":
-        return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
-    if match is None or match[2].upper() not in _UNITS:
-        step = f"set {LIMIT} to one of these, or unset it for {DEFAULT_LIMIT}"
-        raise ConfigError(f"{LIMIT} is not a size", found=text, expected="500 MB, 20 GB, off, ...", next_step=step)
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+def lease(entry: Path) -> Lease:
+    """A hold on an entry, which need not be there yet."""
+    return Lease(_lock_of(entry))
 
 
 def reserve(path: Path) -> None:
@@ -80,77 +42,32 @@ def reserve(path: Path) -> None:
         raise TrainingError(
             f"the feature cache {path.parent.parent} cannot be written",
             found=error.strerror,
-            expected=f"room for {_size(size)}",
+            expected=f"room for {size_text(size)}",
             next_step=f"make room there, set ANDON_CACHE to a folder on another disk, or {LIMIT} to less",
         ) from error
     finally:
         os.close(handle)
 
 
-def used(entry: Path) -> None:
-    """Note that an entry is used now."""
-    os.utime(entry / INDEX)
+def prune(root: Path, most: int | None) -> None:
+    """Keep the folder to `most` bytes. What killed processes left half written goes the same way."""
+    prune_entries(_measured(root), most, f"feature cache {root}")
 
 
-def prune(root: Path, most: int | None) -> list[Path]:
-    """Remove entries that nobody uses, the longest unused first, until at most `most` bytes are left; which ones.
-
-    What it removes it says on stderr. What killed processes left half written goes the same way.
-    """
-    if most is None:
-        return []
-    entries = sorted(_measured(root))
-    total = sum(size for _, size, _ in entries)
-    gone: list[Path] = []
-    freed, latest = 0, 0.0
-    for moment, size, entry in entries:
-        if total - freed <= most:
-            break
-        with _free(entry) as free:
-            if free and entry.exists():
-                (entry / INDEX).unlink(missing_ok=True)
-                shutil.rmtree(entry, ignore_errors=True)
-                gone.append(entry)
-                freed, latest = freed + size, moment
-    if gone:
-        what = f"{len(gone)} unused entr{'y' if len(gone) == 1 else 'ies'} of {_size(freed)} removed"
-        when = f"last used {datetime.fromtimestamp(latest):%Y-%m-%d %H:%M} or before"
-        left = f"{_size(total - freed)} left, {LIMIT} is {_size(most)}"
-        print(f"feature cache {root}: {what}, {when}; {left}", file=sys.stderr)
-    return gone
-
-
-def _measured(root: Path) -> Iterator[tuple[float, int, Path]]:
-    """Last use, bytes and path of each entry, and of what is left of one."""
+def _measured(root: Path) -> Iterator[Entry]:
+    """Each entry, and what is left of one."""
     for entry in root.iterdir():
         if not entry.is_dir():
             continue
+        index = entry / INDEX
         try:
             files = [path.stat() for path in entry.iterdir()]
-            moment = (entry / INDEX if (entry / INDEX).exists() else entry).stat().st_mtime
+            moment = (index if index.exists() else entry).stat().st_mtime
         except FileNotFoundError:  # another process removes it
             continue
-        yield moment, sum(file.st_size for file in files), entry
-
-
-@contextmanager
-def _free(entry: Path) -> Iterator[bool]:
-    """Hold an entry that nobody uses; False if somebody does."""
-    handle = os.open(_lock_of(entry), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        yield False
-    else:
-        yield True
-    finally:
-        os.close(handle)
+        yield Entry(moment, sum(file.st_size for file in files), _lock_of(entry), (index, entry))
 
 
 def _lock_of(entry: Path) -> Path:
     """The lock of an entry, and of its unfinished copies `<entry>.tmp-...`."""
     return entry.with_name(f"{entry.name.partition('.')[0]}.lock")
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"

@@ -28,12 +28,13 @@ from torch import nn
 from tqdm import tqdm
 
 from ..runtime.dataset import Sample, read_rgb
+from ..runtime.diskcache import Lease, limit, used
 from ..runtime.fingerprint import image_hash
 from ..runtime.manifest import Preprocess
 from ..runtime.preprocess import resize
 from .augment import View
 from .backbones import state_hash
-from .featurecache import INDEX, Lease, limit, prune, reserve, used
+from .featurecache import INDEX, lease, prune, reserve
 from .method import AnomalyModel, Batch
 
 Array = NDArray[Any]
@@ -110,14 +111,14 @@ def extract(
     root.mkdir(parents=True, exist_ok=True)
     hashes = _hashes(samples)
     entry = root / _key(model, samples, hashes)
-    lease = Lease(entry)
+    hold = lease(entry)
     while not (entry / INDEX).is_file():
-        lease.own()
+        hold.own()
         if not (entry / INDEX).is_file():
             prune(root, most)  # a limit that was lowered for want of room makes room first
             _compute(model, samples, entry, torch.device(device), batch, progress)
-        lease.share()
-    used(entry)
+        hold.share()
+    used(entry / INDEX)
     index = json.loads((entry / INDEX).read_text())
     arrays: dict[str, Array] = {name: np.load(entry / f"{name}.npy", mmap_mode="c") for name in index["arrays"]}
     ids = {name: i for i, name in enumerate(model.classes)}
@@ -127,7 +128,7 @@ def extract(
         {k: v for k, v in arrays.items() if model.frontend is not None},
         arrays[_IMAGES] if model.frontend is None else None,
         np.array([ids[s.product] for s in samples], np.int64),
-        lease,
+        hold,
         hashes,
     )
 

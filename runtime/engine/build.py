@@ -2,7 +2,8 @@
 
 A plan fits one ONNX file, one set of build options, one TensorRT version and one kind of GPU; its name is the hash of
 those. A stage without a fitting plan is built and the reason logged. Files are written atomically, each as soon as it
-is built, so an interrupted build goes on at the next stage.
+is built, so an interrupted build goes on at the next stage. The folder is kept to a limit (diskcache.py): the plans
+that were not used for longest go, never those of a process that has them open.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..diskcache import Entry, Lease, limit, prune, used
 from ..errors import EngineError
 from ..manifest import Variant
 from .cuda import Device
@@ -27,6 +30,8 @@ from .trt import Trt
 
 log = logging.getLogger(__name__)
 CACHE = "ANDON_CACHE"
+#: Bytes of plans that are kept if ANDON_CACHE_LIMIT is not set; a device's disk has less room than a workstation's.
+PLANS_LIMIT = "4 GB"
 _L4T_RELEASE = Path("/etc/nv_tegra_release")
 
 
@@ -88,6 +93,9 @@ class PlanStore:
 
     Attributes:
         built: what `load` did, in order.
+
+    Raises:
+        ConfigError: $ANDON_CACHE_LIMIT is not a size.
     """
 
     def __init__(self, trt: Trt, logger: Any, folder: Path, target: Target, options: BuildOptions):
@@ -97,6 +105,9 @@ class PlanStore:
         self._target = target
         self._options = options
         self._runtime = trt.Runtime(logger)
+        self._most = limit(PLANS_LIMIT)
+        self._leases: list[Lease] = []
+        self._grown = False
         self.force = False
         self.built: list[Built] = []
 
@@ -109,8 +120,10 @@ class PlanStore:
         model = onnx.read_bytes()
         wanted = self._wanted(stage, variant, model)
         path = self._path(wanted)
+        self._hold(path)
         plan, reason = self._existing(path, wanted)
         if plan is not None:
+            used(path)
             self.built.append(Built(stage, variant, path, path.stat().st_size, trtexec=self.trtexec(stage, onnx, path)))
             return plan
         log.info("stage %s %s: building its plan: %s", stage, variant, reason)
@@ -120,6 +133,8 @@ class PlanStore:
         sidecar = {**wanted, "sha256": hashlib.sha256(serialized).hexdigest(), "seconds": seconds}
         # Plan first, sidecar last: a plan without a sidecar is never used.
         kept = _keep((path, serialized), (path.with_suffix(".json"), (json.dumps(sidecar, indent=1) + "\n").encode()))
+        self._hold(path)
+        self._grown = True
         plan = self._runtime.deserialize_cuda_engine(serialized)
         if plan is None:
             raise EngineError(
@@ -154,8 +169,30 @@ class PlanStore:
             words += [f"--useDLACore={options.dla_core}", "--allowGPUFallback"]
         return " ".join(words)
 
+    def prune(self) -> None:
+        """Keep the folder to its limit if a plan was built since; to be called when no plan is still to be loaded,
+        for what was loaded is held and what comes next may be the longest unused."""
+        if self._grown:
+            self._grown = False
+            prune(self._entries(), self._most, f"plans in {self._folder}", log.warning)
+
+    def _entries(self) -> Iterator[Entry]:
+        for plan in self._folder.glob("*.plan"):
+            sidecar = plan.with_suffix(".json")
+            with suppress(OSError):
+                stat = plan.stat()
+                size = stat.st_size + (sidecar.stat().st_size if sidecar.exists() else 0)
+                yield Entry(stat.st_mtime, size, plan, (sidecar, plan))
+
+    def _hold(self, plan: Path) -> None:
+        """Keep the plan from being removed as long as this store is open; nothing where there is none."""
+        with suppress(OSError):
+            self._leases.append(Lease(plan, create=False))
+
     def close(self) -> None:
-        """Let go of the TensorRT runtime."""
+        """Let go of the plans and the TensorRT runtime."""
+        self.prune()
+        self._leases.clear()
         self._runtime = None
 
     def _wanted(self, stage: str, variant: str, model: bytes) -> dict[str, Any]:

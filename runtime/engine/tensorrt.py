@@ -284,6 +284,7 @@ class TensorRTBackend:
         return engine
 
     def sequence(self, launches: Sequence[Launch]) -> Launch:
+        self.plans.prune()  # a program asks for its launches when all of its stages are open
         if self._graphs is None:
             return partial(_run_all, tuple(launches))
         frame = FrameGraph(launches, self._graphs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from ..bundle import Bundle
 from ..dataset import Dataset
+from ..diskcache import Entry, Lease, limit, prune, used
 from ..engine.base import Backend
 from ..errors import ConfigError
 from ..fingerprint import image_hash
@@ -51,10 +53,15 @@ class Memory:
 class FeatureCache:
     """Patch features of a data set's images, float16 on disk: [N, m, c].
 
-    Kept under $ANDON_CACHE (else .cache) by a hash of the feature stage's file, the preprocessing and the images.
+    Kept under $ANDON_CACHE (else .cache) by a hash of the feature stage's file, the preprocessing and the images, and
+    to $ANDON_CACHE_LIMIT (diskcache.py).
+
+    Raises:
+        ConfigError: that is not a size.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, dataset: Dataset, progress: Progress = lambda n: None) -> None:
+        most = limit()
         self.dataset = dataset
         self.manifest = bundle.manifest
         with FeatureExtractor(bundle, backend) as extract:
@@ -62,20 +69,27 @@ class FeatureCache:
             path = _cache_path(bundle, dataset)
             found = _kept(path, shape)
             if found is None:
+                _prune(path.parent, most)  # a limit that was lowered for want of room makes room first
                 self._fill(path, shape, extract, progress)
                 found = np.load(path, mmap_mode="r")
         self.features: Array = found
+        with suppress(FileNotFoundError):  # removed by another process since: what is mapped stays readable
+            self._lease = Lease(path, create=False)
+        used(path)
+        _prune(path.parent, most)
 
     def _fill(self, path: Path, shape: tuple[int, ...], extract: FeatureExtractor, progress: Progress) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.npy")
         try:
             out = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
+            lease = Lease(partial, create=False)
             for index, sample in enumerate(self.dataset.samples):
                 out[index] = extract(resize(read_rgb(sample.path), self.manifest.preprocess))
                 progress(1)
             out.flush()
             partial.replace(path)
+            lease.release()
         finally:
             partial.unlink(missing_ok=True)
 
@@ -93,6 +107,15 @@ class FeatureCache:
             ],
             np.int64,
         )
+
+
+def _prune(folder: Path, most: int | None) -> None:
+    entries = []
+    for path in folder.glob("*.npy"):
+        with suppress(FileNotFoundError):
+            stat = path.stat()
+            entries.append(Entry(stat.st_mtime, stat.st_size, path, (path,)))
+    prune(entries, most, f"few-shot cache {folder}")
 
 
 def _kept(path: Path, shape: tuple[int, ...]) -> Array | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -41,6 +42,25 @@ def small(tmp_path_factory, synthetic_data):
 def cache(small, synthetic_data):
     with Bundle.load(small) as bundle, open_backend("onnxruntime", threads=1) as backend:
         yield fewshot.FeatureCache(bundle, backend, open_dataset(synthetic_data))
+
+
+def test_cached_features_are_kept_to_the_limit(small, synthetic_data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ANDON_CACHE", str(tmp_path))
+    dataset = open_dataset(synthetic_data)
+    with Bundle.load(small) as bundle, open_backend("onnxruntime", threads=1) as backend:
+
+        def of(samples):
+            return fewshot.FeatureCache(bundle, backend, replace(dataset, samples=dataset.samples[samples]))
+
+        held = of(slice(0, 1))
+        (first,) = (tmp_path / "fewshot").iterdir()
+        of(slice(1, 2))
+        (second,) = {*(tmp_path / "fewshot").iterdir()} - {first}
+        os.utime(first, (1, 1))
+        monkeypatch.setenv("ANDON_CACHE_LIMIT", "0")
+        of(slice(2, 3))
+    assert first.exists() and not second.exists() and np.array(held.features).any(), "what is in use stays"
+    assert "few-shot cache" in (said := capsys.readouterr().err) and "ANDON_CACHE_LIMIT" in said
 
 
 def test_numpy_scores_equal_the_programs(small, cache, synthetic_data, tmp_path):

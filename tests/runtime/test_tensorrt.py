@@ -6,6 +6,7 @@ import errno
 import inspect
 import json
 import logging
+import os
 import re
 import threading
 from collections.abc import Callable
@@ -261,6 +262,29 @@ def test_plans_that_cannot_be_kept_are_used_all_the_same(
     assert "cannot be kept" in caplog.text and not list(cache.parent.rglob("*.tmp")), "half a plan takes no room"
     code, _, text = run(capsys, "build", "--bundle", root, "--cache", cache)
     assert code == 1 and "cannot be kept" in text and "Traceback" not in text
+
+
+def test_the_plans_unused_for_longest_go_but_none_in_use_and_none_of_the_program_that_opens(
+    world: trtdouble.World, make_bundle: MakeBundle, cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any
+) -> None:
+    """Plans of a dozen bundles fill a Jetson's disk; a line that has run for months used its own months ago."""
+    bundle = Bundle.load(make_bundle())
+    running, idle = (BuildOptions(workspace_mb=mb) for mb in (64, 128))
+    kept, gone = ({b.plan for b in open_all(bundle, cache, options)} for options in (running, idle))
+    with TensorRTBackend(cache, running) as backend, Program(bundle, backend):
+        for plan in kept:
+            os.utime(plan, (1, 1))
+        monkeypatch.setenv("ANDON_CACHE_LIMIT", "1")
+        new = {b.plan for b in open_all(bundle, cache)}
+        assert {*cache.glob("*.plan")} == kept | new and not any(p.with_suffix(".json").exists() for p in gone)
+    assert "2 unused entries of" in caplog.text and f"plans in {cache}" in caplog.text
+    encode, score = sorted(new)
+    encode.unlink()
+    os.utime(score, (1, 1))
+    assert [b.reason != "" for b in open_all(bundle, cache)] == [True, False], "it was still to be loaded"
+    assert {*cache.glob("*.plan")} == new, "nobody uses the others any more"
+    monkeypatch.setenv("ANDON_CACHE_LIMIT", "off")
+    assert open_all(bundle, cache, idle) and {*cache.glob("*.plan")} == new | gone
 
 
 def test_a_plan_of_another_user_is_built_again(

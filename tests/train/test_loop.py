@@ -16,9 +16,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from andon.runtime import diskcache
 from andon.runtime.dataset import open_dataset
 from andon.runtime.errors import ConfigError
-from andon.train import featurecache
 from andon.train.errors import TrainingError
 from andon.train.features import FeatureSet, extract, load_frame
 from andon.train.loop import amp_dtype, fit, lr_factor
@@ -182,14 +182,14 @@ def test_the_cache_is_pruned_to_its_limit(
 )
 def test_limit_of_the_cache(monkeypatch: pytest.MonkeyPatch, text: str, expected: int | None) -> None:
     monkeypatch.setenv("ANDON_CACHE_LIMIT", text)
-    assert featurecache.limit() == expected
+    assert diskcache.limit() == expected
 
 
 @pytest.mark.parametrize("text", ["much", "-1", "20 GiB", "nan"])
 def test_a_limit_that_is_no_size_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("ANDON_CACHE_LIMIT", text)
     with pytest.raises(ConfigError, match="ANDON_CACHE_LIMIT is not a size"):
-        featurecache.limit()
+        diskcache.limit()
 
 
 # ---- sampler, schedule, average
