@@ -25,6 +25,16 @@ from .method import BackboneConfig
 FROM_CHECKPOINT = "checkpoint"
 
 
+_WORDS = ("auto", "pypi", "timm", FROM_CHECKPOINT)
+
+
+def absolute_weights(config: BackboneConfig) -> BackboneConfig:
+    """The configuration with the path of a weights file made absolute, so that it is found from any directory."""
+    if config.weights in _WORDS or config.weights.startswith("random:"):
+        return config
+    return config.model_copy(update={"weights": str(Path(config.weights).expanduser().absolute())})
+
+
 @dataclass(frozen=True)
 class WeightPackage:
     """A Python package that carries ImageNet weights of a timm model, tensors in timm's order, under other names."""

@@ -28,7 +28,7 @@ from ..runtime.fingerprint import image_hash, pack
 from ..runtime.quality import Metrics, mean_metrics, table
 from . import distributed
 from .augment import augmented, described
-from .backbones import backbones_in
+from .backbones import absolute_weights, backbones_in
 from .checkpoint import (
     CONFIG,
     METRICS,
@@ -99,6 +99,7 @@ class Request:
             )
         settings = [*args.set, *([f"seed={args.seed}"] if args.seed is not None else [])]
         config = load_config(args.method, args.config, settings)
+        config = config.model_copy(update={"backbone": absolute_weights(config.backbone)})
         products = tuple(args.products.split(",")) if args.products else None
         open_dataset(args.data).select(products=products)  # refused before there is a folder
         made = str(_folder(args.out, config, args.data, held)) if distributed.is_main() else ""

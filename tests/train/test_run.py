@@ -362,14 +362,17 @@ def test_interrupt_says_how_to_go_on(
 def test_a_run_goes_on_from_any_directory(
     synthetic_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A set that was named from where the run was started is found from elsewhere, and, once moved, by its new name."""
+    """A set that was named from where the run was started is found from elsewhere, and, once moved, by its new name;
+    so are the backbone's weights, which the finished checkpoint needs no more."""
     here, out = tmp_path / "here", tmp_path / "run"
     shutil.copytree(synthetic_data / "grid", here / "data" / "grid")
+    torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), here / "w.pth")
+    settings = [*SETS, "--set", "backbone.weights=w.pth"]
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(here)
     with monkeypatch.context() as patch:
         patch.setattr(run, "fit", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert main(["train", "--method", "hvq", "--data", "data", "--no-eval", "--out", str(out), *SETS]) == 130
+        assert main(["train", "--method", "hvq", "--data", "data", "--no-eval", "--out", str(out), *settings]) == 130
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert "not go on" in refusal_of(out, monkeypatch, capsys), "it comes as far as the training"
     (here / "data").rename(here / "moved")
@@ -377,6 +380,9 @@ def test_a_run_goes_on_from_any_directory(
     assert main(["train", "--resume", "../run", "--data", "../here/moved"]) == 0
     provenance = read_provenance(out)
     assert provenance.data == "../here/moved" and Path(provenance.data_path).samefile(here / "moved")
+    assert provenance.backbone is not None and provenance.backbone.weights == "file:w.pth"
+    (here / "w.pth").unlink()
+    assert load_checkpoint(out).config.backbone.weights == str(here / "w.pth")
 
 
 @pytest.mark.parametrize("changed", ["an image", "the backbone's file", "nothing"])
