@@ -81,6 +81,17 @@ def test_a_number_that_means_nothing_is_wrong_usage(line: str, capsys: pytest.Ca
     assert said["ok"] is False and f"argument {line.split()[-2]}" in said["error"]
 
 
+def test_bench_delivery_refuses_options_that_it_would_not_heed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("andon.runtime.commands.bench._delivery", lambda: {"ok": True})
+    assert cli.main(["bench", "--delivery", "--json"]) == 0
+    capsys.readouterr()
+    assert cli.main([*["bench", "--delivery", "--bundle", "b", "--frames", "7", "--no-torch", "--json"]]) == 1
+    said = last_line(capsys.readouterr().out)
+    assert said["found"] == "--delivery and --bundle, --frames, --no-torch" and "cannot be heeded" in said["error"]
+
+
 @pytest.mark.parametrize("port", ["99999", "0", "-1", "\u00b2"])
 @pytest.mark.parametrize("command", ["watch", "doctor"])
 def test_a_port_that_cannot_be_is_refused(command: str, port: str, capsys: pytest.CaptureFixture[str]) -> None:

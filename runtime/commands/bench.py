@@ -16,7 +16,7 @@ import numpy as np
 from ..bundle import Bundle
 from ..engine.base import Array, Backend
 from ..engine.select import open_backend
-from ..errors import AndonError
+from ..errors import AndonError, ConfigError
 from ..evaluation import latency_table, percentiles
 from ..manifest import Variant
 from ..process import resident_memory
@@ -48,9 +48,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """Run it on the golden frames, torch and engines in turn in the same process.
 
     Raises:
-        AndonError: bundle or engine cannot be used, or a checkpoint that was named is not the bundle's.
+        AndonError: bundle or engine cannot be used, a checkpoint that was named is not the bundle's, or options are
+            given beside --delivery.
     """
     if args.delivery:
+        _alone(args)
         return _delivery()
     if args.bundle is None:
         raise AndonError("which bundle?", next_step="andon bench --bundle DIR, or andon bench --delivery")
@@ -86,6 +88,28 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         }
     _print(result, latency, split, why)
     return result
+
+
+def _alone(args: argparse.Namespace) -> None:
+    """Refuse options of the engines' benchmark beside --delivery, which has neither engines nor frames of a bundle.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    parser = argparse.ArgumentParser()
+    configure(parser)
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name, value in vars(parser.parse_args([])).items()
+        if name != "delivery" and getattr(args, name) != value
+    ]
+    if given:
+        raise ConfigError(
+            f"--delivery times no engines, so {' and '.join(given)} cannot be heeded",
+            found=f"--delivery and {', '.join(given)}",
+            expected="--delivery alone, or a bundle's engines without it",
+            next_step="andon bench --delivery, or leave --delivery out",
+        )
 
 
 def _delivery() -> dict[str, Any]:
