@@ -250,3 +250,6 @@ def test_standardize_makes_mean_zero_and_std_one() -> None:
     out = layer(torch.from_numpy(values))
     assert abs(float(out[:, 0].mean())) < 1e-5 and float(out[:, 0].std(correction=0)) == pytest.approx(1, abs=1e-5)
     assert torch.isfinite(out).all()
+    assert float(layer.std[0, 0, 0, 0]) == pytest.approx(values[:, 0].std(dtype=np.float64), rel=1e-6)
+    values[0] += 3  # a defect moves the dead one by a standard deviation of the other
+    assert torch.isfinite(layer(torch.from_numpy(values)).half()).all(), "beyond FP16's range"

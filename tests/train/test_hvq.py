@@ -13,7 +13,7 @@ import torch
 import yaml
 from andon.train.method import Batch
 from andon.train.methods.hvq import METHOD, pot
-from andon.train.methods.hvq.calibration import position_statistics
+from andon.train.methods.hvq.calibration import equal_deviation, position_statistics
 from andon.train.methods.hvq.config import CodebookConfig, HvqConfig
 from andon.train.methods.hvq.model import HvqModel
 from andon.train.methods.hvq.quantizer import ClassCodebooks, centre, kmeans_plus_plus, nearest_code
@@ -193,6 +193,15 @@ def test_lambda_equalises_standard_deviations() -> None:
         error, term, _ = model.grid_maps(data.features["aligned"], data.class_ids)
     assert term is not None
     assert float(model.lam * term.std() / error.std()) == pytest.approx(1.0, rel=0.02)
+
+
+def test_terms_that_are_the_same_everywhere_have_no_weight() -> None:
+    """Only their rounding would be left, as large as the errors."""
+    errors, flat = torch.rand(4, 36, generator=torch.Generator().manual_seed(0)), torch.full((4, 36), 3.0)
+    assert equal_deviation(errors, torch.zeros(4, 36)) == equal_deviation(errors, flat) == 0
+    flat[0, 0] += 2e-7  # the next float32
+    assert equal_deviation(errors, flat) == 0
+    assert equal_deviation(errors, 2 * errors) == pytest.approx(0.5)
 
 
 def test_position_statistics_shrink_to_the_product_s_own() -> None:

@@ -98,6 +98,26 @@ def test_bad_override_is_named(setting: str, message: str) -> None:
         load_config("hvq", None, [setting])
 
 
+@pytest.mark.parametrize(
+    ("method", "setting"),
+    [
+        ("hvq", "pot.lam=-1"),
+        ("pwae", "loss.nu=0"),
+        ("pwae", "loss.nu=0.01"),
+        ("hgad", "betas=[0.9, 1.0]"),
+        ("hgad", "score.delta=-0.1"),
+        ("vpdm", "diffusion.beta=[0.0001, 1.5]"),
+        ("vpdm", "diffusion.beta=[0.02, 0.0001]"),
+        ("vpdm", "denoiser.multipliers=[1, 0]"),
+        ("foct", "navigator.alternatives=[-1]"),
+    ],
+)
+def test_a_number_that_means_nothing_to_a_method_is_refused(method: str, setting: str) -> None:
+    """Else it is a fault, an infinite loss or an empty program, after the features are extracted."""
+    with pytest.raises(ConfigError, match=setting.partition("=")[0].replace(".", r"\.")):
+        load_config(method, None, [setting])
+
+
 def test_bad_configuration_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(dump_config(load_config("hvq")) + "colour: red\n")

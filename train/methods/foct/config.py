@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 
 from ...method import Config, MethodConfig
 from ..knn.config import PatchConfig
@@ -24,7 +24,9 @@ class NavigatorConfig(Config):
     stride: int = Field(default=2, gt=0, description="Every how many-th row and column of patches CT steps see")
     thin: int = Field(default=1, gt=0, description="Every how many-th episodic row CT steps see; the score sees all")
     steps: int = Field(default=10, ge=0, description="CT steps a frame in the default program")
-    alternatives: tuple[int, ...] = Field(default=(0, 5, 100), description="Step counts of the other programs")
+    alternatives: tuple[NonNegativeInt, ...] = Field(
+        default=(0, 5, 100), description="Step counts of the other programs"
+    )
     warm: bool = Field(
         default=True, description="phi and Adam's moments go on from frame to frame; false: from phi_0 every frame"
     )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field, model_validator
 
 from ...method import Config, MethodConfig
+
+_Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Level(Config):
@@ -51,6 +55,7 @@ class ScoreConfig(Config):
     spread_prior: float = Field(default=1.0, ge=0, description="by_position: the same for the spread")
     delta: float | None = Field(
         default=0.03,
+        ge=0,
         description="S = S_l (delta + S_e); 0 is the published product, none: S_l alone, as always with one class",
     )
 
@@ -72,7 +77,7 @@ class HgadConfig(MethodConfig):
     flow: FlowConfig = Field(default=FlowConfig(), description="The flows")
     loss: LossConfig = Field(default=LossConfig(), description="Loss weights")
     score: ScoreConfig = Field(default=ScoreConfig(), description="Scoring")
-    betas: tuple[float, float] = Field(default=(0.95, 0.99), description="Adam's decay rates")
+    betas: tuple[_Rate, _Rate] = Field(default=(0.95, 0.99), description="Adam's decay rates")
 
     @property
     def needs_constants(self) -> bool:

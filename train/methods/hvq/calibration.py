@@ -7,8 +7,15 @@ from torch import Tensor
 
 
 def equal_deviation(errors: Tensor, terms: Tensor) -> float:
-    """lambda at which lambda * terms has the standard deviation of errors."""
-    return float(errors.double().std() / terms.double().std().clamp_min(1e-12))
+    """lambda at which lambda * terms has the standard deviation of errors; 0 for terms that are the same everywhere.
+
+    Those tell nothing of good images, and a lambda that made their rounding as large as the errors would be all that a
+    map shows.
+    """
+    spread = terms.double().std()
+    if not spread > 1e-6 * terms.abs().max():
+        return 0.0
+    return float(errors.double().std() / spread)
 
 
 def position_statistics(maps: Tensor, class_ids: Tensor, classes: int, prior: float) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -65,7 +65,7 @@ class PotConfig(Config):
         description="ct_level1: conditional transport to the level-1 codebook, as the released code's test; "
         "sinkhorn_all: entropic OT at every level, as the paper's text",
     )
-    lam: float | Literal["std"] = Field(
+    lam: Annotated[float, Field(ge=0)] | Literal["std"] = Field(
         default=80.0,
         description="Weight of the term in the map; std: equal standard deviations on the held-out good images",
     )

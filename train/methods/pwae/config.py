@@ -58,7 +58,7 @@ class LossConfig(Config):
     beta: float = Field(default=0.1, ge=0, description="Weight of the image term in nHSIC")
     projections: int = Field(default=64, gt=0, description="L, random directions of the sliced distance")
     oversample: int = Field(default=256, gt=0, description="Prior samples per image, for low-variance quantiles")
-    nu: float = Field(default=5.0, gt=0, description="Degrees of freedom of the Student-t priors")
+    nu: float = Field(default=5.0, ge=1, description="Degrees of freedom of the Student-t priors; 1 is Cauchy's")
     shift: Literal["unit", "literal"] = Field(
         default="unit", description="Prior of tile k centred at k times a unit vector, or at k in every coordinate"
     )

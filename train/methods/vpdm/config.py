@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from ...align import Resample
 from ...method import Config, MethodConfig
@@ -60,7 +60,9 @@ class DenoiserConfig(Config):
 
     kind: Literal["unet", "flat"] = Field(default="unet", description="U-Net, or convolutions at one resolution")
     width: int = Field(default=128, gt=0, description="Channels of the first level")
-    multipliers: tuple[int, ...] = Field(default=(1, 2, 2), description="U-Net: width of every level over `width`")
+    multipliers: tuple[PositiveInt, ...] = Field(
+        default=(1, 2, 2), description="U-Net: width of every level over `width`"
+    )
     attention: tuple[int, ...] = Field(default=(16, 8), description="U-Net: grid sides with self-attention")
     heads: int = Field(default=4, gt=0, description="U-Net: attention heads")
     blocks: int = Field(default=2, gt=0, description="Residual blocks (U-Net: of a level on the way down)")
@@ -115,6 +117,9 @@ class VpdmConfig(MethodConfig):
         depth = len(self.denoiser.multipliers) - 1
         if self.denoiser.kind == "unet" and self.features.grid % 2**depth:
             raise ValueError(f"features.grid must be divisible by {2**depth} for a U-Net of {depth + 1} levels")
+        first, last = self.diffusion.beta
+        if not 0 < first <= last < 1:
+            raise ValueError("diffusion.beta must rise between 0 and 1")
         low, high = self.diffusion.t
         if not 1 <= low <= high <= self.diffusion.steps or self.restore_t > self.diffusion.steps:
             raise ValueError("diffusion.t and restore_t must lie within 1..diffusion.steps")
