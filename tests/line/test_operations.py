@@ -30,6 +30,19 @@ def test_unit_is_accepted_by_systemd(tmp_path: Path) -> None:
         assert wanted in text
 
 
+def test_unit_leaves_cameras_and_gpu_to_the_line() -> None:
+    lines = (DOCS / "systemd" / "andon@.service").read_text().splitlines()
+    settings = dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
+    # Any of the first three allows some devices, which denies all others.
+    hiding = {"ProtectClock", "DeviceAllow", "DevicePolicy", "PrivateDevices", "PrivateTmp", "TemporaryFileSystem"}
+    assert not hiding & settings.keys()
+    # What ProtectClock would do besides is done otherwise.
+    assert settings["CapabilityBoundingSet"] == ""
+    assert settings["SystemCallFilter"] == "@system-service"
+    # Strict leaves nothing to write to, and archived bundles are unpacked there.
+    assert settings["ProtectSystem"] == "strict" and "/tmp" in settings["ReadWritePaths"].split()
+
+
 def publish(port: int, user: str, topic: str) -> int:
     """Reason code of the PUBACK."""
     codes: list[int] = []
