@@ -99,6 +99,19 @@ def unpack(data: Any, width: int, height: int, stride: int, offset: int = 0) -> 
     return np.ndarray((height, width, 3), np.uint8, data, offset, (stride, 3, 1)).copy()
 
 
+def element_name(element: Any) -> str:
+    """What an element is called in a message: by its kind, not v4l2src17 when it is rebuilt for the 17th time.
+
+    A name that the pipeline's text gives (name=...) stays.
+    """
+    name = str(element.get_name())
+    factory = element.get_factory() if hasattr(element, "get_factory") else None  # a pad has none
+    if factory is None:
+        return name
+    kind = str(factory.get_name())
+    return kind if name.removeprefix(kind).isdigit() else name
+
+
 class Pipeline:
     """An opened pipeline and its sink. Used by one thread."""
 
@@ -182,7 +195,7 @@ class Pipeline:
         if message is None:
             return None
         error, debug = message.parse_error()
-        return SourceError(f"{message.src.get_name()}: {error.message}", found=(debug or "").strip() or None)
+        return SourceError(f"{element_name(message.src)}: {error.message}", found=(debug or "").strip() or None)
 
 
 class GstreamerCamera:

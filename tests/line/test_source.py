@@ -258,6 +258,19 @@ def test_an_error_is_told_after_the_frames_that_came_before_it() -> None:
             source.read(10)
 
 
+@pytest.mark.parametrize(("element", "called"), [("filesrc", "filesrc"), ("filesrc name=top2", "top2")])
+def test_a_pipeline_that_is_rebuilt_fails_for_the_same_cause(tmp_path: Path, element: str, called: str) -> None:
+    """GStreamer numbers its elements on: each attempt would be another cause, logged and published anew."""
+    source = GstreamerCamera(f"{element} location={tmp_path}/none ! decodebin")
+    causes = set()
+    for _ in range(3):
+        with closing(source), pytest.raises(SourceError) as refused:
+            source.open()
+            source.read(10)
+        causes.add(refused.value.what)
+    assert causes == {f"{called}: Resource not found."}
+
+
 def test_a_watched_folder_takes_files_once_they_are_whole(tmp_path: Path, make_images: Callable[..., Path]) -> None:
     source = make_source("cam", camera({"kind": "folder", "path": tmp_path, "watch": True}))
     assert source.check() == "0 images"
