@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 SLICE = 0.2
 #: Shortest pause before the source is rebuilt; it doubles up to CameraConfig.retry_max.
 RETRY_MIN = 0.25
+#: Frames for so many seconds make a good start of it: the next outage begins with short pauses again.
+STEADY = 5.0
 #: Without a stale_after of its own, a source that broke is reported stale after this.
 STALE_DEFAULT = 5.0
 
@@ -64,7 +66,8 @@ class Camera:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"camera-{name}", daemon=True)
         self._last_seen = 0.0
-        self._said_stale: float | None = None
+        self._live_since = 0.0
+        self._said_stale: float | None = None  # in this outage
         self._next_wanted = 0.0
         self._retry = RETRY_MIN
 
@@ -138,9 +141,15 @@ class Camera:
             self._last_seen = time.monotonic()
 
     def _live(self) -> None:
+        now = time.monotonic()
         if self._state.state != "live":
-            self._retry = RETRY_MIN
+            self._live_since = now
+            # The next outage says so for itself. The pause stays, or one frame at each attempt would keep it short:
+            # a camera that gives no more than that would be rebuilt, and an alarm come and go, four times a second.
+            self._said_stale = None
             self._move("live")
+        elif now - self._live_since >= STEADY:
+            self._retry = RETRY_MIN
 
     def _deliver(self, shot: Shot) -> None:
         config = self._config

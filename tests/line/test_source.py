@@ -437,6 +437,76 @@ def test_a_camera_that_never_delivers_is_stale_at_a_low_rate() -> None:
     assert [state.state for state in running.states] == ["down", "stopped"], "said once, whatever the details"
 
 
+class OneOrTwo(Flaky):
+    """At each opening so many frames, then it breaks; remembers how long the pause before would have been next."""
+
+    def __init__(self, frames: int):
+        super().__init__(["deliver"])
+        self.frames, self.given = frames, 0
+        self.pauses: list[float] = []
+        self.running: Running | None = None
+
+    def open(self) -> None:
+        super().open()
+        self.given = 0
+        assert self.running is not None
+        self.pauses.append(self.running.camera._retry)
+
+    def read(self, timeout: float) -> Shot | None:
+        self.given += 1
+        if self.given > self.frames:
+            raise SourceError("cable pulled")
+        return super().read(timeout)
+
+
+@pytest.mark.parametrize(
+    ("steady", "pauses"), [(3600.0, [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 9.0, 9.0]), (0.0, [0.25] + 7 * [0.5])]
+)
+def test_only_a_camera_that_delivered_for_a_while_is_rebuilt_quickly_again(
+    steady: float, pauses: list[float], monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., None]
+) -> None:
+    monkeypatch.setattr("andon.runtime.source.camera.STEADY", steady)
+    monkeypatch.setattr("andon.runtime.source.camera.random.uniform", lambda low, high: 0.0)  # nothing is waited for
+    source = OneOrTwo(2)
+    source.running = Running(source, camera({"kind": "test"}, retry_max=9))
+    with source.running:
+        eventually(lambda: len(source.pauses) >= len(pauses))
+    assert source.pauses[: len(pauses)] == pauses
+
+
+class Plugged(Flaky):
+    """Delivers while it is plugged in."""
+
+    plugged = False
+
+    def __init__(self) -> None:
+        super().__init__(["deliver"])
+
+    def read(self, timeout: float) -> Shot | None:
+        if not self.plugged:
+            raise SourceError("cable pulled")
+        return super().read(timeout)
+
+
+def test_every_outage_is_said_when_it_has_lasted_long_enough() -> None:
+    source = Plugged()
+    config = camera({"kind": "test"}, stale_after=0.2, stale_verdict_every=3600, retry_max=0.3)
+
+    def comes(kind: type[Frame | Missed]) -> bool:
+        until = time.monotonic() + 20
+        while time.monotonic() < until:
+            if isinstance(running.slots.take(1), kind):
+                return True
+        return False
+
+    with Running(source, config) as running:
+        assert comes(Missed)
+        source.plugged = True
+        assert comes(Frame)
+        source.plugged = False
+        assert comes(Missed), "the second outage is silent for as long as the first one's repetition would have been"
+
+
 def test_a_camera_that_may_be_silent_is_left_alone() -> None:
     source = Flaky(["silent"])
     with Running(source, camera({"kind": "test"}, stale_after=None)) as running:
