@@ -304,7 +304,9 @@ class BrokerConfig(Settings):
     port: int = Field(default=1883, ge=0, le=65535, description="TCP port; 0 with embedded: a free one")
     embedded: bool = Field(default=False, description="Start a mosquitto of our own on loopback for this run")
     protocol: Literal["5", "3.1.1"] = Field(default="5", description="MQTT version")
-    client_id: str | None = Field(default=None, description="Null: andon-<site>-<line>-<station>")
+    client_id: str | None = Field(
+        default=None, description="Start of each camera's client id; null: andon-<site>-<line>-<station>"
+    )
     username: str | None = Field(default=None, description="User name")
     password_env: str | None = Field(default=None, description="Environment variable that holds the password")
     password_file: LocalPath | None = Field(default=None, description="File that holds the password")

@@ -27,6 +27,7 @@ from ..verdict import Ids, dumps, timestamp
 from ..verdict import payload as verdict_payload
 from .commands import Commands
 from .homeassistant import discovery
+from .identity import joined
 from .publisher import NOT_YET, LinkState, Publisher
 from .session import Direct, Hooks
 
@@ -135,11 +136,11 @@ class Delivery:
         if self._commands is not None:
             self._commands.start()
         gone = [camera for camera in self._outbox.cameras() if camera not in self._cameras]
-        prefix = self._broker.client_id or "-".join(["andon", *self._base.split("/")[2:]])
+        prefix = [self._broker.client_id] if self._broker.client_id else ["andon", *self._base.split("/")[2:]]
         self._publishers = {
             camera: Publisher(
                 self._broker,
-                f"{prefix}-{camera}",
+                joined([*prefix, camera], "-"),
                 self._base,
                 [camera, *(gone if index == 0 else [])],
                 self._outbox,

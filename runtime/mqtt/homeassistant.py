@@ -5,11 +5,11 @@ https://www.home-assistant.io/integrations/mqtt/#device-discovery-payload (Home 
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from ... import __version__
 from ..verdict import dumps
+from .identity import joined
 
 
 def discovery(prefix: str, base: str, camera: str) -> tuple[str, bytes]:
@@ -19,7 +19,7 @@ def discovery(prefix: str, base: str, camera: str) -> tuple[str, bytes]:
         prefix: discovery prefix of Home Assistant, usually ``homeassistant``.
         base: the station's topic, ``andon/v1/<site>/<line>/<station>``.
     """
-    identifier = re.sub(r"[^A-Za-z0-9_-]", "_", "_".join(["andon", *base.split("/")[2:], camera]))
+    identifier = joined(["andon", *base.split("/")[2:], camera], "_", illegal="[^A-Za-z0-9_-]")
     topic = f"{base}/{camera}"
     document: dict[str, Any] = {
         "device": {

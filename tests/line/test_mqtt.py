@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import select
 import shutil
@@ -26,6 +27,7 @@ from andon.runtime.lineconfig import BrokerConfig
 from andon.runtime.mqtt import session
 from andon.runtime.mqtt.commands import Commands, TokenBucket
 from andon.runtime.mqtt.delivery import Delivery
+from andon.runtime.mqtt.identity import joined
 from andon.runtime.mqtt.publisher import Publisher
 from andon.runtime.mqtt.session import packet_size
 from andon.runtime.outbox import Outbox
@@ -235,6 +237,30 @@ def test_same_client_id_twice_is_said(tmp_path: Path, base: str, broker: Embedde
         eventually(lambda: any("another client" in r.delivery.health().reason for r in (first, second)), 20)
 
 
+def client_ids(folder: Path, base: str, cameras: tuple[str, ...], **broker: Any) -> list[str]:
+    """Of a line's connections; nothing listens where they go."""
+    with Line(folder, base, BrokerConfig(port=1, **broker), cameras, {}) as running:
+        return [publisher._client_id for publisher in running.delivery._publishers.values()]
+
+
+def test_client_ids_of_two_stations_are_not_the_same(tmp_path: Path) -> None:
+    """The broker would throw each out when the other connects, for ever."""
+    plain = client_ids(tmp_path, "andon/v1/plant1/line3/press-2", ("cam0", "cam_1.b"))
+    assert plain == ["andon-plant1-line3-press-2-cam0", "andon-plant1-line3-press-2-cam_1.b"]
+    (first,) = client_ids(tmp_path, "andon/v1/plant1/line3/press", ("left-top",))
+    (second,) = client_ids(tmp_path, "andon/v1/plant1/line3/press-left", ("top",))
+    assert first.startswith("andon-plant1-line3-press-left-top-") and second == "andon-plant1-line3-press-left-top"
+    assert client_ids(tmp_path, "andon/v1/a/b/c", ("top",), client_id="press-left") == ["press-left-top"]
+    (named,) = client_ids(tmp_path, "andon/v1/a/b/c", ("left-top",), client_id="press")
+    assert named.startswith("press-left-top-")
+
+
+def test_no_two_cameras_share_a_name() -> None:
+    cameras = list(itertools.product(("a", "-", "_", "a.a", "a-a", "a_a", "a-a-a", "a_a_a"), repeat=4))
+    for separator, illegal in (("-", ""), ("_", "[^A-Za-z0-9_-]")):
+        assert len({joined(parts, separator, illegal) for parts in cameras}) == len(cameras)
+
+
 def test_messages_of_a_removed_camera_are_delivered(line: Any, consumer: Any, broker: EmbeddedBroker) -> None:
     port = broker.port
     gone = line(1, ("old",))
@@ -246,6 +272,9 @@ def test_messages_of_a_removed_camera_are_delivered(line: Any, consumer: Any, br
     assert all(d["replayed"] for d in consumer.of("verdict"))
 
 
+DEVICE = "andon_site_line_station"
+
+
 def test_home_assistant_is_told_of_every_camera(line: Any, broker: EmbeddedBroker, make_consumer: Any) -> None:
     with (
         line(broker.port, ("cam0", "a.b"), home_assistant="homeassistant") as running,
@@ -254,8 +283,9 @@ def test_home_assistant_is_told_of_every_camera(line: Any, broker: EmbeddedBroke
         told.until(lambda: len(told.messages) == 2)
         running.delivery.stop()
     by_topic = {m.topic: m.document for m in told.messages}
-    assert set(by_topic) == {f"homeassistant/device/andon_site_line_station_{c}/config" for c in ("cam0", "a_b")}
-    document = by_topic["homeassistant/device/andon_site_line_station_a_b/config"]
+    # The hash is because of a.b: there may be an a_b.
+    assert set(by_topic) == {f"homeassistant/device/{DEVICE}_{camera}/config" for camera in ("cam0", "a_b_4fe13b22")}
+    document = by_topic[f"homeassistant/device/{DEVICE}_a_b_4fe13b22/config"]
     parts = document["components"]
     assert parts["verdict"]["state_topic"] == "andon/v1/site/line/station/a.b/verdict"
     assert document["availability_topic"] == "andon/v1/site/line/station/a.b/status"
