@@ -136,8 +136,11 @@ class Commands:
         try:
             self._queue.put_nowait(_Job(camera, name, identifier, arguments, reply))
         except queue.Full:
-            answer = _failure(camera, name, identifier, "busy", f"{_WAITING} commands wait")
-            self._finish(_Job(camera, name, identifier, arguments, reply), "failed", answer)
+            if identifier is not None:  # not executed: it may come again under this id
+                with self._lock:
+                    self._seen.pop((camera, name, identifier), None)
+            self._count("failed")
+            reply(name, _failure(camera, name, identifier, "busy", f"{_WAITING} commands wait"))
 
     def _parse(self, name: str, payload: bytes, retained: bool) -> tuple[str | None, dict[str, Any]]:
         if name not in COMMANDS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import queue
 import select
 import shutil
 import socket
@@ -540,6 +541,35 @@ def test_command_repeated_by_id_is_answered_but_not_executed(commanded: Any) -> 
     (first,) = commanded("acknowledge", b'{"id":"a1","by":"Ada"}')
     (second,) = commanded("acknowledge", b'{"id":"a1","by":"Ada"}')
     assert first == second and len(commanded.calls) == 1
+
+
+def test_a_command_that_found_the_line_busy_is_executed_when_it_comes_again() -> None:
+    free, answers, parts = threading.Event(), queue.SimpleQueue[dict[str, Any]](), []
+
+    def trigger(camera: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        free.wait(20)
+        parts.append(arguments["part_id"])
+        return {}
+
+    def send(number: int) -> None:
+        payload = f'{{"id":"{number}","part_id":"A-{number}"}}'.encode()
+        commands.receive("cam0", "trigger", payload, False, lambda name, answer: answers.put(json.loads(answer)))
+
+    commands = Commands({"trigger": trigger})
+    commands.start()
+    sent = 0
+    while answers.empty():  # one is executed, the queue takes so many, and then it is full
+        send(sent)
+        sent += 1
+    refused = answers.get()
+    validate(refused)
+    assert (refused["id"], refused["error"]) == (str(sent - 1), "busy")
+    free.set()
+    assert all(answers.get(timeout=20)["ok"] for _ in range(sent - 1))
+    send(sent - 1)
+    assert answers.get(timeout=20)["ok"]
+    commands.stop()
+    assert parts == [f"A-{number}" for number in range(sent)]
 
 
 @pytest.mark.parametrize(
