@@ -52,7 +52,7 @@ from .verdict import Ids
 from .worker import LineWorker
 
 log = logging.getLogger("andon.line")
-#: Seconds that a source may take to let go of its camera.
+#: Seconds that a source may take to let go of its camera; at the stop, all of them together.
 JOIN = 5.0
 #: Seconds without the broker until that is an alarm.
 DELIVERY_GRACE = 5.0
@@ -78,6 +78,7 @@ class LineApp:
         self.folder = state_folder(self.config, options.config)
         self._on_ready = on_ready
         self._abandoned = False
+        self._stop_by: float | None = None
         # None: not looked at yet. The boards may have been restored with an alarm of the last run, so they are told how
         # delivery stands even if all is well.
         self._delivery_trouble: bool | None = None
@@ -351,11 +352,13 @@ class LineApp:
         for camera in self.cameras.values():
             camera.stop()
         self.slots.close()
-        for name, camera in self.cameras.items():
-            if not camera.join(JOIN):
-                log.error("camera %s: its source does not let go after %g s", name, JOIN)
+        if self._stop_by is None:
+            self._stop_by = time.monotonic() + JOIN  # one for all: systemd waits for the stop, not for each camera
+            for name, camera in self.cameras.items():
+                if not camera.join(max(0.0, self._stop_by - time.monotonic())):
+                    log.error("camera %s: its source does not let go after %g s", name, JOIN)
         # An engine build cannot be interrupted; its thread then dies with the process.
-        self.worker.join(JOIN if self._abandoned else None)
+        self.worker.join(max(0.0, self._stop_by - time.monotonic()) if self._abandoned else None)
 
     def _camera_state(self, state: CameraState) -> None:
         """Called by camera threads: publish, and let the alarm board know, on the thread that owns it."""

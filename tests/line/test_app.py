@@ -28,6 +28,7 @@ from andon.runtime.bundle import Bundle
 from andon.runtime.engine.select import open_backend
 from andon.runtime.errors import AndonError, EngineError
 from andon.runtime.outbox import Outbox
+from andon.runtime.source.camera import Camera
 from andon.runtime.startup import Options
 from andon.runtime.summary import _NEXT
 from andon.runtime.types import UNKNOWN_REASONS
@@ -600,6 +601,32 @@ def test_a_stop_while_engines_are_built_does_not_wait_for_them(
     assert not thread.is_alive() and answers[0]["frames"] == 0
     release.set()
     assert app.worker.join(10)
+
+
+def test_sources_that_do_not_let_go_hold_up_the_stop_together_not_each(
+    bundle: Path, make_line: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However many hang: systemd kills the line after TimeoutStopSec, with verdicts that were not delivered."""
+    free, waits, join = threading.Event(), [], Camera.join
+
+    class Hung:
+        check = staticmethod(lambda: "")
+        open = close = staticmethod(lambda: None)
+        read = staticmethod(lambda timeout: free.wait(60) and None)
+
+    def waited(camera: Camera, timeout: float) -> bool:
+        waits.append(timeout)
+        return join(camera, timeout)
+
+    monkeypatch.setattr("andon.runtime.app.JOIN", 0.3)
+    monkeypatch.setattr("andon.runtime.app.make_source", lambda name, camera: Hung())
+    monkeypatch.setattr(Camera, "join", waited)
+    cameras = {f"cam{index}": {"source": LIVE, "product": "mono"} for index in range(4)}
+    line = make_line(cameras, bundle=str(bundle), broker=None)
+    LineApp(Options(config=line, backend="onnxruntime", threads=1), on_ready=LineApp.stop).run()
+    free.set()
+    assert len(waits) == 4 and sum(waits) < 2 * 0.3
+    assert caplog.text.count("does not let go") == 4, "said once of each"
 
 
 def test_what_happens_while_engines_are_built_is_attended_to_afterwards(
