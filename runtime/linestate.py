@@ -28,6 +28,8 @@ from .verdict import timestamp
 HISTORY = 300
 #: Samples behind a percentile.
 WINDOW = 4096
+#: Seconds behind the rate that is shown.
+RATE = 10.0
 #: Maps are copied while somebody has looked within so many seconds.
 LOOKING = 10.0
 
@@ -86,6 +88,7 @@ class LineState:
         self._first: float | None = None
         self._last: float | None = None
         self._frames = 0
+        self._recent: deque[float] = deque()
         self._facts: dict[str, Any] = {"ready": False}
         self._sections: dict[str, Callable[[], Any]] = {}
         self.on_verdict: list[Callable[[Verdict], None]] = []
@@ -128,7 +131,12 @@ class LineState:
             self._counts[verdict.product or "", verdict.label, verdict.reason] += 1
             if frame is not None:
                 self._frames += 1
-                self._first = now if self._first is None else self._first
+                if self._first is None:
+                    self._first = now  # the rate counts from it
+                else:
+                    self._recent.append(now)
+                while self._recent and self._recent[0] < now - RATE:
+                    self._recent.popleft()
                 self._last = now
                 camera.image, camera.box, camera.map = frame.image, judgement.box, None
                 if judgement.scored is not None:
@@ -143,15 +151,16 @@ class LineState:
     # -- read by anyone ----------------------------------------------------------------------------------------------
 
     def snapshot(self) -> dict[str, Any]:
-        """Everything but pictures, as plain JSON values."""
+        """Everything but pictures, as plain JSON values. fps: frames judged a second over the last RATE seconds."""
         with self._lock:
             sections = dict(self._sections)
+            now = time.monotonic()
             document = {
                 **self._facts,
                 "started": self._started,
-                "uptime_s": round(time.monotonic() - self._began, 1),
+                "uptime_s": round(now - self._began, 1),
                 "frames": self._frames,
-                "fps": self._fps(),
+                "fps": self._fps(now),
                 "latency_ms": {stage: timings.percentiles() for stage, timings in self._timings.items()},
                 "cameras": {name: self._camera_snapshot(camera) for name, camera in self._cameras.items()},
             }
@@ -190,6 +199,14 @@ class LineState:
         with self._lock:
             return self._first
 
+    @property
+    def pace(self) -> float:
+        """Frames judged a second from the first to the last of the run; 0 where that says nothing."""
+        with self._lock:
+            if self._first is None or self._last is None or self._last == self._first:
+                return 0.0
+            return round((self._frames - 1) / (self._last - self._first), 2)
+
     def picture(self, camera: str, *, width: int = 480, heat: bool = True, quality: int = 80) -> bytes | None:
         """The camera's last judged picture as JPEG, at most `width` pixels wide, with its heat map if there is one.
 
@@ -209,10 +226,9 @@ class LineState:
         encoded = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
         return bytes(encoded[1].tobytes())
 
-    def _fps(self) -> float:
-        if self._first is None or self._last is None or self._frames < 2 or self._last == self._first:
-            return 0.0
-        return round((self._frames - 1) / (self._last - self._first), 2)
+    def _fps(self, now: float) -> float:
+        elapsed = 0.0 if self._first is None else min(RATE, now - self._first)
+        return round(sum(at > now - elapsed for at in self._recent) / elapsed, 2) if elapsed > 0 else 0.0
 
     @staticmethod
     def _camera_snapshot(camera: _Camera) -> dict[str, Any]:

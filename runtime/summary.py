@@ -67,7 +67,7 @@ def closing_summary(app: LineApp) -> dict[str, Any]:
             else {}
         ),
         "frames": snapshot["frames"],
-        "fps": snapshot["fps"],
+        "fps": app.state.pace,
         "first_verdict_s": age_at(app.state.first_judged),
         "verdicts": app.state.counts(),
         "unknown": app.state.reasons(),

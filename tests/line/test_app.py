@@ -13,7 +13,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -27,11 +29,12 @@ from andon.runtime.broker import EmbeddedBroker
 from andon.runtime.bundle import Bundle
 from andon.runtime.engine.select import open_backend
 from andon.runtime.errors import AndonError, EngineError
+from andon.runtime.linestate import LineState
 from andon.runtime.outbox import Outbox
 from andon.runtime.source.camera import Camera
 from andon.runtime.startup import Options
 from andon.runtime.summary import _NEXT
-from andon.runtime.types import UNKNOWN_REASONS
+from andon.runtime.types import UNKNOWN_REASONS, Frame, Verdict
 from andon.runtime.verdict import dumps
 from jsonschema import Draft202012Validator
 from paho.mqtt.enums import CallbackAPIVersion
@@ -676,3 +679,27 @@ def test_the_state_can_be_looked_at(start_line: Callable[..., Line], consumer: A
     assert snapshot["ready"] is True and snapshot["cameras"]["cam0"]["verdict"]["threshold"] == 0.5
     assert snapshot["delivery"]["connected"] and snapshot["slots"]["cam0"]["taken"] > 0
     assert len(snapshot["cameras"]["cam0"]["history"]) >= 2
+
+
+def test_the_rate_is_that_of_now_and_the_summarys_that_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("andon.runtime.linestate.time", SimpleNamespace(monotonic=lambda: now))
+    state, moment = LineState({"cam0": "mono"}), datetime.now(timezone.utc)
+    frame = Frame("cam0", 1, moment, now, np.zeros((4, 4, 3), np.uint8))
+    verdict = Verdict("id", "cam0", 1, moment, moment, "OK", "score_below_threshold")
+    judgement: Any = SimpleNamespace(verdict=verdict, detail="", scored=None, box=(0, 0, 4, 4))
+
+    def fps() -> float:
+        return float(state.snapshot()["fps"])
+
+    assert (fps(), state.pace) == (0, 0)
+    state.record(judgement, frame, 0.0)
+    assert (fps(), state.pace) == (0, 0)
+    for _ in range(400):  # 20 s at 20 frames a second
+        now += 0.05
+        state.record(judgement, frame, 0.0)
+    assert fps() == pytest.approx(20, abs=0.2) and len(state._recent) <= 202
+    now += 5
+    assert fps() == pytest.approx(10, abs=0.2), "half of the last ten seconds stood still"
+    now += 3600
+    assert fps() == 0 and state.pace == pytest.approx(20, abs=0.2)
