@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
@@ -28,6 +30,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 #: Packages that a device does without (the extra `workstation`)
 WORKSTATION = ("torch", "torchvision", "timm", "onnx", "onnxslim", "safetensors", "PIL", "matplotlib")
+
+
+#: As a shell reports a program that SIGPIPE ended.
+_NOBODY_READS = 141
 
 
 class _UsageError(Exception):
@@ -58,7 +64,14 @@ def _parser(selected: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Exit code 0 only on success, 1 on a refusal, failed gate or fault of ours, 2 on wrong usage."""
+    """Run one command. Exit code 0 only on success, 1 on a refusal, failed gate or fault of ours, 2 on wrong usage, 130
+    when it was interrupted, 141 when whoever read its output has gone (`andon watch | head`).
+    """
+    code = _main(argv)
+    return code if _flushed() else _NOBODY_READS
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     selected = next((a for a in arguments if not a.startswith("-")), None)
     as_json = "--json" in arguments
@@ -78,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"andon {selected}: {error}", file=sys.stderr)
         return _failed(1, as_json, error.what, error.found, error.expected, error.next_step)
     except OSError as error:  # a full disk, a folder without permission: the operator's to mend, not a traceback's
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return _NOBODY_READS
         refusal = AndonError("the operating system refuses", found=error, next_step="check path, permissions and space")
         print(f"andon {selected}: {refusal}", file=sys.stderr)
         return _failed(1, as_json, refusal.what, error, None, refusal.next_step)
@@ -98,6 +113,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     if said is not None:
         print(said)
     return 0 if result.get("ok", True) else 1
+
+
+def _flushed() -> bool:
+    """Whether stdout took all that was printed. Where its reader has gone, what is left goes nowhere: the interpreter
+    flushes again at its end, and would complain.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return False
+    return True
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose reader has gone; another broken pipe, to a broker, is worth a word."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):  # no file behind it
+        return False
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def _unexpected(error: Exception, as_json: bool) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -152,3 +153,26 @@ def test_the_operating_systems_refusal_is_no_traceback(tmp_path: Path, capsys: p
     assert cli.main(arguments) == 1
     captured = capsys.readouterr()
     assert last_line(captured.out)["ok"] is False and "Not a directory" in captured.err
+
+
+@pytest.mark.parametrize("flush", [True, False], ids=["at a print", "at the end"])
+def test_a_reader_that_has_gone_is_no_fault(flush: bool) -> None:
+    """`andon watch | head`: nothing is wrong with path, permissions or space."""
+    code = (
+        "import sys\nfrom andon import cli\nfrom andon.runtime.commands import doctor\n"
+        f"doctor.main = lambda args: print('fine', flush={flush}) or {{'ok': True}}\n"
+        "sys.exit(cli.main(['doctor', '--json']))"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as output:
+        done = subprocess.run([sys.executable, "-c", code], stdout=output, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_broken_pipe_elsewhere_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def main(args: object) -> dict[str, Any]:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("andon.runtime.commands.doctor.main", main)
+    assert cli.main(["doctor"]) == 1 and "Broken pipe" in capsys.readouterr().err
