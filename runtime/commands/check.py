@@ -6,6 +6,7 @@ Nothing is published and no engine is built; a few golden frames go through engi
 from __future__ import annotations
 
 import argparse
+import os
 import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -41,7 +42,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError: the configuration itself is refused.
     """
-    from ..startup import Options, effective
+    from ..startup import Options, effective, state_folder
 
     config = effective(Options(config=args.config, bundle=args.bundle, broker=args.broker))
     findings = [Finding("configuration", True, f"{config.topic}, {len(config.cameras)} cameras")]
@@ -50,7 +51,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     findings.append(_guard("broker", lambda: _broker(config)))
     if config.web is not None:
         findings.append(_guard("live page", lambda: _page(config.web)))
-    findings.append(_guard("state folder", lambda: _writable(config, args.config)))
+    state = state_folder(config, args.config)
+    findings.append(_guard("state folder", lambda: _writable("state", state)))
+    if config.evidence is not None:
+        pictures = config.evidence.path or state / "evidence"
+        findings.append(_guard("evidence folder", lambda: _writable("evidence.path", pictures)))
     width = max(len(finding.what) for finding in findings)
     for finding in findings:
         first, *more = finding.found.splitlines()
@@ -214,15 +219,12 @@ def _free(key: str, host: str, port: int) -> None:
         ) from error
 
 
-def _writable(config: Any, file: Path) -> str:
-    import os
-
-    from ..startup import state_folder
-
-    folder = state_folder(config, file)
+def _writable(key: str, folder: Path) -> str:
+    """Refuse a folder that is none or is not this user's; one that is not there yet is made by a run."""
     nearest = folder
     while not nearest.exists():
         nearest = nearest.parent
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise ConfigError(f"{folder} cannot be written by this user", next_step="set 'state' to a folder that can")
+        what = f"{folder} cannot be written by this user" if nearest.is_dir() else f"{nearest} is not a folder"
+        raise ConfigError(what, next_step=f"set '{key}' to a folder that can be written")
     return str(folder)

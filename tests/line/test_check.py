@@ -36,12 +36,13 @@ def test_a_line_that_works(
 ) -> None:
     folder = {"kind": "folder", "path": str(make_images(tmp_path / "parts", [1, 2, 3])), "player": "gstreamer"}
     cameras = {"a": PATTERN, "b": {"source": folder, "product": "poly"}}
-    line = make_line(cameras, bundle=str(bundle), broker={"host": broker.host, "port": broker.port})
+    line = make_line(cameras, bundle=str(bundle), broker={"host": broker.host, "port": broker.port}, evidence={})
     code, found = check(line)
     assert code == 0, found
     assert found["camera b"]["found"].startswith("3 images through")
     assert found["broker"]["found"].endswith("lets us in")
     assert found["thresholds"]["found"] == "mono 0.5, poly 0.5"
+    assert found["evidence folder"]["found"] == str(tmp_path / "state" / "evidence")
     assert not (tmp_path / "state").exists(), "nothing is made by looking"
 
 
@@ -64,7 +65,8 @@ def test_a_line_that_works(
             "camera cam0",
             "cannot be reached",
         ),
-        (PATTERN, {"state": "bundle/manifest.json/state"}, "state folder", "cannot be written"),
+        (PATTERN, {"state": "bundle/manifest.json/state"}, "state folder", "manifest.json is not a folder"),
+        (PATTERN, {"evidence": {"path": "bundle/manifest.json"}}, "evidence folder", "manifest.json is not a folder"),
         (PATTERN, {"web": {"port": 0, "token_env": "ANDON_NO_SUCH_VARIABLE"}}, "live page", "is not set"),
     ],
 )
