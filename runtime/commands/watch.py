@@ -108,7 +108,7 @@ class Watch:
         try:
             document = json.loads(payload)
             self._show(topic.split("/"), document, payload, retained)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
             self._counts["foreign"] += 1
 
     def _show(self, levels: list[str], document: dict[str, Any], payload: bytes, retained: bool) -> None:

@@ -263,7 +263,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             asked = json.loads(body or b"{}")
             camera, kind = asked["camera"], asked.get("kind")
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             self._json(HTTPStatus.BAD_REQUEST, {"error": 'expected {"camera": ..., "kind": ...}'})
             return
         if camera not in self.server.backend.cameras or (kind is not None and not isinstance(kind, str)):

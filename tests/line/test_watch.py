@@ -59,6 +59,7 @@ def test_colours_dedupe_and_foreign_messages() -> None:
     for foreign in (
         b"{",
         b"[]",
+        b"[" * 50_000,
         b'"x"',
         b"{}",
         b'{"schema":"andon.verdict/1"}',
@@ -67,7 +68,7 @@ def test_colours_dedupe_and_foreign_messages() -> None:
         watch.take(f"{TOPIC}/verdict", foreign, False)
     watch.take("andon/v1", json.dumps(VERDICT).encode(), False)
     summary = watch.summary()
-    assert (summary["verdicts"], summary["NG"], summary["repeated"], summary["foreign"]) == (1, 1, 1, 7)
+    assert (summary["verdicts"], summary["NG"], summary["repeated"], summary["foreign"]) == (1, 1, 1, 8)
 
 
 def test_a_status_says_which_thresholds_commands_have_set() -> None:
