@@ -122,8 +122,8 @@ class Backbone(nn.Module):
     def maps(self, pixels: Tensor) -> list[Tensor]:
         """pixels: [B, 3, H, W] float32, normalised. Returns a [B, C_i, H/stride_i, W/stride_i] per tap, shallow first.
 
-        A network with strides samples its input off centre (TensorFlow's padding: to the right and below) and its border
-        differs from side to side. The mean over both ways round has neither, and less noise: see configs/selection.yaml.
+        With strides a network samples its input off centre (TensorFlow's padding: to the right and below), and its
+        borders differ. The mean over both ways round has neither, and less noise; configs/selection.yaml has figures.
         """
         if not self.turned:
             return list(self.net(pixels))

@@ -403,6 +403,21 @@ def test_score_of_a_frame_is_its_own() -> None:
     assert together.std() > 0
 
 
+def test_corner_rule_moves_the_map_and_not_the_score() -> None:
+    score = {"space": "std", "mode": "max"}
+    outer, inner = (
+        Vpdm(small_config(score=score | {"align_corners": rule}), ("a",)).eval().scoring for rule in (True, False)
+    )
+    grid = small_config().features.grid
+    x0 = torch.zeros(1, 3, grid, grid)
+    x0[:, :, 0, 0] = 1
+    nothing, std = torch.zeros_like(x0), torch.ones(1, 3, 1, 1)
+    (a, of_a), (b, of_b) = outer(x0, nothing, nothing, std), inner(x0, nothing, nothing, std)
+    assert torch.equal(of_a, of_b)
+    assert a[0, 0, 0, 0] == b[0, 0, 0, 0] > a[0, 0, 1, 1]
+    assert b[0, 0, 1, 1] == b[0, 0, 0, 0]
+
+
 def test_calibration_is_the_products_own() -> None:
     """Where residuals of a product's good images are large, more is expected of that product and of no other."""
     config = small_config(score={"space": "std", "mode": "max", "by_position": True, "prior": 1, "spread_prior": 1})

@@ -77,6 +77,9 @@ class ScoreConfig(Config):
     space: Literal["raw", "std"] = Field(default="raw", description="Residual in feature units, or standardised")
     mode: ScoreMode = Field(default="pool", description="Image score from the map")
     sigma: float = Field(default=0.0, ge=0, description="Gaussian blur of the map, in pixels")
+    align_corners: bool = Field(
+        default=False, description="The map's upsampling puts the grid's corners on the corners, as hgad's does"
+    )
     by_position: bool = Field(
         default=False,
         description="Residuals in standard deviations of the product's held-out good images at that position (not in "

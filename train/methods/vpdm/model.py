@@ -97,7 +97,9 @@ class ResidualScore(nn.Module):
         super().__init__()
         s = config.score
         self.raw = s.space == "raw"
-        self.map = ScoreMap(config.features.grid, config.size, align_corners=False, sigma=s.sigma, mode=s.mode)
+        self.map = ScoreMap(
+            config.features.grid, config.size, align_corners=s.align_corners, sigma=s.sigma, mode=s.mode
+        )
 
     def norm(self, x0: Tensor, yhat: Tensor, u0: Tensor, std: Tensor) -> Tensor:
         """[B, 1, g, g]."""
