@@ -375,7 +375,8 @@ class LineMemory:
             return
         rows = rows or slice(memory.semantic_rows, len(memory.bank))
         values = {spec.bank: memory.bank, spec.valid: memory.valid}
-        if spec.foreground is not None and memory.foreground is not None:
+        # Labels that no stage reads (foct's) are the host's alone: there is nothing to write them to.
+        if spec.foreground is not None and memory.foreground is not None and self._program.has_state(spec.foreground):
             values[spec.foreground] = memory.foreground
         try:
             for name, array in values.items():

@@ -338,6 +338,10 @@ class Program:
             )
         self.backend.upload(buffer, np.ascontiguousarray(values), start)
 
+    def has_state(self, name: str) -> bool:
+        """Whether a stage reads this state or a loop keeps it; a bundle may have others, which only the host reads."""
+        return name in self._tensors.states
+
     def _state(self, name: str, class_index: int) -> Buffer:
         if name not in self._tensors.states:
             expected = ", ".join(self._tensors.states) or "no state"

@@ -25,10 +25,10 @@ def disc(rng: np.random.Generator) -> np.ndarray:
     return image
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Good parts, and a knn bundle of them on an untrained network."""
-    root = tmp_path_factory.mktemp("line-memory")
+@pytest.fixture(scope="module", params=["knn", "foct"])
+def parts(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> tuple[Path, Path]:
+    """Good parts, and a bundle of them by each method with a memory, on an untrained network."""
+    method, root = request.param, tmp_path_factory.mktemp("line-memory")
     folder = root / "disc"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -36,13 +36,12 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         cv2.imwrite(str(folder / f"part{k:03d}.png"), disc(rng))
     from andon.train.config import default_config
 
-    text = default_config("knn").read_text().replace("size: 224", "size: 64").replace("grid: 28", "grid: 8")
+    text = default_config(method).read_text().replace("size: 224", "size: 64").replace("grid: 28", "grid: 8")
     text = text.replace("id: tf_efficientnet_lite0", "id: tf_efficientnet_lite0\n  weights: random:0")
-    (root / "knn.yaml").write_text(
-        text.replace("coreset: 4000", "coreset: 128").replace("episodic: 800", "episodic: 200")
-    )
-    arguments = ["--support", str(folder), "--shots", "2", "--config", str(root / "knn.yaml"), "--foreground", "all"]
-    assert main(["enroll", "--method", "knn", *arguments, "--out", str(root / "bundle")]) == 0
+    config = root / "method.yaml"
+    config.write_text(text.replace("coreset: 4000", "coreset: 128").replace("episodic: 800", "episodic: 200"))
+    arguments = ["--support", str(folder), "--shots", "2", "--config", str(config), "--foreground", "all"]
+    assert main(["enroll", "--method", method, *arguments, "--out", str(root / "bundle")]) == 0
     return folder, root / "bundle"
 
 
