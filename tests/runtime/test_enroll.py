@@ -223,7 +223,7 @@ def engines(tmp_path_factory):
         config = root / f"{method}.yaml"
         config.write_text(text)
         made[method] = root / method
-        arguments = ["--method", method, "--support", str(folder), "--shots", "3", "--config", str(config)]
+        arguments = ["--method", method, "--support", str(folder), "--shots", "3", "--config", str(config), "--fp16"]
         assert main(["enroll", *arguments, "--out", str(made[method])]) == 0
     return made, folder
 
@@ -236,6 +236,15 @@ def test_workstation_bundle_knows_its_product(engines, method):
         threshold = bundle.threshold("disc")
         assert threshold.false_alarm_rate == 0.25 and threshold.samples == 3 and "provisional" in threshold.source
         assert not [p for p in made[method].parent.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("method", ["foct", "knn"])
+def test_another_precision_repeats_what_was_recorded_at_enrolment(engines, method, capsys):
+    """So a golden set of the support itself, whose distances are rounding errors, would not do."""
+    from andon.cli import main
+
+    made, _ = engines
+    assert main(["verify", "--bundle", str(made[method]), "--variant", "fp16"]) == 0, capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", ["foct", "knn"])
