@@ -87,6 +87,16 @@ def read_snapshot(path: Path) -> Snapshot:
         raise refuse(f"{type(error).__name__}: {error}") from error
 
 
+def _read_header(path: Path) -> dict[str, Any] | None:
+    """number, identity and meta of a snapshot without its arrays, unchecked; None where they cannot be read."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{_META}.npy") as entry:
+            header = json.loads(np.lib.format.read_array(entry, allow_pickle=False).tobytes())
+        return header if {"number", "identity", "meta"} <= header.keys() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile):
+        return None
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that after a crash it is either as before or complete: temporary, fsync, rename, fsync folder."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -124,6 +134,7 @@ class SnapshotStore:
         self.folder = folder
         self.identity: dict[str, Any] = json.loads(json.dumps(dict(identity), sort_keys=True))
         self.keep = keep
+        self._headers: dict[str, dict[str, Any] | None] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob(".*.snapshot.*.tmp"):
@@ -182,6 +193,20 @@ class SnapshotStore:
     def numbers(self) -> list[int]:
         """Numbers on disk, newest first, unchecked."""
         return [number for number, _ in self._files()]
+
+    def metas(self) -> list[tuple[int, Mapping[str, Any]]]:
+        """(number, meta) of this bundle's snapshots, newest first, unchecked: :meth:`load` may still refuse one.
+
+        Cheap, for arrays are not read, and headers once: a file is never written a second time.
+
+        Raises:
+            CalibrationError: the folder cannot be read.
+        """
+        files, known = self._files(), self._headers
+        headers = {p.name: known[p.name] if p.name in known else _read_header(p) for _, p in files}
+        self._headers = headers
+        own = ((number, headers[p.name]) for number, p in files)
+        return [(number, header["meta"]) for number, header in own if header and header["identity"] == self.identity]
 
     def load(self, number: int) -> Snapshot:
         """One snapshot.

@@ -80,6 +80,8 @@ class LineMemory:
         self._warnings: dict[str, str] = {}
         self._broken: dict[int, str] = {}
         self._number = 0
+        self._content = 0  # the version that the memory's content was made in; a rollback brings an older one back
+        self._left: list[tuple[int, int]] = []  # first and last of the versions that a rollback took out of use
         self._clock = clock
         self._save_due = clock() + config.save_every
         self._store = SnapshotStore(folder, _identity(program.bundle, self._memory), config.snapshots)
@@ -141,7 +143,7 @@ class LineMemory:
         outcome = self._calibrators[index].observe(seen, trusted=label == "OK")
         if outcome.change is None:
             return False
-        self._number += 1
+        self._changed()
         self._upload(index, slice(outcome.change.start, outcome.change.stop))
         self._record(outcome, verdict, frame, index)
         self._offer()
@@ -261,32 +263,48 @@ class LineMemory:
         for monitor in self._drift.values():
             monitor.reset()
         self._warnings.clear()
+        self._changed()
+
+    def _changed(self) -> None:
+        """The memory is another than any before."""
         self._number += 1
+        self._content = self._number
 
     def _rollback(self, version: int | None) -> None:
-        """Back to a saved version; it becomes a new one, and stays frozen or not as the memory is now."""
+        """Back to a saved version; it becomes a new one, and stays frozen or not as the memory is now.
+
+        Without a version: to the newest that the present content came from. What an earlier rollback took out of use
+        is not among these, or the second of two would bring back what the first was for.
+        """
         frozen = [calibrator.frozen for calibrator in self._calibrators]
-        found: list[int] = []
         with self._saver.lock:
-            for item in self._store.usable():
-                if isinstance(item, Refusal):
-                    log.warning("rollback: %s is passed over: %s", item.path.name, item.reason)
-                    continue
-                saved = int(item.meta["version"])
-                found.append(saved)
-                if saved == version or (version is None and saved < self._number):
-                    break
-            else:
-                raise CalibrationError(
-                    "there is no such version to roll back to" if version is not None else "there is no older version",
-                    found=version if version is not None else f"version {self._number}",
-                    expected=f"one of {sorted(set(found))}" if found else "a saved snapshot",
-                    next_step="choose one of these, or reset the memory",
-                )
+            item = self._saved(version)
         self._take(item)
         for calibrator, was in zip(self._calibrators, frozen, strict=True):
             calibrator.frozen = was
+        self._left.append((self._content + 1, self._number))
         self._number += 1
+
+    def _saved(self, version: int | None) -> Snapshot:
+        """What :meth:`_rollback` returns to: of snapshots of the same content the newest that is whole."""
+        saved = sorted(self._store.metas(), key=lambda item: (_content(item[1]), item[0]), reverse=True)
+        for number, meta in list(saved):
+            if int(meta["version"]) == version or (version is None and self._came_from(_content(meta))):
+                try:
+                    return self._store.load(number)
+                except CalibrationError as error:
+                    log.warning("rollback: snapshot %d is passed over: %s", number, error)
+                    saved.remove((number, meta))
+        versions = sorted({int(meta["version"]) for _, meta in saved})
+        raise CalibrationError(
+            "there is no such version to roll back to" if version is not None else "there is no older version",
+            found=version if version is not None else f"version {self._number}",
+            expected=f"one of {versions}" if versions else "a saved snapshot",
+            next_step="choose one of these, or reset the memory",
+        )
+
+    def _came_from(self, content: int) -> bool:
+        return content < self._content and not any(first <= content <= last for first, last in self._left)
 
     def _offer(self) -> None:
         """Hand the present state to the thread that saves."""
@@ -303,7 +321,8 @@ class LineMemory:
             "frozen": any(calibrator.frozen for calibrator in self._calibrators),
             "rows": {self._name(i): c.memory.length for i, c in enumerate(self._calibrators)},
             "frames": dict(counts),
-            "snapshots": self._store.numbers(),
+            # By the numbers that rollback takes; the same version may be saved more than once.
+            "snapshots": sorted({int(meta["version"]) for _, meta in self._store.metas()}, reverse=True),
             "drift": sorted(self._warnings),
             "drift_score": {name: round(monitor.statistic(), 4) for name, monitor in self._drift.items()},
             "version": self._number if self._calibrators else None,
@@ -326,6 +345,8 @@ class LineMemory:
     def _meta(self) -> dict[str, Any]:
         return {
             "version": self._number,
+            "content": self._content,
+            "left": list(self._left),
             "saved": timestamp(),
             "program": self._program.name,
             "drift": sorted(self._drift),
@@ -350,13 +371,16 @@ class LineMemory:
             self._note(entry)
             log.info("memory version %d restored from snapshot %d as version %d", saved, item.number, self._number)
             return
-        self._number = last + 1 if last else 0  # nothing was saved yet, or nothing is left of it
+        # Nothing was saved yet, or nothing is left of it.
+        self._number = self._content = last + 1 if last else 0
 
     def _take(self, snapshot: Snapshot) -> None:
         arrays = snapshot.arrays
         for index, calibrator in enumerate(self._calibrators):
             calibrator.restore(_part(arrays, f"{index}."))
             self._upload(index)
+        self._content = _content(snapshot.meta)
+        self._left = [(int(first), int(last)) for first, last in snapshot.meta.get("left", ())]
         # Programs of a bundle score on scales of their own: what one has seen is no reference for another.
         same = snapshot.meta.get("program", self._program.name) == self._program.name
         for name in snapshot.meta.get("drift", []) if self._config.drift.enabled and same else []:
@@ -423,6 +447,11 @@ def _identity(bundle: Bundle, memory: Memory | None) -> dict[str, Any]:
 def _rows(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """What the memory of normal consists of, without what every frame changes (guard, drift) and without counters."""
     return {name: array for name, array in arrays.items() if name.endswith((".memory.rows", ".memory.foreground"))}
+
+
+def _content(meta: Mapping[str, Any]) -> int:
+    """The version that a snapshot's content was made in: an older one than its own after a rollback."""
+    return int(meta.get("content", meta["version"]))
 
 
 def _part(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -232,6 +232,62 @@ def test_rollback_without_a_version_takes_the_newest_older_one(station):
         line.memory.command("explode", {})
 
 
+def test_the_snapshots_of_an_answer_are_the_versions_that_rollback_takes(station, tmp_path):
+    line = station()
+    for value in (104, 104, 104, 105):
+        line.see(value)
+    line.memory.command("snapshot", {})
+    line.memory.command("snapshot", {})
+    line.see(106)
+    answer = line.memory.command("freeze", {})  # it saves
+    assert answer["snapshots"] == [3, 2]
+    for version in answer["snapshots"]:
+        line.memory.command("rollback", {"version": version})
+    (tmp_path / "state" / "pinned-0000000099.snapshot").write_bytes(b"half")
+    assert line.memory.describe()["snapshots"] == [5, 4, 3, 2], "what cannot be read is not offered"
+
+
+def poisoned(station):
+    """A line with four saved versions of 1 to 4 rows, the last of which has learnt a defect, then scored 0."""
+    line = station(CONFIG.model_copy(update={"per_frame": 1, "snapshot_every": 3600}))
+    for value in (104, 104, 104, 105, 106, 150, 150):  # the guard takes the second of two that are alike
+        line.see(value, label="OK")
+        line.memory.command("snapshot", {})
+    assert line.memory.version("a") == line.memory.describe()["rows"]["a"] == 4 and line.see(150, label="NG") == 0
+    return line
+
+
+def test_no_number_of_rollbacks_brings_back_what_the_first_took_out(station):
+    line, rows = poisoned(station), []
+    for _ in range(3):
+        line.memory.command("rollback", {})
+        assert line.see(150, label="NG") > 0
+        rows.append(line.memory.describe()["rows"]["a"])
+    assert rows == [3, 2, 1], "each goes on from where the one before went"
+
+
+def test_what_was_rolled_back_stays_out_when_the_memory_learns_on(station):
+    line = poisoned(station)
+    line.memory.command("rollback", {})
+    for value in (103, 102, 101):  # the ring's next turn is an hour away: of these only the two newest are saved
+        line.see(value)
+        line.memory._saver.flush()
+    line.close()
+    line = station()
+    for _ in range(5):
+        line.memory.command("rollback", {})
+        assert line.see(150, label="NG") > 0
+        if line.memory.describe()["rows"]["a"] == 0:
+            break
+    assert line.memory.describe()["rows"]["a"] == 0, "down to what was enrolled"
+    with pytest.raises(CalibrationError, match="no older version"):
+        line.memory.command("rollback", {})
+    line.memory.command("rollback", {"version": 4})
+    assert line.see(150, label="NG") == 0, "by its number it can be had again"
+    line.memory.command("rollback", {})
+    assert line.memory.describe()["rows"]["a"] == 3 and line.see(150, label="NG") > 0
+
+
 def test_audit_says_what_was_admitted_from_which_frame_and_why(station):
     line = station()
     for _ in range(3):
