@@ -53,18 +53,21 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             backend.plans.force = args.force
             for variant in variants:
                 for name, stage in manifest.stages.items():
-                    backend.open(name, stage, bundle.stage_path(name, variant), variant)
-                    _print(_kept(backend.plans.built[-1]))
-            built = backend.plans.built
+                    path = bundle.stage_path(name, variant)
+                    backend.open(name, stage, path, variant)
+                    built = backend.plans.built[-1]
+                    # What was built here is what a run uses, also where it was built before by other options.
+                    _print(_kept(built, backend.plans.keep_options(name, path, variant)))
+            plans = backend.plans.built
         print(f"next: andon verify --bundle {shlex.quote(str(args.bundle))} --backend tensorrt")
-        return {"ok": True, "bundle": bundle.id, "plans": [_plain(b) for b in built]}
+        return {"ok": True, "bundle": bundle.id, "plans": [_plain(b) for b in plans]}
 
 
-def _kept(built: Built) -> Built:
-    """A line runs with a plan that the disk refused; here it was built to be kept."""
-    if not built.kept:
+def _kept(built: Built, options: bool) -> Built:
+    """A line runs with a plan that the disk refused; here it was built to be kept, and its options with it."""
+    if not (built.kept and options):
         raise EngineError(
-            f"the plan of stage {built.stage} was built and cannot be kept",
+            f"the plan of stage {built.stage}, or what it was built with, cannot be kept",
             found=f"{built.plan.parent} does not take it",
             expected=f"a folder that this user can write, with room for {built.bytes / 1e6:.0f} MB",
             next_step="make room, or give another folder: --cache DIR here, $ANDON_CACHE for andon run",

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -54,6 +55,13 @@ class BuildOptions:
         core = self.dla_core if stage in self.dla else None
         return {"workspace_mb": self.workspace_mb, "optimization_level": self.optimization_level, "dla_core": core}
 
+    @classmethod
+    def from_stage(cls, stage: str, kept: dict[str, Any]) -> BuildOptions:
+        """The options for one stage from what :meth:`of` gave."""
+        core = kept["dla_core"]
+        dla = frozenset() if core is None else frozenset({stage})
+        return cls(int(kept["workspace_mb"]), kept["optimization_level"], dla, core or 0)
+
 
 @dataclass(frozen=True)
 class Target:
@@ -91,6 +99,8 @@ class Built:
 class PlanStore:
     """Plans in a folder. Context: one TensorRT module, logger and target.
 
+    options: None: for each stage those that :meth:`keep_options` kept last, else the default ones.
+
     Attributes:
         built: what `load` did, in order.
 
@@ -98,7 +108,7 @@ class PlanStore:
         ConfigError: $ANDON_CACHE_LIMIT is not a size.
     """
 
-    def __init__(self, trt: Trt, logger: Any, folder: Path, target: Target, options: BuildOptions):
+    def __init__(self, trt: Trt, logger: Any, folder: Path, target: Target, options: BuildOptions | None):
         self._trt = trt
         self._logger = logger
         self._folder = folder
@@ -118,17 +128,19 @@ class PlanStore:
             EngineError: TensorRT refuses the stage, with its own message; or a fresh plan does not deserialise.
         """
         model = onnx.read_bytes()
-        wanted = self._wanted(stage, variant, model)
+        options = self._options_for(stage, variant, model)
+        wanted = self._wanted(stage, variant, model, options)
         path = self._path(wanted)
+        line = self.trtexec(stage, onnx, path, options)
         self._hold(path)
         plan, reason = self._existing(path, wanted)
         if plan is not None:
             used(path)
-            self.built.append(Built(stage, variant, path, path.stat().st_size, trtexec=self.trtexec(stage, onnx, path)))
+            self.built.append(Built(stage, variant, path, path.stat().st_size, trtexec=line))
             return plan
         log.info("stage %s %s: building its plan: %s", stage, variant, reason)
         started = time.monotonic()
-        serialized, fallback = self._build(stage, variant, model, onnx.name)
+        serialized, fallback = self._build(stage, variant, model, onnx.name, options)
         seconds = time.monotonic() - started
         sidecar = {**wanted, "sha256": hashlib.sha256(serialized).hexdigest(), "seconds": seconds}
         # Plan first, sidecar last: a plan without a sidecar is never used.
@@ -143,20 +155,43 @@ class PlanStore:
                 expected=f"a plan for {self._target.gpu}",
                 next_step="andon doctor",
             )
-        line = self.trtexec(stage, onnx, path)
         self.built.append(Built(stage, variant, path, len(serialized), seconds, reason, line, fallback, kept))
         return plan
 
     def has(self, stage: str, onnx: Path, variant: Variant) -> bool:
         """Whether there is a plan for this stage on this machine; `load` would build it otherwise."""
-        return self._path(self._wanted(stage, variant, onnx.read_bytes())).is_file()
+        model = onnx.read_bytes()
+        wanted = self._wanted(stage, variant, model, self._options_for(stage, variant, model))
+        return self._existing(self._path(wanted), wanted)[0] is not None
+
+    def keep_options(self, stage: str, onnx: Path, variant: Variant) -> bool:
+        """Let whoever opens this stage without options of its own have these; whether the disk took them."""
+        model = onnx.read_bytes()
+        options = self._options_for(stage, variant, model).of(stage)
+        return _keep((self._options_path(stage, variant, model), (json.dumps(options) + "\n").encode()))
+
+    def _options_for(self, stage: str, variant: str, model: bytes) -> BuildOptions:
+        if self._options is not None:
+            return self._options
+        path = self._options_path(stage, variant, model)
+        try:
+            return BuildOptions.from_stage(stage, json.loads(path.read_text()))
+        except FileNotFoundError:
+            return BuildOptions()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s cannot be used, stage %s has the default build options: %s", path, stage, error)
+            return BuildOptions()
+
+    def _options_path(self, stage: str, variant: str, model: bytes) -> Path:
+        """Of one ONNX file and kind of GPU; a plan for another TensorRT is built with the same options."""
+        subject = {"onnx": hashlib.sha256(model).hexdigest(), "gpu": self._target.gpu, "sm": self._target.sm}
+        return self._folder / f"{stage}.{variant}.{_digest(subject)[:16]}.options"
 
     def _path(self, wanted: dict[str, Any]) -> Path:
         return self._folder / f"{wanted['stage']}.{wanted['variant']}.{_digest(wanted)[:16]}.plan"
 
-    def trtexec(self, stage: str, onnx: Path, plan: Path) -> str:
-        """The trtexec line that builds the same plan."""
-        options = self._options
+    def trtexec(self, stage: str, onnx: Path, plan: Path, options: BuildOptions) -> str:
+        """The trtexec line that builds the same plan, as a shell takes it."""
         words = ["trtexec", f"--onnx={onnx}", f"--saveEngine={plan}", "--noTF32"]
         words += [f"--memPoolSize=workspace:{options.workspace_mb}", f"--timingCacheFile={self._timing_cache()}"]
         if (10, 0) <= _version(self._target.tensorrt) < (11, 0):
@@ -167,7 +202,7 @@ class PlanStore:
             words.append(f"--builderOptimizationLevel={options.optimization_level}")
         if stage in options.dla:
             words += [f"--useDLACore={options.dla_core}", "--allowGPUFallback"]
-        return " ".join(words)
+        return shlex.join(words)
 
     def prune(self) -> None:
         """Keep the folder to its limit if a plan was built since; to be called when no plan is still to be loaded,
@@ -195,12 +230,12 @@ class PlanStore:
         self._leases.clear()
         self._runtime = None
 
-    def _wanted(self, stage: str, variant: str, model: bytes) -> dict[str, Any]:
+    def _wanted(self, stage: str, variant: str, model: bytes, options: BuildOptions) -> dict[str, Any]:
         return {
             "stage": stage,
             "variant": variant,
             "onnx": hashlib.sha256(model).hexdigest(),
-            "options": self._options.of(stage),
+            "options": options.of(stage),
             **asdict(self._target),
         }
 
@@ -235,11 +270,13 @@ class PlanStore:
                 return "there is one for something else: " + "; ".join(differs)
         return "there is none yet"
 
-    def _build(self, stage: str, variant: str, model: bytes, name: str) -> tuple[bytes, tuple[str, ...]]:
+    def _build(
+        self, stage: str, variant: str, model: bytes, name: str, options: BuildOptions
+    ) -> tuple[bytes, tuple[str, ...]]:
         trt, logger = self._trt, self._logger
         builder = trt.Builder(logger)
         network, parser = parse_network(trt, builder, logger, model, name)
-        config, fallback = make_config(trt, builder, network, self._options, stage)
+        config, fallback = make_config(trt, builder, network, options, stage)
         cache = self._attach_timing_cache(config)
         with BuildProgress(trt, f"{stage} {variant}") as progress:
             progress.attach(config)
@@ -251,7 +288,8 @@ class PlanStore:
                 f"TensorRT cannot build stage {stage} ({name})",
                 found=logger.take(),
                 expected=f"a stage that TensorRT {self._target.tensorrt} builds on {self._target.gpu}",
-                next_step=f"raise --workspace (now {self._options.workspace_mb} MB), or use --backend onnxruntime",
+                next_step=f"andon build --bundle BUNDLE --variant {variant} with a --workspace of more than "
+                f"{options.workspace_mb} MB, which a run then uses too; or use --backend onnxruntime",
             )
         self._save_timing_cache(cache)
         del parser

@@ -215,7 +215,7 @@ class TensorRTBackend:
 
     Args:
         cache: folder of plans; None is :func:`build.default_cache`.
-        options: how missing plans are built.
+        options: how missing plans are built; None: as `andon build` last built the stage, else by default.
         graphs: capture frames as CUDA graphs.
 
     Raises:
@@ -235,7 +235,7 @@ class TensorRTBackend:
         self._engines: list[TensorRTEngine] = []
         self._frames: WeakSet[FrameGraph] = WeakSet()  # a closed program lets go of its contexts
         target = Target.of(self._trt, self._cuda.device)
-        self.plans = PlanStore(self._trt, self._logger, cache or default_cache(), target, options or BuildOptions())
+        self.plans = PlanStore(self._trt, self._logger, cache or default_cache(), target, options)
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> DeviceBuffer:
         self._check_thread()

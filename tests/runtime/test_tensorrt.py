@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import threading
 from collections.abc import Callable
 from itertools import pairwise
@@ -420,6 +421,54 @@ def test_build_then_verify_then_bench(
     assert set(result["stages_apart_ms"]) == {"encode", "score", "total"}
     code, _, text = run(capsys, "build", "--bundle", root, "--dla", "nose")
     assert code == 1 and "no such stage" in text
+
+
+def test_what_was_built_is_what_runs(
+    world: trtdouble.World, make_bundle: MakeBundle, cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("ANDON_CACHE", str(cache))
+    world.dla_cores = 2
+    npz = {"golden/golden.npz": golden([10, 40]), "golden/gate.npz": gate([10, 20, 60, 70], 0.5)}
+    root = make_bundle(npz=npz)
+
+    def used() -> list[str]:
+        before = world.builds
+        assert run(capsys, "verify", "--bundle", root, "--backend", "tensorrt")[0] == 0 and world.builds == before
+        with Bundle.load(root) as bundle, TensorRTBackend() as backend:
+            paths = {stage: bundle.stage_path(stage, "fp32") for stage in bundle.manifest.stages}
+            assert all(backend.plans.has(stage, path, "fp32") for stage, path in paths.items())
+            with Program(bundle, backend):
+                return [built.trtexec for built in backend.plans.built]
+
+    for option, value in (("--dla", "encode"), ("--optimization-level", 5), ("--workspace", 256)):
+        assert run(capsys, "build", "--bundle", root, option, value)[0] == 0
+        line = run(capsys, "build", "--bundle", root, option, value)[1]["plans"][0]["trtexec"]
+        assert used()[0] == line
+        assert option != "--dla" or ("--useDLACore=0" in used()[0] and "DLA" not in used()[1])
+    world = trtdouble.install(monkeypatch, "10.13.2")  # an update of JetPack
+    options = next((cache / "plans").glob("encode.*.options"))
+    with Bundle.load(root) as bundle, TensorRTBackend() as backend, Program(bundle, backend):
+        assert all("workspace:256" in built.trtexec and built.seconds for built in backend.plans.built)
+    run(capsys, "build", "--bundle", root)
+    assert all("workspace:1024" in line for line in used()), "the newest build is what is meant"
+    options.write_text("[]")
+    assert all("workspace:1024" in line for line in used()), "what cannot be read is as if it were not there"
+
+
+def test_a_plan_without_its_sidecar_is_not_there(world: trtdouble.World, make_bundle: MakeBundle, cache: Path) -> None:
+    """`andon check` would build it, and says that it builds nothing."""
+    bundle = Bundle.load(make_bundle())
+    open_all(bundle, cache)[0].plan.with_suffix(".json").unlink()
+    with TensorRTBackend(cache) as backend:
+        assert not backend.plans.has("encode", bundle.stage_path("encode", "fp32"), "fp32")
+        assert backend.plans.has("score", bundle.stage_path("score", "fp32"), "fp32")
+
+
+def test_the_trtexec_line_is_one_that_a_shell_takes(
+    world: trtdouble.World, make_bundle: MakeBundle, tmp_path: Path
+) -> None:
+    built = open_all(Bundle.load(make_bundle()), tmp_path / "my plans")[0]
+    assert f"--saveEngine={built.plan}" in shlex.split(built.trtexec)
 
 
 @pytest.mark.parametrize("command", ["build", "verify", "eval"])
