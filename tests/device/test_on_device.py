@@ -52,7 +52,9 @@ def test_a_frame_is_captured_as_one_graph(tmp_path: Path, cache: Path, caplog: p
         for _ in range(4):
             program.run(0)
         assert "cannot be captured" not in caplog.text
-        assert all(frame._replay is not None for frame in backend._frames)  # type: ignore[attr-defined]
+        ran = [frame for frame in backend._frames if frame._warm]  # type: ignore[attr-defined]
+        assert len(ran) == 1, "those of a product that is told by itself did not run"
+        assert ran[0]._replay is not None
 
 
 @pytest.mark.skipif("ANDON_DEVICE_BUNDLE" not in os.environ, reason="NOT RUN: ANDON_DEVICE_BUNDLE names no bundle")

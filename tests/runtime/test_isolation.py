@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,3 +56,15 @@ def test_the_run_path_imports_nothing_heavy() -> None:
         "print(*sorted(heavy & {m.partition('.')[0] for m in sys.modules}))"
     )
     assert python(code).strip() == ""
+
+
+def test_the_device_tests_need_no_more_than_the_test_extra() -> None:
+    """docs/jetson.md: pip install -e '.[test]', then pytest tests/device."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = {extra: {re.split(r"[^\w-]", need)[0] for need in needs} for extra, needs in extras.items()}
+    only = {"PIL" if name == "pillow" else name for name in names["workstation"] - names["test"]}
+    assert "torch" in only
+    code = BLOCK + f"BLOCKED = {only!r}\nimport pytest\nsys.exit(pytest.main(sys.argv[1:]))"
+    collected = python(code, "--collect-only", "-q", "-p", "no:cacheprovider", str(ROOT / "tests/device"))
+    assert "test_on_device.py::test_loops_give_what_onnxruntime_gives" in collected

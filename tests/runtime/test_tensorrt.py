@@ -27,6 +27,7 @@ from andon.runtime.engine.tensorrt import TensorRTBackend
 from andon.runtime.errors import EngineError
 from andon.runtime.program import Program
 
+from ..device import test_on_device as device  # type: ignore[import-not-found]
 from . import trtdouble
 from .conftest import ENCODE, SCORE  # type: ignore[import-not-found]
 from .test_commands import gate, golden  # type: ignore[import-not-found]
@@ -121,6 +122,15 @@ def test_buffers_are_allocated_once_and_a_frame_is_one_graph_launch(
         assert (world.mallocs, world.enqueues, world.contexts) == (mallocs, enqueues, contexts)
         assert world.graph_launches == launches + 4
         assert len(world.scratch) == 1, "all contexts compute in one block"
+
+
+@pytest.mark.parametrize("version", ["10.3.0", "11.4.0"])
+def test_the_double_keeps_what_is_asked_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, version: str
+) -> None:
+    """Where it would not, the test of tests/device could not pass on a device either."""
+    trtdouble.install(monkeypatch, version)
+    device.test_a_frame_is_captured_as_one_graph(tmp_path, tmp_path / "plans", caplog)
 
 
 def test_pointers_rebind_in_loops(world: trtdouble.World, tmp_path: Path, cache: Path) -> None:
