@@ -121,6 +121,7 @@ class SnapshotStore:
 
     Three kinds: `last`, the frequent save that a restart reads (two are kept, should one be damaged); `ring`, spaced
     out for rolling back, the newest `keep`; `pinned`, made by command, the newest `keep`. The caller says which.
+    As many are kept of other bundles, together.
 
     Args:
         folder: created if missing; left-over temporary files of a killed process are removed.
@@ -179,7 +180,7 @@ class SnapshotStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomic(path, _encode(snapshot))
-            for _, old in self._files(kind)[2 if kind == "last" else self.keep :]:
+            for old in self._surplus(kind):
                 old.unlink(missing_ok=True)
         except OSError as error:
             raise CalibrationError(
@@ -189,6 +190,19 @@ class SnapshotStore:
                 next_step=f"make room in {self.folder}; the memory goes on unsaved until then",
             ) from error
         return snapshot
+
+    def _surplus(self, kind: Kind) -> list[Path]:
+        """Snapshots of a kind beyond those that are kept; of this bundle and of all others as many each.
+
+        So a bundle that is taken back finds what it had learnt, and what cannot be read pushes out nothing that can.
+        """
+        files, keep = self._files(kind), 2 if kind == "last" else self.keep
+        own = {number for number, _ in self.metas()}
+        return [
+            path
+            for mine in (True, False)
+            for _, path in [(number, path) for number, path in files if (number in own) is mine][keep:]
+        ]
 
     def numbers(self) -> list[int]:
         """Numbers on disk, newest first, unchecked."""

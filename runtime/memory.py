@@ -84,7 +84,8 @@ class LineMemory:
         self._left: list[tuple[int, int]] = []  # first and last of the versions that a rollback took out of use
         self._clock = clock
         self._save_due = clock() + config.save_every
-        self._store = SnapshotStore(folder, _identity(program.bundle, self._memory), config.snapshots)
+        self._kept: dict[str, Any] = {}  # what was learnt, where that is not in use now
+        self._store = SnapshotStore(folder, _identity(program.bundle), config.snapshots)
         self._audit = AuditLog(folder / "audit.jsonl")
         self._audit_failing = False
         self._restore_last()
@@ -335,7 +336,7 @@ class LineMemory:
         return self._classes.index(product) if self._memory and self._memory.per_class else 0
 
     def _arrays(self) -> dict[str, Any]:
-        arrays: dict[str, Any] = {}
+        arrays = dict(self._kept)
         for index, calibrator in enumerate(self._calibrators):
             arrays |= {f"{index}.{name}": value for name, value in calibrator.state().items()}
         for name, monitor in self._drift.items():
@@ -377,8 +378,12 @@ class LineMemory:
     def _take(self, snapshot: Snapshot) -> None:
         arrays = snapshot.arrays
         for index, calibrator in enumerate(self._calibrators):
-            calibrator.restore(_part(arrays, f"{index}."))
+            own = _part(arrays, f"{index}.")
+            # A snapshot of a line that has not learnt yet has none: the memory is as it was enrolled.
+            calibrator.restore(own) if own else calibrator.reset()
             self._upload(index)
+        if not self._calibrators:
+            self._kept = {name: array for name, array in arrays.items() if not name.startswith("drift.")}
         self._content = _content(snapshot.meta)
         self._left = [(int(first), int(last)) for first, last in snapshot.meta.get("left", ())]
         # Programs of a bundle score on scales of their own: what one has seen is no reference for another.
@@ -439,9 +444,9 @@ def _calibrators(bundle: Bundle, memory: Memory, config: MemoryConfig) -> tuple[
     )
 
 
-def _identity(bundle: Bundle, memory: Memory | None) -> dict[str, Any]:
-    """What a snapshot must have been made with: the model (thresholds aside) and whether its memory is in use."""
-    return {"model": bundle.model_id, "classes": list(bundle.manifest.classes), "memory": memory is not None}
+def _identity(bundle: Bundle) -> dict[str, Any]:
+    """What a snapshot must have been made with: the model (thresholds aside), whether its memory was in use or not."""
+    return {"model": bundle.model_id, "classes": list(bundle.manifest.classes)}
 
 
 def _rows(arrays: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,22 @@ def test_frequent_saves_do_not_push_the_ring_out(tmp_path):
     assert store.numbers() == [last[-1], last[-2], *reversed(ring)]
 
 
+def test_neither_another_bundle_nor_damage_pushes_this_ones_out(tmp_path):
+    store = SnapshotStore(tmp_path, IDENTITY, keep=2)
+    own = [store.save(arrays(k), {}, kind).number for k, kind in enumerate(["ring", "ring", "last", "last"])]
+    other = SnapshotStore(tmp_path, {"bundle": "another"}, keep=2)
+    for kind in ("ring", "last"):
+        for k in range(5):
+            other.save(arrays(k), {}, kind)
+    assert {number for number, _ in SnapshotStore(tmp_path, IDENTITY).metas()} == set(own)
+    assert len(store.numbers()) == 8
+    for number, path in other._files("last"):
+        if number not in own:
+            path.write_bytes(b"")
+    assert store.save(arrays(9), {}, "last").number - 1 in store.numbers()
+    assert [number for number, _ in store.metas()] == [15, own[3], own[1], own[0]]
+
+
 def test_numbers_go_on_after_a_restart(tmp_path):
     assert SnapshotStore(tmp_path, IDENTITY).save(arrays(1), {}).number == 1
     assert SnapshotStore(tmp_path, IDENTITY).save(arrays(2), {}).number == 2

@@ -409,6 +409,38 @@ def test_the_drift_watch_outlives_a_power_cut_where_nothing_is_learnt(station, e
     assert station(config).memory.drift("cam"), "a warning that stands is not taken for gone"
 
 
+def test_a_memory_that_is_switched_off_is_there_when_it_is_switched_on_again(station, caplog):
+    line, rng = station(DRIFTS), np.random.default_rng(0)
+    for _ in range(12):
+        line.see(int(rng.integers(100, 103)))
+    rows, version = line.memory.describe()["rows"]["a"], line.memory.version("a")
+    assert rows > 0
+    line.close()
+    off = DRIFTS.model_copy(update={"enabled": False})
+    for _ in range(9):  # more often than snapshots are kept
+        line = station(off)
+        line.see(101)
+        line.close()
+    line = station(off)
+    for _ in range(12):
+        line.see(int(rng.integers(106, 109)), label="NG")
+    assert line.memory.drift("cam"), "held against the reference of before"
+    line.close()
+    line = station(DRIFTS)
+    assert (line.memory.describe()["rows"]["a"], line.memory.version("a")) == (rows, version)
+    assert line.memory.drift("cam") and "another bundle" not in caplog.text
+
+
+def test_a_memory_that_is_switched_on_later_starts_as_enrolled(station):
+    off = DRIFTS.model_copy(update={"enabled": False})
+    line = station(off)
+    for _ in range(12):
+        line.see(101, label="NG")
+    line.close()
+    line = station(DRIFTS)
+    assert line.memory.describe()["rows"]["a"] == 0 and line.memory._drift["cam/a"].complete
+
+
 def drift_up(line, rng):
     """25 usual scores, a snapshot, then larger ones until the monitor warns."""
     for _ in range(25):
