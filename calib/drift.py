@@ -32,6 +32,13 @@ class DriftPolicy:
                 expected="reference and window >= 5, 0 < alpha < 1",
                 next_step="correct the memory.drift section of the line configuration",
             )
+        if self.critical >= 1:
+            raise CalibrationError(
+                "drift could never be warned of: the samples are too small for this alpha",
+                found=f"a bound of {self.critical:.2f} for a statistic of at most 1",
+                expected="reference, window and alpha large enough for a bound below 1",
+                next_step="raise memory.drift.window, reference or alpha in the line configuration",
+            )
 
     @property
     def critical(self) -> float:

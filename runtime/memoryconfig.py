@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ..calib.drift import DriftPolicy
+from ..calib.errors import CalibrationError
 from ..calib.guard import GuardPolicy
 from ..calib.memory import MemoryPolicy
 from .settings import Seconds, Settings
@@ -47,6 +48,15 @@ class DriftConfig(Settings):
     reference: int = Field(default=100, ge=5, description="First scores, the reference")
     window: int = Field(default=100, ge=5, description="Recent scores, held against them")
     alpha: float = Field(default=1e-6, gt=0, lt=1, description="Chance of a false warning per frame")
+
+    @model_validator(mode="after")
+    def _can_warn(self) -> DriftConfig:
+        if self.enabled:
+            try:
+                self.policy()
+            except CalibrationError as error:
+                raise ValueError(f"{error.what}; {error.next_step}") from error
+        return self
 
     def policy(self) -> DriftPolicy:
         """As calib takes it."""

@@ -62,8 +62,20 @@ def test_a_restart_changes_nothing():
 
 
 def test_scores_that_are_not_finite_do_not_count():
-    monitor = DriftMonitor(DriftPolicy(reference=5, window=5))
+    monitor = DriftMonitor(DriftPolicy(reference=5, window=5, alpha=0.01))
     feed(monitor, [1, 2, 3, 4, 5, float("nan"), float("inf")])
     assert len(monitor.state()["recent"]) == 0
     with pytest.raises(CalibrationError, match="drift policy"):
         DriftPolicy(window=1)
+
+
+@pytest.mark.parametrize("sizes", [{"window": 7}, {"reference": 10, "window": 10}, {"reference": 5, "window": 5}])
+def test_samples_that_no_score_could_make_warn_are_refused(sizes):
+    with pytest.raises(CalibrationError, match="never be warned of"):
+        DriftPolicy(**sizes)
+
+
+@pytest.mark.parametrize("policy", [DriftPolicy(window=8), DriftPolicy(14, 14), DriftPolicy(5, 5, 0.01)])
+def test_the_smallest_samples_that_are_taken_can_warn(policy):
+    monitor = DriftMonitor(policy)
+    assert any(d.warning for d in feed(monitor, [1.0] * policy.reference + [2.0] * policy.window))

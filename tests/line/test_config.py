@@ -88,6 +88,7 @@ def test_links_are_followed_when_they_are_used(tmp_path: Path) -> None:
         ("  c1: {source: {kind: test, widht: 9}}\n", 9, "c1.source.widht: unknown key; did you mean 'width'?"),
         ("  c1: {source: {kind: rtsp, url: 'rtsp://me:word@cam/x'}}\n", 9, "no user name or password in the URL"),
         ("  'a/b': {source: {kind: test}}\n", 9, "String should match pattern"),
+        ("memory: {drift: {window: 7}}\n", 9, "memory.drift: drift could never be warned of"),
         ("web: {host: 0.0.0.0}\n", 9, "needs token_env or token_file"),
         ("web: {token_env: A, token_file: b}\n", 9, "web: needs one of token_env and token_file, found both"),
         ("broker: {password_env: A, password_file: b}\n", 9, "needs one of password_env and password_file, found both"),
