@@ -48,6 +48,21 @@ def open_memory(config: LineConfig, detector: Detector, folder: Path) -> LineMem
     return LineMemory(detector.program, config.memory, folder / "memory")
 
 
+def require_memory(config: LineConfig, bundle: Bundle) -> int | None:
+    """Hold the `memory` section against the bundle, before anything is opened.
+
+    Returns:
+        How many learnt rows each memory may hold; None where nothing learns.
+
+    Raises:
+        CalibrationError: more rows than the bundle has, or a rule for which it lacks an output.
+    """
+    memory = bundle.manifest.memory if config.memory.enabled else None
+    if memory is None:
+        return None
+    return _calibrators(bundle, memory, config.memory)[0].memory.policy.capacity
+
+
 class LineMemory:
     """The memory of one line: calibrators, drift monitors, snapshots and audit log. Implements judge.OnlineMemory.
 
@@ -429,7 +444,18 @@ class LineMemory:
 
 
 def _calibrators(bundle: Bundle, memory: Memory, config: MemoryConfig) -> tuple[OnlineCalibrator, ...]:
-    """One calibrator per product where each has its own bank, else one."""
+    """One calibrator per product where each has its own bank, else one.
+
+    Raises:
+        CalibrationError: the policy does not fit the bundle.
+    """
+    if config.selection == "transport" and memory.transport is None:
+        raise CalibrationError(
+            "memory.selection: transport: the bundle gives no transport probabilities to choose by",
+            found=f"a {bundle.manifest.method} bundle",
+            expected="a method with conditional transport (foct)",
+            next_step="set memory.selection: farthest",
+        )
     state = bundle.manifest.state
     bank, valid = bundle.array(state[memory.bank]), bundle.array(state[memory.valid])
     labels = None if memory.foreground is None else bundle.array(state[memory.foreground])

@@ -17,6 +17,7 @@ from .engine.probe import require_tensorrt, tensorrt_missing
 from .errors import ConfigError, ProductError
 from .lineconfig import AlarmConfig, BrokerConfig, LineConfig, load_line
 from .manifest import Variant
+from .memory import require_memory
 from .wiring import wire
 
 
@@ -109,6 +110,7 @@ def open_bundle(config: LineConfig) -> Bundle:
     try:
         require_engine(config, bundle)
         require_products(config, bundle)
+        require_memory(config, bundle)
     except BaseException:
         bundle.close()
         raise

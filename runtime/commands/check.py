@@ -98,7 +98,7 @@ def _reach(address: SplitResult) -> None:
 
 
 def _bundle(config: Any) -> list[Finding]:
-    """The bundle, then what of the configuration rests on it: backend, variant, program, products, thresholds."""
+    """The bundle, then what of the configuration rests on it, from the backend to the memory."""
     from ..bundle import Bundle
     from ..startup import bundle_path
 
@@ -116,6 +116,7 @@ def _bundle(config: Any) -> list[Finding]:
             *([_guard("golden set", lambda: _golden(config, bundle))] if engine.ok else []),
             _guard("products", lambda: _products(config, bundle)),
             _guard("thresholds", lambda: _thresholds(config, bundle)),
+            *([_guard("memory", lambda: _memory(config, bundle))] if config.memory.enabled else []),
         ]
 
 
@@ -178,6 +179,13 @@ def _thresholds(config: Any, bundle: Any) -> str:
             next_step=f"andon calibrate --bundle {bundle.path} --data GOOD-IMAGES, or set judge.thresholds",
         )
     return ", ".join(f"{product} {value:.4g}" for product, value in values.items())
+
+
+def _memory(config: Any, bundle: Any) -> str:
+    from ..memory import require_memory
+
+    rows = require_memory(config, bundle)
+    return "the bundle has none: nothing is learnt" if rows is None else f"learns up to {rows} patches"
 
 
 def _broker(config: Any) -> str:

@@ -14,7 +14,11 @@ import pytest
 from andon.cli import main
 from andon.runtime.broker import EmbeddedBroker
 from andon.runtime.engine.onnxruntime import OnnxRuntimeBackend
+from andon.runtime.errors import CalibrationError
+from andon.runtime.startup import Options, effective, open_bundle
 
+from ..runtime.conftest import build as build_bundle  # type: ignore[import-not-found]
+from ..runtime.test_memory import memory_parts  # type: ignore[import-not-found]
 from .conftest import BRIGHTNESS  # type: ignore[import-not-found]
 
 PATTERN = {"source": {"kind": "test"}, "product": "mono"}
@@ -98,6 +102,29 @@ def test_a_bundle_without_thresholds_is_found(
     assert code == 1 and f"andon calibrate --bundle {path} --data" in found["thresholds"]["found"]
     code, _ = check(make_line({"cam0": PATTERN}, bundle=str(path), broker=None, judge={"thresholds": {"mono": 1.0}}))
     assert code == 0
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        ({"capacity": 6}, ""),
+        ({"capacity": 7}, "memory capacity is larger than the bundle's episodic rows"),
+        ({"selection": "transport"}, "memory.selection: transport: the bundle gives no transport probabilities"),
+    ],
+)
+def test_a_memory_that_could_not_learn_is_found_and_refused_at_the_start(
+    check: Any, make_line: Any, tmp_path: Path, section: dict[str, Any], told: str
+) -> None:
+    path = build_bundle(tmp_path / "memory", **memory_parts())
+    sections = {"memory": {"enabled": True, **section}, "judge": {"thresholds": {"a": 1.0}}}
+    line = make_line({"cam0": {**PATTERN, "product": "a"}}, bundle=str(path), broker=None, **sections)
+    code, found = check(line)
+    assert (code, found["memory"]["ok"]) == ((1, False) if told else (0, True)) and told in found["memory"]["found"]
+    if told:
+        with pytest.raises(CalibrationError, match=told):
+            open_bundle(effective(Options(config=line)))
+    else:
+        open_bundle(effective(Options(config=line))).close()
 
 
 #: Not a number for any frame.

@@ -57,40 +57,42 @@ CONFIG = MemoryConfig(enabled=True, per_frame=2, guard=GUARD, save_every=3600, s
 DRIFTS = CONFIG.model_copy(update={"drift": DriftConfig(reference=10, window=10, alpha=0.01)})
 
 
+def memory_parts(classes=("a", "b"), per_class=True):
+    """What conftest.build makes a bundle with a memory of."""
+    bank = np.zeros((len(classes), SEMANTIC + SPARE, 3), np.float32)
+    bank[:, 0], bank[:, 1] = 100.0, 110.0
+    valid = np.zeros(bank.shape[:2], np.float32)
+    valid[:, :SEMANTIC] = 1
+    kind = "class" if per_class else "state"
+    return {
+        "classes": classes,
+        "stages": {
+            "features": (FEATURES, {"image": "frame"}),
+            "score": (
+                SCORE,
+                {"patches": "features.patches", "bank": f"{kind}:bank", "valid": f"{kind}:valid"},
+            ),
+        },
+        "program": [{"run": "features"}, {"run": "score"}],
+        "alternatives": {"other": [{"run": "features"}, {"run": "score"}]},
+        "state": {"bank": bank if per_class else bank[0], "valid": valid if per_class else valid[0]},
+        "class_bound": ("bank", "valid") if per_class else (),
+        "outputs": {"score": "score.score", "map": "score.map"},
+        "memory": {
+            "bank": "bank",
+            "valid": "valid",
+            "semantic_rows": SEMANTIC,
+            "episodic_rows": SPARE,
+            "candidates": "features.patches",
+            "patch_score": "score.patch_score",
+            "per_class": per_class,
+        },
+    }
+
+
 @pytest.fixture
 def memory_bundle(make_bundle):
-    def make(classes=("a", "b"), per_class=True):
-        bank = np.zeros((len(classes), SEMANTIC + SPARE, 3), np.float32)
-        bank[:, 0], bank[:, 1] = 100.0, 110.0
-        valid = np.zeros(bank.shape[:2], np.float32)
-        valid[:, :SEMANTIC] = 1
-        kind = "class" if per_class else "state"
-        return make_bundle(
-            classes=classes,
-            stages={
-                "features": (FEATURES, {"image": "frame"}),
-                "score": (
-                    SCORE,
-                    {"patches": "features.patches", "bank": f"{kind}:bank", "valid": f"{kind}:valid"},
-                ),
-            },
-            program=[{"run": "features"}, {"run": "score"}],
-            alternatives={"other": [{"run": "features"}, {"run": "score"}]},
-            state={"bank": bank if per_class else bank[0], "valid": valid if per_class else valid[0]},
-            class_bound=("bank", "valid") if per_class else (),
-            outputs={"score": "score.score", "map": "score.map"},
-            memory={
-                "bank": "bank",
-                "valid": "valid",
-                "semantic_rows": SEMANTIC,
-                "episodic_rows": SPARE,
-                "candidates": "features.patches",
-                "patch_score": "score.patch_score",
-                "per_class": per_class,
-            },
-        )
-
-    return make
+    return lambda *parts, **more: make_bundle(**memory_parts(*parts, **more))
 
 
 class Station:
