@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
@@ -120,7 +120,7 @@ def _packages() -> list[Finding]:
 def _module(name: str, module: str, remedy: str) -> Finding:
     try:
         loaded = import_module(module)
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         return Finding(name, "missing", why=str(error), remedy=remedy)
     return Finding(name, "ok", str(getattr(loaded, "__version__", "")) or _installed(name))
 
@@ -136,13 +136,12 @@ def _tensorrt(jetson: bool) -> list[Finding]:
     """On a Jetson these are missing; elsewhere onnxruntime does the work and they are merely absent."""
     found = []
     for need in tensorrt_needs():
-        if need.met:
-            text = need.found
-            if need.name == "tensorrt":
-                text = _module("tensorrt", "tensorrt", "").found or text
-            found.append(Finding(need.name, "ok", text))
-        else:
-            found.append(Finding(need.name, "missing" if jetson else "absent", why=need.why, remedy=need.remedy))
+        finding = Finding(need.name, "ok", need.found)
+        if need.met and need.name == "tensorrt":
+            finding = _module("tensorrt", "tensorrt", need.remedy)  # for its version
+        elif not need.met:
+            finding = Finding(need.name, "missing", why=need.why, remedy=need.remedy)
+        found.append(finding if jetson or finding.status == "ok" else replace(finding, status="absent"))
     return found
 
 

@@ -6,12 +6,17 @@ The driver is asked first and through ctypes: without one, TensorRT's own calls 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 
 from ..errors import EngineError
 
 _JETSON = "docs/jetson.md"
+#: What is looked for, and the part of it that loads its libraries
+_TENSORRT = {"tensorrt": "tensorrt"}
+_BINDINGS = {"pycuda": "pycuda.driver", "cuda.bindings": "cuda.bindings.driver", "cuda.cuda": "cuda.cuda"}
 
 
 @dataclass(frozen=True)
@@ -51,10 +56,26 @@ def _module(name: str) -> bool:
         return False
 
 
+def _fault(module: str) -> str:
+    """Why a module that is installed does not load; empty if it does."""
+    try:
+        import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:  # a missing library shows as any of these
+        return f"{module} does not load: {error}"
+    return ""
+
+
 def tensorrt_needs() -> tuple[Need, ...]:
-    """Driver, TensorRT and CUDA bindings, in the order in which they should be seen to."""
+    """Driver, TensorRT and CUDA bindings, in the order in which they should be seen to.
+
+    Where there is a GPU, the modules are loaded: what is installed may still miss its libraries.
+    """
     devices, why = cuda_devices()
-    bindings = next((m for m in ("pycuda", "cuda.bindings", "cuda.cuda") if _module(m)), "")
+
+    def faults(modules: Mapping[str, str]) -> dict[str, str]:
+        return {name: _fault(part) if devices else "" for name, part in modules.items() if _module(name)}
+
+    trt, cuda = faults(_TENSORRT), faults(_BINDINGS)
     return (
         Need(
             "driver",
@@ -64,15 +85,17 @@ def tensorrt_needs() -> tuple[Need, ...]:
         ),
         Need(
             "tensorrt",
-            "Python module" if _module("tensorrt") else "",
-            "the Python module tensorrt is not installed",
-            f"it comes with JetPack: make the environment with --system-site-packages, see {_JETSON}",
+            "Python module" if trt and not any(trt.values()) else "",
+            "; ".join(trt.values()) or "the Python module tensorrt is not installed",
+            f"it comes with JetPack: make the environment with --system-site-packages, see {_JETSON}"
+            if not trt
+            else f"give it its own version's libraries: nvidia-jetpack; in a container --runtime nvidia; see {_JETSON}",
         ),
         Need(
             "cuda bindings",
-            bindings,
-            "neither pycuda nor cuda-python is installed",
-            f"pip install pycuda (or cuda-python), see {_JETSON}",
+            next((name for name, fault in cuda.items() if not fault), ""),
+            "; ".join(cuda.values()) or "neither pycuda nor cuda-python is installed",
+            f"pip install pycuda (or cuda-python) for the CUDA of this machine, see {_JETSON}",
         ),
     )
 

@@ -23,7 +23,7 @@ def import_tensorrt() -> Trt:
     """
     try:
         import tensorrt
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         raise EngineError(
             "TensorRT's Python module does not load",
             found=error,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from andon.cli import main
 from andon.runtime import machine
+from andon.runtime.engine.select import open_backend
 
 from . import trtdouble
 
@@ -63,6 +66,36 @@ def test_with_tensorrt_and_pycuda_it_is_the_backend(
     found = by_name(result)
     assert result["backend"] == "tensorrt" and "andon run uses tensorrt" in text
     assert (found["tensorrt"]["found"], found["cuda bindings"]["found"]) == ("10.3.0", "pycuda")
+
+
+@pytest.mark.parametrize("broken", ["tensorrt", "pycuda.driver"])
+def test_a_module_that_does_not_load_is_missing_and_another_backend_is_taken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], broken: str
+) -> None:
+    """As where a container lacks TensorRT's libraries, or pycuda was compiled for another CUDA."""
+    trtdouble.install(monkeypatch, "10.3.0")
+    monkeypatch.setattr("andon.runtime.engine.probe._module", lambda name: name in ("tensorrt", "pycuda"))
+    monkeypatch.setattr(machine, "l4t_release", lambda: "36.4.3")
+    monkeypatch.setitem(sys.modules, "pycuda", package := ModuleType("pycuda"))
+    package.__path__ = []
+    monkeypatch.delitem(sys.modules, broken)
+    monkeypatch.setattr(sys, "meta_path", [Unloadable(broken), *sys.meta_path])
+    assert open_backend("auto", threads=1).name == "onnxruntime"
+    code, result, text = doctor(capsys)
+    found = by_name(result)[{"tensorrt": "tensorrt", "pycuda.driver": "cuda bindings"}[broken]]
+    assert code == 1 and found["status"] == "missing" and found["why"] == f"{broken} does not load: libx.so.10 is gone"
+    assert "backend tensorrt: cannot be used" in text and result["backend"] == "onnxruntime"
+
+
+class Unloadable:
+    """A finder whose module lacks a library."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name == self._name:
+            raise ImportError("libx.so.10 is gone")
 
 
 def test_a_broker_that_is_not_there_does_not_fail_the_machine(
