@@ -58,5 +58,6 @@ def greedy_k_center(rows: Array, count: int, *, dims: int | None = None, seed: i
         buffer += norms
         buffer += norms[chosen[k]]
         np.minimum(gap, buffer, out=gap)
-        gap[chosen[k]] = -1.0  # never chosen twice, also not among duplicates
+        # Below what rounding makes of a distance of zero, which may be far below zero where rows are large.
+        gap[chosen[k]] = -np.inf  # never chosen twice, also not among duplicates
     return chosen

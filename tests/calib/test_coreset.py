@@ -75,3 +75,9 @@ def test_nearest_equals_brute_force(m, n, d, seed):
 def test_refuses_what_has_no_coreset(rows):
     with pytest.raises(CalibrationError, match="coreset"):
         greedy_k_center(rows.astype(np.float32), 1)
+
+
+@pytest.mark.parametrize("scale", [1, 100, 1e4])
+def test_no_row_is_chosen_twice_among_duplicates_however_large_they_are(scale):
+    rows = np.repeat(np.random.default_rng(0).standard_normal((5, 1024)).astype(np.float32) * np.float32(scale), 20, 0)
+    assert len(set(greedy_k_center(rows, 50).tolist())) == 50
