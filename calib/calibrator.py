@@ -81,10 +81,8 @@ class OnlineCalibrator:
         seen either.
         """
         policy = self.guard.policy
-        if self.frozen:
-            return self._refuse("frozen")
-        if policy.gate and not trusted:
-            return self._refuse("not_ok")
+        if (reason := self._closed(trusted)) is not None:
+            return self._refuse(reason)
         anchored = None
         if policy.gate and (self.guard.needs_anchor() or seen.score <= self.guard.score_limit()):
             anchored, _ = nearest(seen.candidates.astype(np.float32, copy=False), self.memory.semantic)
@@ -102,6 +100,18 @@ class OnlineCalibrator:
         change = self.memory.admit(seen.candidates[patches], self.admissions, labels)
         self.counts["admitted"] += 1
         return Outcome(decision, change, patches)
+
+    def turns_away(self, *, trusted: bool = True) -> bool:
+        """Whether a frame cannot teach, whatever it shows; it is counted as :meth:`observe` would count it."""
+        reason = self._closed(trusted)
+        if reason is not None:
+            self._refuse(reason)
+        return reason is not None
+
+    def _closed(self, trusted: bool) -> Reason | None:
+        if self.frozen:
+            return "frozen"
+        return "not_ok" if self.guard.policy.gate and not trusted else None
 
     def _refuse(self, reason: Reason) -> Outcome:
         self.counts[reason] += 1

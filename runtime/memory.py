@@ -99,6 +99,7 @@ class LineMemory:
         self._left: list[tuple[int, int]] = []  # first and last of the versions that a rollback took out of use
         self._clock = clock
         self._save_due = clock() + config.save_every
+        self._states: dict[int, dict[str, Any]] = {}  # copies for saving, of calibrators that have not changed since
         self._kept: dict[str, Any] = {}  # what was learnt, where that is not in use now
         self._store = SnapshotStore(folder, _identity(program.bundle), config.snapshots)
         self._audit = AuditLog(folder / "audit.jsonl")
@@ -149,6 +150,10 @@ class LineMemory:
         index = scored.class_index if memory.per_class else 0
         if index in self._broken:
             return False
+        calibrator, trusted = self._calibrators[index], label == "OK"
+        if calibrator.turns_away(trusted=trusted):
+            return False  # before its patches are fetched from the engine
+        self._states.pop(index, None)
         seen = Observation(
             scored.score,
             program.read(memory.candidates),
@@ -156,7 +161,7 @@ class LineMemory:
             None if memory.transport is None else program.read(memory.transport),
             None if memory.nearest is None else program.read(memory.nearest),
         )
-        outcome = self._calibrators[index].observe(seen, trusted=label == "OK")
+        outcome = calibrator.observe(seen, trusted=trusted)
         if outcome.change is None:
             return False
         self._changed()
@@ -266,6 +271,7 @@ class LineMemory:
         return {"version": self._number, "before": before, **self.describe()}
 
     def _freeze(self, frozen: bool) -> None:
+        self._states.clear()
         for calibrator in self._calibrators:
             calibrator.frozen = frozen
 
@@ -273,6 +279,7 @@ class LineMemory:
         self._saver.write(self._arrays(), self._meta(), "pinned")
 
     def _reset(self) -> None:
+        self._states.clear()
         for index, calibrator in enumerate(self._calibrators):
             calibrator.reset()
             self._upload(index)
@@ -353,7 +360,9 @@ class LineMemory:
     def _arrays(self) -> dict[str, Any]:
         arrays = dict(self._kept)
         for index, calibrator in enumerate(self._calibrators):
-            arrays |= {f"{index}.{name}": value for name, value in calibrator.state().items()}
+            if index not in self._states:
+                self._states[index] = {f"{index}.{name}": value for name, value in calibrator.state().items()}
+            arrays |= self._states[index]
         for name, monitor in self._drift.items():
             arrays |= {f"drift.{name}.{key}": value for key, value in monitor.state().items()}
         return arrays
@@ -392,6 +401,7 @@ class LineMemory:
 
     def _take(self, snapshot: Snapshot) -> None:
         arrays = snapshot.arrays
+        self._states.clear()
         for index, calibrator in enumerate(self._calibrators):
             own = _part(arrays, f"{index}.")
             # A snapshot of a line that has not learnt yet has none: the memory is as it was enrolled.

@@ -162,6 +162,46 @@ def test_an_ng_frame_teaches_nothing(station):
     assert line.memory.describe()["frames"]["not_ok"] == 2
 
 
+def test_patches_are_not_fetched_of_a_frame_that_cannot_teach(station, monkeypatch):
+    line = station()
+    fetched, read = [], line.detector.program.read
+    monkeypatch.setattr(line.detector.program, "read", lambda name: (fetched.append(name), read(name))[1])
+    line.see(104, label="NG")
+    line.memory.command("freeze", {})
+    line.see(104)
+    assert fetched == [] and line.memory.describe()["frames"] == {"not_ok": 1, "frozen": 1}
+    line.memory.command("unfreeze", {})
+    line.see(104)
+    assert fetched
+
+
+def test_what_is_offered_for_saving_is_the_present_state_and_copied_only_where_it_changed(station):
+    line = station()
+
+    def offered():
+        for calibrator, index in zip(line.memory._calibrators, "01", strict=True):
+            for name, value in calibrator.state().items():
+                np.testing.assert_array_equal(line.memory._saver._pending[0][f"{index}.{name}"], value, err_msg=name)
+        return line.memory._saver._pending[0]
+
+    for product in "aabbab":
+        line.see(104, product)
+    before = offered()
+    line.see(105)
+    line.see(160, "b")  # teaches nothing, but a calibrator may have looked at it
+    line.see(105)
+    after = offered()
+    assert before["0.memory.rows"] is not after["0.memory.rows"]
+    line.see(103)
+    last = offered()
+    assert last["1.memory.rows"] is after["1.memory.rows"], "the other product is not copied again"
+    line.memory._saver.flush()
+    for command in ("freeze", "unfreeze", "reset"):
+        line.memory.command(command, {})
+        line.memory._offer()
+        offered()
+
+
 def test_restart_goes_on_where_it_stopped(station):
     line = station()
     for value in (104, 105, 104, 103):
