@@ -286,7 +286,7 @@ class SnapshotStore:
 class AuditLog:
     """What entered the memory, from which frame, and why: JSON lines, the older half dropped at `limit` bytes.
 
-    Lines are flushed to the operating system at once and synced when a snapshot is saved (:meth:`sync`). Every method
+    Lines are flushed to the operating system at once and synced before a snapshot is saved (:meth:`sync`). Every method
     raises OSError where the disk refuses. That costs lines, not the log: it goes on when the disk does, a file that was
     removed is made again, and where there is no room for its younger half it stays whole and grows.
     """
@@ -296,6 +296,8 @@ class AuditLog:
         self.limit = limit
         self._put_off = 0
         self._file: BinaryIO | None = None
+        for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed while it rotated
+            leftover.unlink(missing_ok=True)
         self._opened()
 
     def _opened(self) -> BinaryIO:
@@ -335,10 +337,16 @@ class AuditLog:
         return found
 
     def sync(self) -> None:
-        """Force the lines to the disk."""
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        """Force the lines to the disk; also from a thread that does not write."""
+        file = self._file
+        if file is None:
+            return
+        try:
+            file.flush()
+            os.fsync(file.fileno())
+        except (OSError, ValueError):
+            if not file.closed:  # else the thread that writes has rotated, and synced what it kept
+                raise
 
     def close(self) -> None:
         """Close the file; a later write opens it again."""

@@ -31,6 +31,7 @@ class Autosave:
         interval: seconds between frequent saves.
         ring_interval: seconds between saves that rollback can return to.
         clock: seconds, monotonic.
+        before: called before each of these saves; raises nothing.
         content: of the offered arrays those that make two states different.
 
     Raises:
@@ -44,11 +45,12 @@ class Autosave:
         ring_interval: float,
         clock: Callable[[], float] = time.monotonic,
         content: Callable[[Arrays], Arrays] = lambda arrays: arrays,
+        before: Callable[[], None] = lambda: None,
     ) -> None:
         self.lock = threading.Lock()  # held while the store is read or written
         self._store = store
         self._interval, self._ring_interval, self._clock = interval, ring_interval, clock
-        self._content = content
+        self._content, self._before = content, before
         age = store.age("ring")
         # A wall clock that was set back says nothing of the age: then as if it had been written just now.
         self._ring_due = clock() if age is None else clock() + ring_interval - max(0.0, age)
@@ -88,6 +90,7 @@ class Autosave:
         if pending is None:
             return
         now = self._clock()
+        self._before()
         try:
             kind: Kind = "ring" if now >= self._ring_due and self._is_new(pending[0]) else "last"
             self.write(*pending, kind)

@@ -105,7 +105,8 @@ class LineMemory:
         self._audit = AuditLog(folder / "audit.jsonl")
         self._audit_failing = False
         self._restore_last()
-        self._saver = Autosave(self._store, config.save_every, config.snapshot_every, clock, _rows)
+        every = config.save_every, config.snapshot_every
+        self._saver = Autosave(self._store, *every, clock, content=_rows, before=self._sync_audit)
 
     # -- what the judge asks -----------------------------------------------------------------------------------------
 
@@ -223,6 +224,11 @@ class LineMemory:
             if sync:
                 self._audit.sync()
             self._audit_failing = False
+
+    def _sync_audit(self) -> None:
+        """Before a snapshot is saved, on the thread that saves: what is in it is then explained, whatever comes."""
+        with self._auditing():
+            self._audit.sync()
 
     @contextmanager
     def _auditing(self) -> Iterator[None]:

@@ -256,6 +256,37 @@ def test_audit_log_keeps_its_lines_where_there_is_no_room_to_drop_the_older_half
     log.close()
 
 
+def test_half_a_rotated_audit_log_does_not_stay(tmp_path):
+    """A kill -9 while the older half is dropped leaves the other half beside the log."""
+    for name in (".audit.jsonl.123.tmp", ".audit.jsonl.45.tmp", ".other.jsonl.123.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    AuditLog(tmp_path / "audit.jsonl").close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.jsonl.123.tmp", "audit.jsonl"]
+
+
+def test_audit_log_may_be_rotated_while_another_thread_syncs_it(tmp_path, monkeypatch):
+    log = AuditLog(tmp_path / "audit.jsonl")
+    log.write({"version": 1})
+
+    def rotated_meanwhile(_):
+        log.close()
+        raise OSError(9, "Bad file descriptor")
+
+    with monkeypatch.context() as disk:
+        disk.setattr("andon.calib.snapshots.os.fsync", rotated_meanwhile)
+        log.sync()
+    log.write({"version": 2})
+
+    def broken(_):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as disk, pytest.raises(OSError, match="Input/output"):
+        disk.setattr("andon.calib.snapshots.os.fsync", broken)
+        log.sync()
+    assert [entry["version"] for entry in log.entries()] == [1, 2]
+    log.close()
+
+
 def test_audit_log_goes_on_in_a_new_file_where_it_was_removed(tmp_path):
     path = tmp_path / "memory" / "audit.jsonl"
     log = AuditLog(path)

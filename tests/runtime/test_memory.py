@@ -561,6 +561,17 @@ def test_no_trouble_of_the_audit_log_reaches_the_line(station, monkeypatch, capl
     assert station(DRIFTS).memory.version("a") == version
 
 
+def test_the_audit_log_is_on_the_disk_before_the_snapshot_that_it_explains(station, monkeypatch):
+    line, calls = station(), []
+    for owner, name in ((line.memory._audit, "sync"), (line.memory._store, "save")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
+    for _ in range(3):
+        line.see(104)
+    line.memory._saver.flush()
+    assert calls == ["sync", "save"]
+
+
 def test_a_state_folder_that_is_removed_is_made_again(station, tmp_path):
     line = station()
     for _ in range(3):
