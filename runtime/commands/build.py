@@ -59,6 +59,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                     # What was built here is what a run uses, also where it was built before by other options.
                     _print(_kept(built, backend.plans.keep_options(name, path, variant)))
             plans = backend.plans.built
+        if args.bundle.is_file():
+            print(f"{args.bundle} is packed: the trtexec lines work where the ONNX files in it are unpacked")
         print(f"next: andon verify --bundle {shlex.quote(str(args.bundle))} --backend tensorrt")
         return {"ok": True, "bundle": bundle.id, "plans": [_plain(b) for b in plans]}
 

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shlex
+import tarfile
 import threading
 from collections.abc import Callable
 from itertools import pairwise
@@ -479,6 +480,16 @@ def test_the_trtexec_line_is_one_that_a_shell_takes(
 ) -> None:
     built = open_all(Bundle.load(make_bundle()), tmp_path / "my plans")[0]
     assert f"--saveEngine={built.plan}" in shlex.split(built.trtexec)
+
+
+def test_a_packed_bundle_says_that_its_trtexec_lines_name_files_that_are_gone(
+    world: trtdouble.World, make_bundle: MakeBundle, cache: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    root, packed = make_bundle(), tmp_path / "b.tar"
+    with tarfile.open(packed, "w") as archive:
+        archive.add(root, arcname=".")
+    assert "is packed" in run(capsys, "build", "--bundle", packed, "--cache", cache)[2]
+    assert "is packed" not in run(capsys, "build", "--bundle", root, "--cache", cache)[2]
 
 
 @pytest.mark.parametrize("command", ["build", "verify", "eval"])
