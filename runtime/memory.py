@@ -488,7 +488,8 @@ def _calibrators(bundle: Bundle, memory: Memory, config: MemoryConfig) -> tuple[
 
 def _identity(bundle: Bundle) -> dict[str, Any]:
     """What a snapshot must have been made with: the model (thresholds aside), whether its memory was in use or not."""
-    return {"model": bundle.model_id, "classes": list(bundle.manifest.classes)}
+    has_memory = bundle.manifest.memory is not None  # says nothing new, but snapshots of earlier versions have it
+    return {"model": bundle.model_id, "classes": list(bundle.manifest.classes), "memory": has_memory}
 
 
 def _rows(arrays: Mapping[str, Any]) -> dict[str, Any]:
