@@ -63,7 +63,10 @@ def _decode(path: Path, flags: int) -> NDArray[Any]:
         raise SourceError(
             f"cannot read {path}: {error.strerror}", next_step="check the path and permissions"
         ) from error
-    image = None if data.size == 0 or _truncated_jpeg(data) else cv2.imdecode(data, flags)
+    try:
+        image = None if data.size == 0 or _truncated_jpeg(data) else cv2.imdecode(data, flags)
+    except cv2.error:  # raised for a damaged head that claims more pixels than OpenCV takes, or than there is memory
+        image = None
     if image is None:
         raise SourceError(
             f"cannot decode {path}",

@@ -116,11 +116,12 @@ def test_names_that_are_no_utf8_give_parts_of_their_own(tmp_path: Path, make_ima
 
 
 @pytest.mark.parametrize("player", ["direct", "gstreamer"])
+@pytest.mark.parametrize("content", [b"\x89PNG nothing more", b"P5\n100000 100000\n255\n and some"])
 def test_a_corrupt_file_is_named_and_the_rest_is_played(
-    tmp_path: Path, make_images: Callable[..., Path], player: str
+    tmp_path: Path, make_images: Callable[..., Path], player: str, content: bytes
 ) -> None:
     folder = make_images(tmp_path / "parts", [10, 20, 30, 40])
-    (folder / "part001.png").write_bytes(b"\x89PNG nothing more")
+    (folder / "part001.png").write_bytes(content)
     shots = list(play(camera({"kind": "folder", "path": folder, "player": player})))
     assert [shot.part_id for shot in shots] == [f"part{index:03d}" for index in range(4)]
     with pytest.raises(SourceError, match=r"part001\.png"):
