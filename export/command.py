@@ -76,7 +76,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     _say(verify.table(export.checks))
     packed = bundle.pack(export.path) if args.tar else None
     _summary(export, time.perf_counter() - started, packed)
-    _say(calibrate_step(export.path, args.data or origin.data, origin.holdout, origin.classes))
+    _say(calibrate_step(export.path, args.data or _training_set(origin)))
     return {
         "ok": True,
         "bundle": str(export.path),
@@ -111,11 +111,16 @@ def _evidence(spec: str | None, origin: CheckpointProvenance, model: AnomalyMode
     from ..runtime.dataset import open_dataset
     from . import frames
 
-    dataset = replace(open_dataset(spec or origin.data_path or origin.data), spec=spec or origin.data)
+    dataset = replace(open_dataset(spec or _training_set(origin)), spec=spec or origin.data)
     dataset, skipped = without_skipped(dataset, origin)
     if skipped:
         _say(f"skipped {skipped} images that training could not decode")
     return frames.gather(dataset, held_out_keys(dataset, origin), origin.classes, model.preprocess)
+
+
+def _training_set(origin: CheckpointProvenance) -> str:
+    """The set that the checkpoint is from, as it is found from any directory."""
+    return origin.data_path or origin.data
 
 
 def without_skipped(dataset: Dataset, origin: CheckpointProvenance) -> tuple[Dataset, int]:

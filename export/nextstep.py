@@ -3,31 +3,49 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 
 from ..calib.threshold import rank
+from ..runtime.bundle import Bundle
 from ..runtime.dataset import open_dataset
+from ..runtime.errors import AndonError, CalibrationError
+from ..runtime.unseen import unseen_good
 
 DEFAULT_RATE = 0.01  # of `andon calibrate`
 _RATES = (DEFAULT_RATE, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 
-def calibrate_step(bundle: Path, data: str, holdout: Sequence[str], classes: Sequence[str]) -> str:
-    """The line that leads to `andon calibrate`, with a false-alarm rate that the images held out can promise.
+def calibrate_step(bundle: Path, data: str) -> str:
+    """The line that leads to `andon calibrate`, with a false-alarm rate that the images it will take can promise.
+
+    It raises nothing: a set that cannot be looked at any more is no reason to fail an export that is finished.
 
     Args:
         bundle: what was exported.
         data: the set it was verified on.
-        holdout: keys of the good images that training kept for thresholds.
-        classes: products, each of which needs enough of them.
     """
-    command = f"andon calibrate --bundle {shlex.quote(str(bundle))}"
-    keys = set(holdout)
-    held = [s.product for s in open_dataset(data).samples if s.key in keys] if keys else []
-    fewest = min(held.count(product) for product in classes)
-    rate = next((rate for rate in _RATES if rank(fewest, rate) is not None), None)
+    try:
+        with Bundle.load(bundle) as loaded:
+            products = [s.product for s in unseen_good(loaded, open_dataset(data)).samples]
+            return rate_step(bundle, data, min(products.count(product) for product in loaded.manifest.classes))
+    except CalibrationError:
+        return rate_step(bundle, data, 0)
+    except (AndonError, OSError) as error:
+        return _new_images(bundle, str(error).partition("\n")[0])
+
+
+def rate_step(bundle: Path, data: str, images: int) -> str:
+    """The same for as many `images` to set thresholds on, of the product that has fewest."""
+    rate = next((rate for rate in _RATES if rank(images, rate) is not None), None)
     if rate is None:
-        return f"next, with new good images of every product in FOLDER (training kept too few): {command} --data FOLDER"
+        return _new_images(bundle, "training kept too few")
     option = "" if rate == DEFAULT_RATE else f" --false-alarm-rate {rate:g}"
-    return f"next: {command} --data {shlex.quote(data)}{option}"
+    return f"next: {_command(bundle)} --data {shlex.quote(data)}{option}"
+
+
+def _new_images(bundle: Path, why: str) -> str:
+    return f"next, with new good images of every product in FOLDER ({why}): {_command(bundle)} --data FOLDER"
+
+
+def _command(bundle: Path) -> str:
+    return f"andon calibrate --bundle {shlex.quote(str(bundle))}"
