@@ -16,7 +16,8 @@ from ..runtime.preprocess import resize
 from .walk import Array
 
 _T = TypeVar("_T")
-#: Memory for all frames of an export, bytes: limits how many large frames are used.
+#: Memory for all frames of an export, bytes: limits how many large frames are used (where products are many, a few each
+#: are used all the same).
 BUDGET = 256 << 20
 
 
@@ -108,7 +109,8 @@ def gather(
     """
     frame_bytes = preprocess.height * preprocess.width * 3
     fit = max(16, BUDGET // frame_bytes)
-    good, labelled = min(good, fit // 3), min(labelled, fit - fit // 3)
+    # Each product has a threshold and a gate of its own: one good frame and one of each label, whatever the memory.
+    good, labelled = max(min(good, fit // 3), len(classes)), min(labelled, fit - fit // 3)
     held = dataset.select(keys=holdout, products=classes)
     if missing := [c for c in classes if not any(s.product == c for s in held.samples)]:
         raise ConfigError(
@@ -123,7 +125,7 @@ def gather(
     if not judged:
         return Evidence(kept, with_synthetic_defects(kept))
     others = with_synthetic_defects(kept.select([i for i, c in enumerate(kept.class_ids) if classes[c] not in judged]))
-    chosen = thin(_by_class([s for s in test if s.product in judged]), max(1, labelled - len(others)))
+    chosen = thin(_by_class([s for s in test if s.product in judged]), max(2 * len(judged), labelled - len(others)))
     tested = load(chosen, classes, preprocess, f"{dataset.spec}, test split")
     return Evidence(kept, tested.joined(others) if len(others) else tested)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from andon.export import command
+from andon.export import command, frames, verify
 from andon.export.frames import gather
 from andon.runtime.dataset import Dataset, Sample, open_dataset
 from andon.runtime.errors import SourceError
@@ -98,3 +98,19 @@ def test_a_product_without_defective_test_images_is_judged_by_synthetic_ones(
     counts = {(c, y): int(np.sum((found.class_ids == c) & (found.labels == y))) for c in range(3) for y in range(2)}
     assert counts == {(0, 0): 3, (0, 1): 3, (1, 0): 8, (1, 1): 8, (2, 0): 3, (2, 1): 3}
     assert "test split" in found.source and "synthetic" in found.source
+
+
+def test_every_product_has_frames_where_there_is_no_room_for_many(
+    synthetic_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large frames of many products: each has a threshold and decisions of its own."""
+    classes = tuple(f"grid-{i:02}" for i in range(20))
+    for product in classes:
+        (tmp_path / product).symlink_to(synthetic_data / "grid")
+    monkeypatch.setattr(frames, "BUDGET", 0)
+    held = [f"{product}/train/good/00{i}.png" for product in classes for i in range(3)]
+    evidence = gather(open_dataset(tmp_path), held, classes, Preprocess(height=32, width=32))
+    assert sorted(evidence.good.class_ids) == list(range(20))
+    assert np.isfinite(verify.thresholds(np.arange(20.0), evidence.good.class_ids, 20)).all()
+    found = evidence.labelled
+    assert sorted(zip(found.class_ids, found.labels, strict=True)) == [(c, y) for c in range(20) for y in range(2)]
