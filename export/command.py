@@ -111,7 +111,8 @@ def _evidence(spec: str | None, origin: CheckpointProvenance, model: AnomalyMode
     from ..runtime.dataset import open_dataset
     from . import frames
 
-    dataset = replace(open_dataset(spec or _training_set(origin)), spec=spec or origin.data)
+    dataset = open_dataset(spec or _training_set(origin))
+    dataset = dataset if spec else replace(dataset, spec=origin.data)
     dataset, skipped = without_skipped(dataset, origin)
     if skipped:
         _say(f"skipped {skipped} images that training could not decode")

@@ -23,6 +23,7 @@ from typing import Literal
 
 from .errors import ConfigError, SourceError
 from .images import IMAGE_SUFFIXES, on_disk, read_mask, read_rgb
+from .verdict import readable
 
 __all__ = ["ELPV", "GOOD", "Dataset", "Sample", "Split", "open_dataset", "read_mask", "read_rgb", "split_readable"]
 
@@ -44,6 +45,7 @@ class Sample:
 
     key: path relative to the set's root, with forward slashes: the same on every machine, unique in the set.
     label: ``good`` or the name of the defect. mask_path: image whose pixels above zero are the defect.
+    key, product and label go into records, so names that are not UTF-8 are escaped there (verdict.readable).
     """
 
     path: Path
@@ -98,7 +100,7 @@ class Dataset:
             ConfigError: a product is not in the set.
             SourceError: a key is not in the set.
         """
-        wanted = None if products is None else set(products)
+        wanted = None if products is None else {readable(product) for product in products}
         if wanted is not None and not wanted <= set(self.products):
             raise ConfigError(
                 f"{self.spec} has no product {', '.join(sorted(wanted - set(self.products)))}",
@@ -152,7 +154,7 @@ def open_dataset(spec: str | Path) -> Dataset:
         )
     product = _product(root, root)
     if product is not None:
-        return _checked(Dataset(str(spec), root, tuple(product)))
+        return _checked(Dataset(readable(str(spec)), root, tuple(product)))
     samples: list[Sample] = []
     strangers: list[str] = []
     for folder in _folders(root):
@@ -166,7 +168,7 @@ def open_dataset(spec: str | Path) -> Dataset:
     if not samples:
         top = [p.name + ("/" if p.is_dir() else "") for p in sorted(root.iterdir())]
         raise _unclear(root, ", ".join(top[:12]) + (", ..." if len(top) > 12 else "") if top else "an empty folder")
-    return _checked(Dataset(str(spec), root, tuple(samples)))
+    return _checked(Dataset(readable(str(spec)), root, tuple(samples)))
 
 
 def split_readable(
@@ -272,7 +274,8 @@ def _train_share(images: Sequence[Path]) -> set[Path]:
 
 def _sample(path: Path, root: Path, folder: Path, label: str, split: Split) -> Sample:
     mask = None if label == GOOD else _mask_of(path, folder / _MASK_FOLDER / label)
-    return Sample(path, path.relative_to(root).as_posix(), folder_name(folder), label, split, mask)
+    key, product = path.relative_to(root).as_posix(), folder_name(folder)
+    return Sample(path, readable(key), readable(product), readable(label), split, mask)
 
 
 def _mask_of(image: Path, folder: Path) -> Path | None:

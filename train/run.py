@@ -26,6 +26,7 @@ from ..runtime.dataset import ELPV, Dataset, Sample, open_dataset, split_readabl
 from ..runtime.errors import ConfigError, SourceError
 from ..runtime.fingerprint import image_hash, pack
 from ..runtime.quality import Metrics, mean_metrics, table
+from ..runtime.verdict import readable
 from . import distributed
 from .augment import augmented, described
 from .backbones import absolute_weights, backbones_in
@@ -327,8 +328,8 @@ def _write(
         andon=__version__,
         classes=data.products,
         backbone=backbones[0].record if backbones else None,
-        data=request.data,
-        data_path=request.data_path,
+        data=readable(request.data),
+        data_path=readable(request.data_path),
         data_license=data.license,
         holdout=tuple(s.key for s in split.thresholds),
         constants=tuple(s.key for s in split.constants),

@@ -316,6 +316,25 @@ def test_corrupt_image_stops_or_is_skipped_and_recorded(
     assert json.loads(out[-1])["ok"] is True and f"next: andon export --method hvq --checkpoint {tmp_path / 'b'}" in out
 
 
+def test_names_that_are_no_utf8_do_not_cost_the_training(synthetic_data: Path, tmp_path: Path) -> None:
+    """As a PLC or an old Windows share writes them: of the set, the product, the defect and the images."""
+    part, scratch = (os.fsdecode(name) for name in (b"Geh\xe4use", b"Kratzer-\xfc"))
+    data = tmp_path / part
+    shutil.copytree(synthetic_data / "grid", data / part)
+    for folder in ("test", "ground_truth"):
+        (data / part / folder / "patch").rename(data / part / folder / scratch)
+    for image in (*(data / part / "train/good").iterdir(), *(data / part / "test" / scratch).iterdir()):
+        image.rename(image.with_name(part + image.name))
+    for mask in (data / part / "ground_truth" / scratch).iterdir():
+        mask.rename(mask.with_name(part + mask.name))
+    views = ["--set", "augment.images=14", "--products", part]
+    assert main(["train", "--method", "hvq", "--data", str(data), "--out", str(tmp_path / "run"), *SETS, *views]) == 0
+    origin = read_provenance(tmp_path / "run")
+    assert origin.classes == (r"Geh\xe4use",) and origin.data.endswith(r"Geh\xe4use") and origin.views
+    assert len(open_dataset(data).select(keys=origin.holdout, products=origin.classes)) == len(origin.holdout) > 0
+    assert {s.label for s in open_dataset(data).samples} == {"good", r"Kratzer-\xfc"}
+
+
 def test_mask_of_another_size_is_refused_before_the_training(
     synthetic_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
