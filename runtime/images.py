@@ -25,7 +25,8 @@ def read_rgb(path: str | Path) -> NDArray[Any]:
     Raises:
         SourceError: the file is missing, truncated, not an image, or of another depth than 8 or 16 bit.
     """
-    image = _decode(Path(path), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+    skip = "replace or remove the file (train, calibrate and eval can leave it out: --on-corrupt skip)"
+    image = _decode(Path(path), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH, skip)
     if image.dtype == np.uint16:
         image = ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
     elif image.dtype != np.uint8:
@@ -45,7 +46,8 @@ def read_mask(path: str | Path, size: tuple[int, int]) -> NDArray[Any]:
     Raises:
         SourceError: unreadable, or of another size than the image.
     """
-    mask = _decode(Path(path), cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH)
+    repair = "replace the mask, or remove it together with its image"
+    mask = _decode(Path(path), cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH, repair)
     if mask.shape != size:
         raise SourceError(
             f"mask {path} is not of its image's size",
@@ -56,7 +58,7 @@ def read_mask(path: str | Path, size: tuple[int, int]) -> NDArray[Any]:
     return mask > 0
 
 
-def _decode(path: Path, flags: int) -> NDArray[Any]:
+def _decode(path: Path, flags: int, next_step: str) -> NDArray[Any]:
     try:
         data = np.fromfile(path, np.uint8)
     except OSError as error:
@@ -72,7 +74,7 @@ def _decode(path: Path, flags: int) -> NDArray[Any]:
             f"cannot decode {path}",
             found=f"{data.size} bytes that are not a whole image",
             expected="an intact image file",
-            next_step="replace or remove the file (train, calibrate and eval can leave it out: --on-corrupt skip)",
+            next_step=next_step,
         )
     return image
 

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from torch import nn
 
 from .. import __version__
 from ..runtime.dataset import ELPV, Dataset, Sample, open_dataset, split_readable
 from ..runtime.errors import ConfigError, SourceError
 from ..runtime.fingerprint import image_hash, pack
+from ..runtime.images import read_mask, read_rgb
 from ..runtime.quality import Metrics, mean_metrics, table
 from ..runtime.verdict import readable
 from . import distributed
@@ -280,31 +280,17 @@ def _hashes(samples: Sequence[Sample]) -> Iterator[str]:
 
 
 def _check_masks(samples: Sequence[Sample]) -> None:
-    """Refuse a mask of another size before the training, not minutes later; only the files' heads are read.
+    """Refuse what the evaluation would refuse minutes later: a mask that cannot be read or is not of its image's size.
+
+    Both are decoded: a file's head does not say that it is whole, and the reader decides which way round a picture is.
 
     Raises:
-        SourceError: naming the mask.
+        SourceError: naming the mask, or its image.
     """
     for sample in samples:
-        if sample.mask_path is None:
-            continue
-        try:
-            with Image.open(sample.path) as image, Image.open(sample.mask_path) as mask:
-                found, expected = mask.size, image.size
-        except OSError as error:
-            raise SourceError(
-                f"cannot decode {sample.path} or its mask",
-                found=error,
-                expected="intact image files",
-                next_step="replace or remove the files, or train with --on-corrupt skip",
-            ) from error
-        if sorted(found) != sorted(expected):  # sorted: a camera may have noted that the picture is to be turned
-            raise SourceError(
-                f"mask {sample.mask_path} is not of its image's size",
-                found=f"{found[0]}x{found[1]}",
-                expected=f"{expected[0]}x{expected[1]}",
-                next_step="export the mask at the image's resolution",
-            )
+        if sample.mask_path is not None:
+            height, width = read_rgb(sample.path).shape[:2]
+            read_mask(sample.mask_path, (height, width))
 
 
 def _write(

@@ -17,7 +17,7 @@ import timm
 import torch
 from andon.cli import main
 from andon.runtime.dataset import Sample, open_dataset
-from andon.runtime.errors import ConfigError
+from andon.runtime.errors import ConfigError, SourceError
 from andon.runtime.fingerprint import image_hash, pack
 from andon.train import run
 from andon.train.checkpoint import load_checkpoint, newest_checkpoint, read_provenance
@@ -28,6 +28,7 @@ from andon.train.holdout import Split, split_good
 from andon.train.methods.hvq.model import HvqModel
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 SETTINGS = ("backbone.weights=random:0", "schedule.steps=4", "schedule.warmup=1", "augment.images=0")
 SETS = [part for s in SETTINGS for part in ("--set", s)]
@@ -345,6 +346,43 @@ def test_mask_of_another_size_is_refused_before_the_training(
     monkeypatch.setattr(run, "fit", lambda *a, **k: pytest.fail("it has trained"))
     said = refusal(capsys, "--method", "hvq", "--data", str(data), "--out", str(tmp_path / "run"), *SETS)
     assert str(mask) in said and "40x48" in said and "96x96" in said
+
+
+@pytest.mark.parametrize("left", [20, 100])
+def test_a_mask_that_is_cut_off_is_refused_before_the_training(
+    left: int, synthetic_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also behind its head; --on-corrupt skip is about images and is not what it is told to do."""
+    data = tmp_path / "data"
+    shutil.copytree(synthetic_data / "grid", data / "grid")
+    mask = data / "grid" / "ground_truth" / "patch" / "002_mask.png"
+    mask.write_bytes(mask.read_bytes()[:left])
+    monkeypatch.setattr(run, "fit", lambda *a, **k: pytest.fail("it has trained"))
+    arguments = ("--method", "hvq", "--data", str(data), "--out", str(tmp_path / "run"), "--on-corrupt", "skip")
+    said = refusal(capsys, *arguments, *SETS)
+    assert f"cannot decode {mask}" in said and "--on-corrupt" not in said
+
+
+def test_masks_are_held_against_the_image_as_it_is_read(tmp_path: Path) -> None:
+    """A camera's note that a picture is to be turned is followed by the reader; its size is the turned one."""
+    turned = Image.Exif()
+    turned[0x0112] = 6  # orientation
+    Image.new("RGB", (18, 12)).save(tmp_path / "0.jpg", exif=turned)
+    Image.new("L", (18, 12)).save(tmp_path / "lying.png")
+    Image.new("L", (12, 18)).save(tmp_path / "standing.png")
+    sample = Sample(tmp_path / "0.jpg", "0.jpg", "bolt", "bad", "test")
+    run._check_masks([dataclasses.replace(sample, mask_path=tmp_path / "standing.png")])
+    with pytest.raises(SourceError, match=r"lying\.png is not of its image's size"):
+        run._check_masks([dataclasses.replace(sample, mask_path=tmp_path / "lying.png")])
+
+
+def test_masks_may_be_of_images_that_pillow_takes_for_a_bomb_or_does_not_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert cv2.imwrite(str(tmp_path / "0.tif"), np.zeros((12, 18, 3), np.uint16))
+    assert cv2.imwrite(str(tmp_path / "0.png"), np.zeros((12, 18), np.uint8))
+    run._check_masks([Sample(tmp_path / "0.tif", "0.tif", "bolt", "bad", "test", tmp_path / "0.png")])
 
 
 def test_unreadable_test_image_does_not_cost_the_training(
