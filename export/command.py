@@ -95,14 +95,22 @@ def parse_options(pairs: list[str]) -> Mapping[str, Any]:
     """``key=value`` settings of a cut; values are read as YAML.
 
     Raises:
-        ConfigError: a setting without ``=``.
+        ConfigError: a setting without ``=``, or a value that is not YAML.
     """
     options = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise ConfigError("an --option cannot be read", found=pair, expected="key=value")
-        options[key] = yaml.safe_load(value)
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"--option {pair}: the value is not YAML",
+                found=value,
+                expected="a number, a word, or a list such as [a, b]",
+                next_step="quote the option for the shell, and close its brackets and quotes",
+            ) from error
     return options
 
 

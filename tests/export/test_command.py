@@ -10,7 +10,7 @@ import pytest
 from andon.export import command, frames, verify
 from andon.export.frames import gather
 from andon.runtime.dataset import Dataset, Sample, open_dataset
-from andon.runtime.errors import SourceError
+from andon.runtime.errors import ConfigError, SourceError
 from andon.runtime.fingerprint import image_hash, pack
 from andon.runtime.manifest import Preprocess
 from andon.train.checkpoint import Provenance
@@ -82,6 +82,14 @@ def test_the_set_is_found_from_elsewhere_and_named_at_another_depth(
     assert (deeper.good.images == whole.good.images).all() and len(deeper.labelled) == len(whole.labelled)
     with pytest.raises(SourceError, match="give the same --data"):
         command._evidence(str(data / "grid"), origin.model_copy(update={"fingerprints": {}, "skipped": ()}), toy.model)
+
+
+def test_options_are_yaml_and_what_is_none_is_named() -> None:
+    assert command.parse_options(["steps=4", "levels=[a, b]"]) == {"steps": 4, "levels": ["a", "b"]}
+    with pytest.raises(ConfigError, match="cannot be read"):
+        command.parse_options(["steps"])
+    with pytest.raises(ConfigError, match=r"--option levels=\[a: the value is not YAML"):
+        command.parse_options(["levels=[a"])
 
 
 def test_a_product_without_defective_test_images_is_judged_by_synthetic_ones(
