@@ -68,9 +68,9 @@ class Reduced:
             "fp32_nodes": {name: dict(g.fp32) for name, g in self.graphs.items()},
             "clipped_constants": {name: list(g.clipped) for name, g in self.graphs.items() if g.clipped},
             "ranges": {name: r.record() for name, r in self.ranges.items()},
-            "quantised": self.quantised,
-            "stored": self.stored,
-            "widened": self.widened,
+            "quantised": _written(self.quantised),
+            "stored": _written(self.stored),
+            "widened": _written(self.widened),
             "tried": self.tried,
         }
 
@@ -356,6 +356,13 @@ class Reducer:
             return _Wider(stage.name, _entry(entry, variant, half, entry.fp32_nodes.get("fp16", 0), None), "FP16")
         nodes = len(self._graphs[stage.name].model.graph.node)
         return _Wider(stage.name, _entry(entry, variant, entry.files["fp32"], nodes, None), "FP32")
+
+
+def _written(value: Any) -> Any:
+    """For JSON, which has no number that is not finite: those are written as text, here and in verify.record."""
+    if isinstance(value, dict):
+        return {key: _written(inner) for key, inner in value.items()}
+    return str(value) if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _entry(entry: Stage, variant: Variant, file: str, fp32_nodes: int, why: str | None) -> Stage:

@@ -23,7 +23,10 @@ def node_errors(
     probe: Callable[[str], onnx.ModelProto],
     samples: Sequence[Mapping[str, Array]],
 ) -> dict[str, float]:
-    """Per node, the largest relative RMS error over the stage's float outputs of `probe(node)` against `model`."""
+    """Per node, the largest relative RMS error over the stage's float outputs of `probe(node)` against `model`.
+
+    Infinite where an output is not a number: no budget has room for it.
+    """
     names = [o.name for o in model.graph.output if o.type.tensor_type.elem_type == onnx.TensorProto.FLOAT]
     session = open_session(model)
     reference = [session.run(names, dict(inputs)) for inputs in samples]
@@ -31,7 +34,8 @@ def node_errors(
     for node in nodes:
         narrow = open_session(probe(node))
         outputs = [narrow.run(names, dict(inputs)) for inputs in samples]
-        found[node] = max(_relative_rms([o[i] for o in outputs], [r[i] for r in reference]) for i in range(len(names)))
+        errors = [_relative_rms([o[i] for o in outputs], [r[i] for r in reference]) for i in range(len(names))]
+        found[node] = max(error if np.isfinite(error) else float("inf") for error in errors)
     return found
 
 

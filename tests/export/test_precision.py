@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 from andon.export.precision import FP16_MAX, keep_fp32, simulate, to_fp16
 from andon.export.quantize import int8_errors, quantisable, to_int8
 from andon.export.ranges import measure
-from andon.export.sensitivity import followers, fp16_errors, root_sum_square, select
+from andon.export.reduce import Reduced
+from andon.export.sensitivity import followers, fp16_errors, node_errors, root_sum_square, select
 from andon.runtime.errors import ConfigError
 from onnx import TensorProto, helper, numpy_helper
 
@@ -215,6 +217,26 @@ def test_sensitivity_names_the_layer_that_quantisation_hurts() -> None:
     assert errors["/a"] > 10 * errors["/y"]
     assert select(model, errors, budget=0.05) == ["/y"]
     assert select(model, errors, budget=100) == ["/y", "/a"] and select(model, errors, budget=0) == []
+
+
+@pytest.mark.parametrize("spoilt", [0, 1])
+def test_a_product_that_spoils_one_output_of_several_is_never_narrow(spoilt: int) -> None:
+    """Whichever output it is: one that is not a number compares as smaller than nothing."""
+    w = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
+    ends = [node("Identity", ["a"], "y0"), node("Sqrt", ["b"], "y1")][:: -1 if spoilt == 0 else 1]
+    outputs = {end.output[0]: [4, 8] for end in ends}
+    model = graph([node("MatMul", ["x", "w"], "a"), node("Abs", ["a"], "b"), *ends], {"x": [4, 8]}, outputs, w=w)
+
+    def probe(name: str) -> onnx.ModelProto:
+        negative = onnx.ModelProto()
+        negative.CopyFrom(model)
+        next(n for n in negative.graph.node if n.op_type == "Abs").op_type = "Neg"
+        return negative
+
+    errors = node_errors(model, ["/a"], probe, samples())
+    assert errors == {"/a": float("inf")} and select(model, errors, budget=1e9) == []
+    written = Reduced(widened={"stage": {"error": root_sum_square(errors)}}).record()
+    assert json.loads(json.dumps(written, allow_nan=False))["widened"] == {"stage": {"error": "inf"}}
 
 
 def test_fp16_widens_the_product_that_costs_most_and_what_follows_it() -> None:
