@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..runtime.dataset import Sample
@@ -28,25 +28,32 @@ class Split:
     thresholds: list[Sample]
 
 
-def split_good(samples: Sequence[Sample], share: float) -> Split:
+def split_good(samples: Sequence[Sample], share: float, contents: Mapping[str, str] | None = None) -> Split:
     """Split good images; `share` of each product is held out, about half for constants and half for thresholds.
 
     At least 40 images of a product are held out where that is no more than a quarter of it. Thresholds get the number
     nearest to half of them at which a promise of 5 % false alarms is kept without being stricter than asked.
     The choice depends on the images' keys alone, not on the run's seed: seeds are comparable, and features are
-    computed once.
+    computed once. Copies of an image within a product count as one and go where it goes: a copy of what was trained on
+    is not held out.
+
+    contents: hash of each image's file by its key; without it no two images are taken for equal.
     """
     constants: set[str] = set()
     thresholds: set[str] = set()
     for product in sorted({s.product for s in samples} if share else ()):
-        keys = sorted(s.key for s in samples if s.product == product)
+        copies: dict[str, list[str]] = {}
+        for key in sorted(s.key for s in samples if s.product == product):
+            copies.setdefault(contents[key] if contents else key, []).append(key)
+        keys = [same[0] for same in copies.values()]  # still sorted
+        together = {same[0]: same for same in copies.values()}
         count = min(max(round(share * len(keys)), min(_MIN_HOLDOUT, len(keys) // 4)), len(keys) - 1)
         held = random.Random(0).sample(keys, count)
         kept = count // 2
         if kept >= _ROUND - 1:
             kept = _ROUND * round((kept + 1) / _ROUND) - 1
-        thresholds.update(held[:kept])
-        constants.update(held[kept:])
+        thresholds.update(*(together[key] for key in held[:kept]))
+        constants.update(*(together[key] for key in held[kept:]))
     return Split(
         [s for s in samples if s.key not in constants and s.key not in thresholds],
         [s for s in samples if s.key in constants],

@@ -183,7 +183,9 @@ def train(request: Request) -> dict[str, Any]:
     data = open_dataset(request.data_path or request.data).select(products=request.products)
     kept, skipped = split_readable(data.samples, request.on_corrupt)
     _check_masks(kept)
-    split = split_good([s for s in kept if s.split == "train" and s.good], config.holdout)
+    good = [s for s in kept if s.split == "train" and s.good]
+    contents = {s.key: image_hash(s.path) for s in good}
+    split = split_good(good, config.holdout, contents)
     _say(f"{request.method}, preset {config.preset or 'unnamed'}, seed {config.seed}, on {_where(device)} -> {folder}")
     _say(data.describe())
     if skipped:
@@ -192,6 +194,8 @@ def train(request: Request) -> dict[str, Any]:
         f"good images: {len(split.fitting)} to train on; "
         f"held out: {len(split.constants)} for constants, {len(split.thresholds)} for thresholds"
     )
+    if copies := len(good) - len({(s.product, contents[s.key]) for s in good}):
+        _say(f"{copies} of them are copies of others; each stays with its like: none is held out that was trained on")
     _check_products(data.products, split)
     if config.needs_constants:
         for product in data.products:  # now, not after the training

@@ -18,7 +18,7 @@ import torch
 from andon.cli import main
 from andon.runtime.dataset import Sample, open_dataset
 from andon.runtime.errors import ConfigError, SourceError
-from andon.runtime.fingerprint import image_hash, pack
+from andon.runtime.fingerprint import image_hash, pack, unpack
 from andon.train import run
 from andon.train.checkpoint import load_checkpoint, newest_checkpoint, read_provenance
 from andon.train.config import differences, dump_config, load_config, override
@@ -163,6 +163,30 @@ def test_thresholds_get_a_number_of_images_that_promises_what_is_asked(images: i
         assert exact == pytest.approx(0.05) and abs(kept - held / 2) <= 10.5 and split.constants
     else:
         assert kept == held // 2, "too few for 5 % whatever is done"
+
+
+def test_copies_of_an_image_stay_in_one_part() -> None:
+    """And count as one: eight copies of ten images are ten images."""
+    samples = [Sample(Path(f"{i:02}.png"), f"{i:02}", "nut", "good", "train") for i in range(80)]
+    contents = {s.key: str(i % 10) for i, s in enumerate(samples)}
+    split = split_good(samples, 0.1, contents)
+    parts = [{contents[s.key] for s in part} for part in (split.fitting, split.constants, split.thresholds)]
+    assert [len(part) for part in parts] == [8, 1, 1] and len(set.union(*parts)) == 10
+    assert split_good(samples, 0.1, {s.key: s.key for s in samples}) == split_good(samples, 0.1), "none is a copy"
+
+
+def test_copies_are_said_and_none_is_held_out_that_was_trained_on(
+    synthetic_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(synthetic_data / "grid", tmp_path / "data" / "grid")
+    for image in list((tmp_path / "data/grid/train/good").iterdir()):
+        shutil.copy(image, image.with_name(f"again-{image.name}"))
+    common = ["--method", "hvq", "--data", str(tmp_path / "data"), "--no-eval", *SETS]
+    assert main(["train", *common, "--out", str(tmp_path / "run")]) == 0
+    assert "14 of them are copies of others" in capsys.readouterr().out
+    prints = read_provenance(tmp_path / "run").fingerprints
+    parts = [unpack(prints[use]) for use in ("fitted", "constants", "thresholds")]
+    assert [len(part) for part in parts] == [11, 2, 1] and len(frozenset.union(*parts)) == 14
 
 
 # ---- checkpoint
