@@ -8,7 +8,8 @@ Layout::
     golden/golden.npz   frames uint8 [n, H, W, 3], class_ids int32 [n], score [n], map [n, 1, h, w] and every
                         `<stage>.<output>` [n, *shape] as torch gives them; every frame starts from the shipped state
     golden/gate.npz     frames, class_ids, labels int32 [n] (1 defective, 0 good, -1 unknown), score [n] of the FP32
-                        engines, threshold [classes] float32: what the decision gate of export judged by
+                        engines, threshold [classes] float32: what the decision gate of export judged by;
+                        score.<program>, threshold.<program> of the alternative programs that were gated
 
 (loading: runtime/bundle.py, replaying: runtime/replay.py)
 """

@@ -14,7 +14,8 @@ import numpy as np
 from ..runtime.errors import AndonError, ConfigError
 from ..runtime.manifest import Manifest, Stage, Variant
 from ..train.method import AnomalyModel
-from . import bundle, trtcheck, verify
+from . import alternatives, bundle, trtcheck, verify
+from .alternatives import Alternatives
 from .frames import Evidence, Frames, thin
 from .onnx import StageGraph, export_stage
 from .reduce import ROUNDED, Reduced, Reducer
@@ -124,6 +125,8 @@ class _Run:
         full, threshold = self._program(manifest)
         self._lap("parity")
         reduced: dict[Variant, Reduced] = {}
+        gate = self._gate_frames()
+        others = Alternatives()
         if self._request.variants:
             reducer = Reducer(self._root, self._staged, graphs, self._evidence, self._request.fp32_stages, self._say)
             for variant in self._request.variants:
@@ -132,13 +135,18 @@ class _Run:
                 self._lap(variant)
         self._checks += trtcheck.checks(self._root, manifest)
         self._refuse_failures("give --fp32-stage for the stage at fault, or leave the variant out")
-        golden = self._golden(manifest, full, threshold)
+        if self._request.variants:
+            good = _spread(self._evidence.good, max(alternatives.GOOD_FRAMES, len(self._staged.classes)))
+            frames = self._evidence.labelled.select(gate)
+            others = alternatives.judge(self._root, manifest, reducer.rounded, good, frames, self._say)
+            self._lap("alternative programs")
+        golden = self._golden(gate, full, threshold, others.reference)
         kept: dict[str, Any] = {"holdout": list(provenance.holdout), "constants": list(provenance.constants)}
         if provenance.fingerprints:
             kept["fingerprints"] = dict(provenance.fingerprints)
-        report = self._report(manifest, reduced, golden, threshold) | kept
+        report = self._report(manifest, reduced, golden, threshold) | {"alternatives": others.record} | kept
         shutil.rmtree(self._root / ROUNDED, ignore_errors=True)
-        manifest = bundle.finish(self._root, manifest, report, self._summary(manifest, reduced))
+        manifest = bundle.finish(self._root, manifest, report, self._summary(manifest, reduced, others))
         self._lap("golden set and bundle")
         return Export(target, manifest, report, self._checks, self._seconds)
 
@@ -185,11 +193,19 @@ class _Run:
         if not verify.passed(self._checks):
             raise GateError(self._checks, next_step)
 
-    def _golden(self, manifest: Manifest, full: Scored, threshold: Array) -> dict[str, Any]:
-        """Write golden.npz (torch's values) and gate.npz; returns the tolerances they are to be replayed with."""
+    def _gate_frames(self) -> list[int]:
+        """Which labelled frames travel along."""
         labelled = self._evidence.labelled
         least = max(GOLDEN_FRAMES, len(self._staged.classes))
-        frames = _spread(labelled, least)
+        return _indices(labelled, max(least, min(GATE_FRAMES, GATE_BYTES // labelled.images[0].nbytes)))
+
+    def _golden(self, chosen: list[int], full: Scored, threshold: Array, others: Mapping[str, Array]) -> dict[str, Any]:
+        """Write golden.npz (torch's values) and gate.npz; returns the tolerances they are to be replayed with.
+
+        chosen: the labelled frames of gate.npz. others: what gate.npz has of the alternative programs.
+        """
+        labelled = self._evidence.labelled
+        frames = _spread(labelled, max(GOLDEN_FRAMES, len(self._staged.classes)))
         walk = Walk(self._staged, torch_call(self._staged))
         values: dict[str, list[Array]] = {}
         for image, class_id in zip(frames.images, frames.class_ids, strict=True):
@@ -201,8 +217,6 @@ class _Run:
         named = {"score": stacked[outputs.score][:, 0], "map": stacked[outputs.map][:, 0]}
         inputs = {"frames": frames.images, "class_ids": frames.class_ids}
         bundle.save_npz(self._root, bundle.GOLDEN_FILE, {**inputs, **named, **stacked})
-        count = max(least, min(GATE_FRAMES, GATE_BYTES // labelled.images[0].nbytes))
-        chosen = _indices(labelled, count)
         gate = labelled.select(chosen)
         bundle.save_npz(
             self._root,
@@ -213,6 +227,7 @@ class _Run:
                 "labels": gate.labels,
                 "score": full.score[chosen],
                 "threshold": threshold,
+                **others,
             },
         )
         return {"stages": {stage.name: stage.tolerance for stage in self._staged.stages}, "score": verify.SCORE_PARITY}
@@ -236,7 +251,9 @@ class _Run:
             "tensorrt": trtcheck.versions(),
         }
 
-    def _summary(self, manifest: Manifest, reduced: Mapping[Variant, Reduced]) -> dict[str, object]:
+    def _summary(
+        self, manifest: Manifest, reduced: Mapping[Variant, Reduced], others: Alternatives
+    ) -> dict[str, object]:
         worst = {f"{c.subject}: {c.what}": float(c.value) for c in self._checks if c.subject.startswith("program")}
         return {
             "passed": True,
@@ -244,6 +261,7 @@ class _Run:
             "program": worst,
             "bytes": bundle.variant_bytes(self._root, manifest),
             "fallbacks": {variant: dict(r.fallbacks) for variant, r in reduced.items()},
+            "gated": others.gated,
         }
 
     def _lap(self, phase: str) -> None:

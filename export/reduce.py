@@ -301,20 +301,16 @@ class Reducer:
     def _judge(self, manifest: Manifest, variant: Variant, full: Scored, threshold: Array) -> list[Check]:
         """The gate on all labelled frames with GPU rounding, and the shipped files beside it on a few."""
         frames = self._evidence.labelled
-        rounded = verify.run_engines(self._root, self._with_rounded(manifest, variant), variant, frames)
+        rounded = verify.run_engines(self._root, self.rounded(manifest, variant), variant, frames)
         checks = verify.decisions(variant, rounded, full, frames, threshold, self._staged.classes)
         few = np.argsort(np.abs(full.score - threshold[frames.class_ids]))[:RANKING_FRAMES]
-        shipped = verify.run_engines(self._root, manifest, variant, frames.select(few))
-        limit = threshold[frames.class_ids[few]]
-        flips = int(np.sum((shipped.score > limit) != (full.score[few] > limit)))
-        allowed = int(np.ceil(verify.GATES[variant].flips * len(frames)))
+        some, target = frames.select(few), Scored(full.score[few], full.map[few])
+        shipped = verify.run_engines(self._root, manifest, variant, some)
         note = f"of the {len(few)} frames nearest to the threshold, run by onnxruntime as shipped"
-        return [
-            *checks,
-            Check(f"program {variant}", "flips, files as shipped", flips, f"<= {allowed}", flips <= allowed, note),
-        ]
+        return [*checks, verify.flips_as_shipped(variant, shipped, target, some, threshold, len(frames), note)]
 
-    def _with_rounded(self, manifest: Manifest, variant: Variant) -> Manifest:
+    def rounded(self, manifest: Manifest, variant: Variant) -> Manifest:
+        """The manifest with files that round on the CPU as a GPU does, where the variant has any."""
         stages = {}
         for name, stage in manifest.stages.items():
             file = stage.files[variant]
@@ -336,7 +332,7 @@ class Reducer:
             if wider is None:
                 continue
             candidate = _with_entry(manifest, wider, variant, "candidate")
-            rounded = self._with_rounded(candidate, variant)
+            rounded = self.rounded(candidate, variant)
             left = verify.distance(verify.run_engines(self._root, rounded, variant, some), target)
             if best is None or left < best[0]:
                 best = (left, wider)

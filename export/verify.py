@@ -237,6 +237,16 @@ def decisions(
     return checks
 
 
+def flips_as_shipped(
+    variant: Variant, shipped: Scored, full: Scored, frames: Frames, threshold: Array, of: int, note: str = ""
+) -> Check:
+    """The files as the line's engine runs them: they may change as many verdicts as the gate allows `of` frames."""
+    limit = threshold[frames.class_ids]
+    flips = int(np.sum((shipped.score > limit) != (full.score > limit)))
+    allowed = int(np.ceil(GATES[variant].flips * of))
+    return Check(f"program {variant}", "flips, files as shipped", flips, f"<= {allowed}", flips <= allowed, note)
+
+
 def _pairs(frames: Frames, c: int) -> int:
     """Pairs of a good and a defective frame of a class: the steps that its AUROC is made of."""
     labels = frames.labels[frames.class_ids == c]

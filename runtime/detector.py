@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,6 +20,8 @@ from .manifest import Threshold, Variant
 from .preprocess import resize
 from .program import Program, Result
 from .types import Label
+
+log = logging.getLogger(__name__)
 
 #: Product name that lets the bundle's classifier choose.
 AUTO = "auto"
@@ -81,6 +84,14 @@ class Detector:
         self.backend = backend
         self.observer = observer
         self.program = Program(bundle, backend, variant, program, per_stage)
+        if not bundle.manifest.gated(variant, program):
+            log.warning(
+                "%s: export has not shown that program %s keeps its decisions in %s (docs/precision.md); "
+                "variant fp32 and the default program do",
+                bundle.manifest.name,
+                program,
+                variant,
+            )
         self._preprocess = bundle.manifest.preprocess
         self._classes = bundle.manifest.classes
         self._thresholds: tuple[Threshold | None, ...] = ()

@@ -200,3 +200,12 @@ class Manifest(Model):
     files: dict[str, FileEntry] = Field(description="Every other file of the bundle, by relative path")
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    def gated(self, variant: Variant, program: str) -> bool:
+        """Whether export has shown that a program keeps FP32's decisions in a precision.
+
+        FP32 needs no gate. In a bundle that has no record of it, the default program alone was gated.
+        """
+        record = self.verification.get("gated")
+        programs = record.get(variant) if isinstance(record, dict) else None
+        return variant == "fp32" or program == "default" or (isinstance(programs, list) and program in programs)

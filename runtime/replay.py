@@ -3,7 +3,8 @@
 golden/golden.npz: frames uint8 [n, h, w, 3], class_ids int32 [n], score [n], map [n, 1, h, w] and every
 ``<stage>.<output>`` [n, ...] as torch gave them; each frame starts from the shipped state.
 golden/gate.npz: what export's decision gate judged by: frames, class_ids, labels int32 [n] (1 defective, 0 good, -1
-unknown), score [n] of the FP32 engines and threshold [classes].
+unknown), score [n] of the FP32 engines and threshold [classes]; of an alternative score.<program> and
+threshold.<program>.
 """
 
 from __future__ import annotations
@@ -140,6 +141,18 @@ def replay_finite(program: Program, most: int) -> list[Check]:
     return [Check("score and map", "frames without a number", bad, 0, bad == 0)]
 
 
+def gate_programs(bundle: Bundle, variant: Variant) -> list[str]:
+    """The programs that the gate set can be replayed with: the default, and alternatives that kept export's gate."""
+    if variant == "fp32" or not golden_size(bundle, GATE):
+        return ["default"]
+    known = _read(bundle, GATE)
+    manifest = bundle.manifest
+    return [
+        "default",
+        *(p for p in manifest.alternatives if f"score.{p}" in known and manifest.gated(variant, p)),
+    ]
+
+
 def replay_gate(program: Program, step: Step | None = None) -> list[Check]:
     """The decisions of export's gate: share of flips, and the drop of AUROC per product where labels are known.
 
@@ -148,21 +161,24 @@ def replay_gate(program: Program, step: Step | None = None) -> list[Check]:
         EngineError: a stage failed.
     """
     bundle, limits = program.bundle, LIMITS[program.variant]
-    data = _read(bundle, GATE, ("frames", "class_ids", "labels", "score", "threshold"))
-    scores = np.empty(len(data["score"]))
+    other = "" if program.name == "default" else f".{program.name}"
+    data = _read(bundle, GATE, ("frames", "class_ids", "labels", f"score{other}", f"threshold{other}"))
+    full = data[f"score{other}"]
+    scores = np.empty(len(full))
     for i, (frame, class_id) in enumerate(zip(data["frames"], data["class_ids"], strict=True)):
         scores[i] = _judge(program, frame, int(class_id))[0]
         if step is not None:
             step(1)
-    threshold = data["threshold"][data["class_ids"]]
-    flips = float(np.mean(~np.isfinite(scores) | ((scores > threshold) != (data["score"] > threshold))))
+    threshold = data[f"threshold{other}"][data["class_ids"]]
+    flips = float(np.mean(~np.isfinite(scores) | ((scores > threshold) != (full > threshold))))
     allowed = max(limits.flips, 1 / len(scores)) if limits.flips else 0.0  # one frame is the least that can be seen
-    checks = [_upper("decisions", "share of flips", flips, allowed)]
+    of = f"{program.name}: " if other else ""
+    checks = [_upper(f"{of}decisions", "share of flips", flips, allowed)]
     for index, product in enumerate(bundle.manifest.classes):
         mine = (data["class_ids"] == index) & (data["labels"] >= 0) & np.isfinite(scores)
-        drop = _auroc_drop(data["score"][mine], scores[mine], data["labels"][mine] == 1)
+        drop = _auroc_drop(full[mine], scores[mine], data["labels"][mine] == 1)
         if drop is not None:
-            checks.append(_upper(product, "AUROC drop", drop[0], limits.auroc_drop + 2 * drop[1]))
+            checks.append(_upper(f"{of}{product}", "AUROC drop", drop[0], limits.auroc_drop + 2 * drop[1]))
     return checks
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from ..bundle import Bundle
 from ..engine.select import open_backend
 from ..program import Program
-from ..replay import GATE, Check, golden_size, replay_gate, replay_golden
+from ..replay import GATE, Check, gate_programs, golden_size, replay_gate, replay_golden
 from . import options
 
 
@@ -32,12 +32,17 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     with Bundle.load(args.bundle) as bundle, open_backend(args.backend, threads=args.threads) as backend:
         variants = bundle.manifest.variants if args.variant == "auto" else (args.variant,)
         gate = 0 if args.no_gate else golden_size(bundle, GATE)
-        with options.progress((golden_size(bundle) + gate) * len(variants), "verify", "frame") as bar:
-            for variant in variants:
-                with Program(bundle, backend, variant) as program:
-                    checks[variant] = replay_golden(program, bar.update)
-                    if gate:
-                        checks[variant] += replay_gate(program, bar.update)
+        programs = {variant: gate_programs(bundle, variant) if gate else ["default"] for variant in variants}
+        frames = golden_size(bundle) * len(variants) + gate * sum(map(len, programs.values()))
+        with options.progress(frames, "verify", "frame") as bar:
+            for variant, names in programs.items():
+                checks[variant] = []
+                for name in names:
+                    with Program(bundle, backend, variant, name) as program:
+                        if name == "default":
+                            checks[variant] += replay_golden(program, bar.update)
+                        if gate:
+                            checks[variant] += replay_gate(program, bar.update)
         ok = all(check.ok for group in checks.values() for check in group)
         print(
             f"{bundle.manifest.name} ({bundle.id}) on {backend.name}, {golden_size(bundle)} golden, {gate} gate frames"

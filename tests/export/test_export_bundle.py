@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import types
+from dataclasses import replace
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from andon.cli import main
+from andon.export import alternatives, exporter, reduce, verify
 from andon.export import bundle as writing
-from andon.export import exporter, reduce, verify
 from andon.export.command import narrow_lines
 from andon.export.exporter import GateError, Request, _indices, export_bundle
 from andon.export.frames import Frames
@@ -23,7 +25,7 @@ from andon.runtime.bundle import Bundle, read_npz
 from andon.runtime.engine.onnxruntime import OnnxRuntimeBackend
 from andon.runtime.errors import BundleError, ConfigError
 from andon.runtime.program import Program
-from andon.runtime.replay import LIMITS, Limits
+from andon.runtime.replay import LIMITS, Limits, gate_programs, replay_gate
 from torch import nn
 
 from .conftest import Toy
@@ -183,6 +185,34 @@ def test_a_stage_stays_fp32_on_request(toy: Toy, tmp_path: Path) -> None:
     assert set(files.values()) == {"stages/refine.fp32.onnx"}
     with pytest.raises(ConfigError, match="--fp32-stage"):
         export(toy, tmp_path / "c", fp32_stages=frozenset({"nonsense"}))
+
+
+def test_alternative_programs_have_a_gate_of_their_own(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`far` reads numbers that FP16 does not hold and that the default program never sees."""
+    encode, loop, score = toy.staged.program
+    far = loop.model_copy(update={"tables": {"row": "far"}})
+    long = loop.model_copy(update={"count": 5})
+    programs = {**toy.staged.alternatives, "far": (encode, far, score), "long": (encode, long, score)}
+    tables = {**toy.staged.tables, "far": np.full((3, 2), 1e5, np.float32)}
+    monkeypatch.setattr(alternatives, "CALLS", 5)
+    result = export(
+        replace(toy, staged=replace(toy.staged, alternatives=programs, tables=tables)), tmp_path / "b", "fp16"
+    )
+    record = result.report["alternatives"]["fp16"]
+    assert {name: entry["gated"] for name, entry in record.items()} == {"short": True, "far": False, "long": False}
+    assert "7 calls" in record["long"]["why"] and all(check.ok for check in result.checks)
+    assert next(c for c in record["far"]["checks"] if not c["ok"])["subject"] == "program far fp16"
+    with Bundle.load(tmp_path / "b") as bundle, OnnxRuntimeBackend(threads=1) as backend:
+        gated = {name for name in ("default", *programs) if bundle.manifest.gated("fp16", name)}
+        assert gated == {"default", "short"} and bundle.manifest.gated("fp32", "far")
+        assert gate_programs(bundle, "fp16") == ["default", "short"] and gate_programs(bundle, "fp32") == ["default"]
+        with Program(bundle, backend, "fp16", "short") as program:
+            checks = replay_gate(program)
+    assert checks[0].subject == "short: decisions" and all(check.ok for check in checks)
+    assert main(["verify", "--bundle", str(tmp_path / "b"), "--backend", "onnxruntime", "--threads", "1"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if "short: decisions" in line] == ["fp16"]
 
 
 def test_int8_quantises_the_products(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

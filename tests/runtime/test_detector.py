@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from andon.runtime.bundle import Bundle
+from andon.runtime.bundle import Bundle, write_manifest
 from andon.runtime.detector import Detector
 from andon.runtime.errors import ConfigError, ProductError
 from andon.runtime.manifest import Threshold
@@ -55,6 +56,36 @@ def test_auto_without_a_classifier_is_refused(make_bundle: MakeBundle) -> None:
         pytest.raises(ConfigError, match="cannot tell the product"),
     ):
         detector.judge_image(np.zeros((4, 4, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("verification", "warned"),
+    [
+        ({}, {("fp16", "short"), ("fp16", "long")}),  # a bundle from before there was a record of it
+        ({"gated": {"fp16": ["default", "short"]}}, {("fp16", "long")}),
+    ],
+)
+def test_a_program_whose_decisions_no_gate_has_seen_is_warned_of(
+    make_bundle: MakeBundle, caplog: pytest.LogCaptureFixture, verification: dict[str, Any], warned: set[Any]
+) -> None:
+    """Export chooses a stage's precision by the default program; FP32 is what it compares with."""
+    steps = [{"run": "encode"}, {"run": "score"}]
+    path = make_bundle(alternatives={"short": steps, "long": steps}, verification=verification)
+    with Bundle.load(path) as bundle:
+        manifest = bundle.manifest
+    stages = {
+        name: stage.model_copy(update={"files": {**stage.files, "fp16": stage.files["fp32"]}})
+        for name, stage in manifest.stages.items()
+    }
+    write_manifest(path, manifest.model_copy(update={"stages": stages, "variants": ("fp32", "fp16")}))
+    for variant in ("fp32", "fp16"):
+        for program in ("default", "short", "long"):
+            caplog.clear()
+            Detector.open(path, backend="onnxruntime", variant=variant, program=program, threads=1).close()
+            told = [
+                r for r in caplog.records if f"program {program} keeps its decisions in {variant}" in r.getMessage()
+            ]
+            assert bool(told) == ((variant, program) in warned), (variant, program)
 
 
 def test_an_unusable_image_is_unknown(make_bundle: MakeBundle) -> None:
