@@ -1,4 +1,7 @@
-"""What the commands of the MQTT contract do to a running line; each runs on the commands' thread and gives a result."""
+"""What the commands of the MQTT contract do to a running line; each gives a result.
+
+They run on the commands' thread, one after another; `trigger` runs on its connection's thread when it arrives.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +81,7 @@ class Handlers:
         return result
 
     def trigger(self, camera: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Announce a part; its verdict follows, UNKNOWN if no frame comes in time."""
+        """Announce a part; its verdict follows, UNKNOWN if no frame comes in time. Must not wait for anything."""
         settings = self._app.config.cameras[camera].trigger
         at = time.monotonic() + (settings.delay_ms / 1000 if settings else 0.0)
         timeout = settings.timeout_ms / 1000 if settings else TRIGGER_TIMEOUT

@@ -248,7 +248,7 @@ class Judge:
 
     def unknown(self, item: Missed) -> Judgement:
         """The verdict of a part or camera without a picture."""
-        decision = _Decision("UNKNOWN", item.reason, item.detail, product=item.product or self._product(item))
+        decision = _Decision("UNKNOWN", item.reason, item.detail, product=self._product(item))
         self._report(item.camera, decision)
         total = (time.monotonic() - item.monotonic) * 1e3
         return Judgement(self._verdict(item, decision, {"total": total}, self._new_id()), detail=item.detail)

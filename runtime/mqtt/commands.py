@@ -1,7 +1,8 @@
 """Commands that arrive on ``<camera>/cmd/<name>`` and their results on ``<camera>/cmd/<name>/result``.
 
 Whoever may publish there is decided by the broker's ACL. Here every command is bounded in size, validated against
-configs/schema/command.json, rate limited, executed once per id by one worker thread, and answered.
+configs/schema/command.json, rate limited, executed once per id by one worker thread, and answered. A trigger is
+executed when it arrives: behind a command that waits for the judging thread it would get a later picture.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
 
@@ -31,11 +32,14 @@ COMMANDS = ("acknowledge", "product", "threshold", "trigger", "memory", "rebuild
 #: Commands per second and burst of one camera; triggers come at the pace of the line.
 RATES: Mapping[str, tuple[float, int]] = {"trigger": (200.0, 400)}
 RATE: tuple[float, int] = (5.0, 20)
+#: Executed in the connection's thread, ahead of those that wait; their handlers must not block.
+AT_ONCE = ("trigger",)
 _REFUSALS: tuple[float, int] = (1.0, 5)
 _REMEMBERED = 256
 _WAITING = 64
 
-#: (camera, the command's fields without schema and id) -> fields of the result. Called in the commands' own thread.
+#: (camera, the command's fields without schema and id) -> fields of the result. Called in the commands' own thread,
+#: those of AT_ONCE in the connection's.
 Handler = Callable[[str, dict[str, Any]], Mapping[str, Any] | None]
 Reply = Callable[[str, bytes], None]
 
@@ -82,6 +86,7 @@ class Commands:
         self._validators = _validators()
         self._buckets: dict[tuple[str, str], TokenBucket] = {}
         self._seen: OrderedDict[tuple[str, str, str], bytes | None] = OrderedDict()
+        self._asked: dict[str, _Job] = {}  # camera -> its latest command `product`, until that is done
         self._lock = threading.Lock()
         self._queue: queue.Queue[_Job | None] = queue.Queue(_WAITING)
         self._thread: threading.Thread | None = None
@@ -133,14 +138,26 @@ class Commands:
             return
         if identifier is not None and self._repeated(camera, name, identifier, reply):
             return
+        job = _Job(camera, name, identifier, arguments, reply)
+        if name in AT_ONCE:
+            self._run(self._as_asked(job))
+            return
+        if name == "product":
+            with self._lock:
+                self._asked[camera] = job
         try:
-            self._queue.put_nowait(_Job(camera, name, identifier, arguments, reply))
+            self._queue.put_nowait(job)
         except queue.Full:
-            if identifier is not None:  # not executed: it may come again under this id
-                with self._lock:
-                    self._seen.pop((camera, name, identifier), None)
-            self._count("failed")
-            reply(name, _failure(camera, name, identifier, "busy", f"{_WAITING} commands wait"))
+            busy = _failure(camera, name, identifier, "busy", f"{_WAITING} commands wait")
+            self._finish(job, "failed", busy, again=True)
+
+    def _as_asked(self, trigger: _Job) -> _Job:
+        """A trigger that overtakes a `product` sent before it is a part of that product."""
+        with self._lock:
+            asked = self._asked.get(trigger.camera)
+        if asked is None:
+            return trigger
+        return replace(trigger, arguments={**trigger.arguments, "product": asked.arguments["product"]})
 
     def _parse(self, name: str, payload: bytes, retained: bool) -> tuple[str | None, dict[str, Any]]:
         if name not in COMMANDS:
@@ -187,10 +204,13 @@ class Commands:
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:
-            try:
-                self._finish(job, *self._execute(job))
-            except Exception:  # nothing that a command brings may end the line's only command thread
-                log.exception("command %s of %s cannot be answered", job.name, job.camera)
+            self._run(job)
+
+    def _run(self, job: _Job) -> None:
+        try:
+            self._finish(job, *self._execute(job))
+        except Exception:  # nothing that a command brings may end the line's only command thread, or a connection
+            log.exception("command %s of %s cannot be answered", job.name, job.camera)
 
     def _execute(self, job: _Job) -> tuple[str, bytes]:
         """Outcome and answer."""
@@ -209,10 +229,15 @@ class Commands:
         log.info("command %s of %s done: %s", job.name, job.camera, job.arguments)
         return "done", answer
 
-    def _finish(self, job: _Job, outcome: str, answer: bytes) -> None:
-        if job.id is not None:
-            with self._lock:
+    def _finish(self, job: _Job, outcome: str, answer: bytes, *, again: bool = False) -> None:
+        """Answer. again: it was not executed and may come again under its id."""
+        with self._lock:
+            if again and job.id is not None:
+                self._seen.pop((job.camera, job.name, job.id), None)
+            elif job.id is not None:
                 self._seen[job.camera, job.name, job.id] = answer
+            if self._asked.get(job.camera) is job:
+                del self._asked[job.camera]
         self._count(outcome)
         job.reply(job.name, answer)
 

@@ -417,6 +417,19 @@ def test_a_trigger_names_the_next_frame(start_line: Callable[..., Line], consume
     assert line.app.slots.counts()["cam0"].untriggered > 0, "frames without a trigger were not judged"
 
 
+def test_a_trigger_is_taken_while_a_command_waits_for_the_judge(start_line: Callable[..., Line], consumer: Any) -> None:
+    line = start_line({"cam0": {"source": LIVE, "product": "mono", "queue": 8, "trigger": {"timeout_ms": 60_000}}})
+    gate = threading.Event()
+    held = line.app.worker.post(lambda: gate.wait(20))
+    line.client.publish(f"{line.app.config.topic}/cam0/cmd/acknowledge", b'{"id": "ack"}', qos=1)
+    assert line.command("cam0", "trigger", part_id="A-1")["ok"]
+    assert line.app.slots.counts()["cam0"].triggers == 1 and not held.done()
+    assert not any(answer["id"] == "ack" for answer in consumer.of("result"))
+    gate.set()
+    (verdict,) = consumer.wait_for("verdict", 1)
+    assert (verdict["part_id"], verdict["label"]) == ("A-1", "OK")
+
+
 def test_a_trigger_without_a_frame_is_unknown(start_line: Callable[..., Line], consumer: Any) -> None:
     dead = {"kind": "gstreamer", "pipeline": "videotestsrc is-live=true ! valve drop=true"}
     cameras = {"cam0": {"source": dead, "product": "mono", "stale_after": None, "trigger": {"timeout_ms": 300}}}

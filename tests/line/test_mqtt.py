@@ -626,6 +626,57 @@ def test_an_answer_that_cannot_be_sent_does_not_end_the_commands() -> None:
     commands.stop()
 
 
+def test_a_trigger_does_not_wait_behind_other_commands() -> None:
+    """Its part would get a later picture. A product sent before it is its part's even so, also from behind."""
+    calls: list[dict[str, Any]] = []
+    answers: dict[str, threading.Event] = {name: threading.Event() for name in ("acknowledge", "product", "trigger")}
+    reached, gate = threading.Event(), threading.Event()
+
+    def hold(camera: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        reached.set()
+        assert gate.wait(20)
+        return {}
+
+    def note(camera: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        calls.append(arguments)
+        return {}
+
+    commands = Commands({"acknowledge": hold, "product": hold, "trigger": note})
+    commands.start()
+
+    def send(name: str, payload: bytes, camera: str = "cam0") -> None:
+        commands.receive(camera, name, payload, False, lambda name, answer: answers[name].set())
+
+    try:
+        send("acknowledge", b"{}")
+        assert reached.wait(20)
+        send("trigger", b'{"part_id": "A"}')
+        assert calls == [{"part_id": "A"}] and answers["trigger"].is_set() and not answers["acknowledge"].is_set()
+        send("product", b'{"product": "poly"}')
+        send("trigger", b'{"part_id": "B"}')
+        send("trigger", b'{"part_id": "C"}', camera="cam1")
+        gate.set()
+        assert answers["product"].wait(20)
+        send("trigger", b'{"part_id": "D"}')
+    finally:
+        gate.set()
+        commands.stop()
+    assert calls[1:] == [{"part_id": "B", "product": "poly"}, {"part_id": "C"}, {"part_id": "D"}]
+
+
+def test_a_product_that_is_refused_as_busy_is_no_triggers() -> None:
+    calls: list[dict[str, Any]] = []
+    commands = Commands({"product": lambda *_: {}, "trigger": lambda camera, arguments: calls.append(arguments)})
+    refused: list[bytes] = []
+    for index in range(100):  # not started: none of them is done, and the queue fills
+        product = b'{"product": "p%d"}' % index
+        commands.receive(f"cam{index}", "product", product, False, lambda _, answer: refused.append(answer))
+        commands.receive(f"cam{index}", "trigger", b'{"part_id": "A"}', False, lambda *_: None)
+    waiting = 100 - len(refused)
+    assert refused and waiting and all(b"busy" in answer for answer in refused)
+    assert [each.get("product") for each in calls] == [f"p{i}" for i in range(waiting)] + [None] * len(refused)
+
+
 def test_retained_command_is_refused(
     commanded: Any, line: Any, consumer: Any, broker: EmbeddedBroker, base: str
 ) -> None:
