@@ -61,7 +61,8 @@ class FolderSource(PlaybackSource):
     pattern: str = Field(default="**/*", description="Glob under the folder; files that are no images are left out")
     watch: bool = Field(
         default=False,
-        description="Hot folder: wait for new files instead of ending; a restart judges again what lies there",
+        description="Hot folder: wait for new files instead of ending; a restart judges again what lies there. "
+        "Move files in whole: one that is written there is taken once it rests between two looks, 0.2 s apart",
     )
 
     @model_validator(mode="after")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
+import os
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,16 +43,8 @@ def parts(config: FolderSource | DatasetSource) -> list[Part]:
         ]
         where = f"data set {config.data}, split {config.split}"
     else:
-        root = config.path
-        if not root.is_dir():
-            raise SourceError(
-                f"no folder {root}",
-                found="a file" if root.exists() else "nothing",
-                expected="a folder of images",
-                next_step="name an existing folder of images as source.path",
-            )
-        found = [Part(path, readable(path.stem)) for path in sorted(root.glob(config.pattern)) if on_disk(path)]
-        where = f"{root} with pattern {config.pattern}"
+        found = [_part(path) for path in sorted(map(Path, _listing(config))) if on_disk(path)]
+        where = f"{config.path} with pattern {config.pattern}"
         if config.watch:
             return found
     if not found:
@@ -60,6 +55,37 @@ def parts(config: FolderSource | DatasetSource) -> list[Part]:
             next_step="put images there, or name another folder or pattern; watch: true waits for them",
         )
     return found
+
+
+def _listing(config: FolderSource) -> Iterator[str]:
+    """Paths that fit the pattern, in no order; of files and more. None is looked at: a watched folder may hold many."""
+    root = config.path
+    if not root.is_dir():
+        raise SourceError(
+            f"no folder {root}",
+            found="a file" if root.exists() else "nothing",
+            expected="a folder of images",
+            next_step="name an existing folder of images as source.path",
+        )
+    name = config.pattern.removeprefix("**/")
+    if not name or "/" in name or "**" in name:
+        yield from map(str, root.glob(config.pattern))
+        return
+    fits = re.compile(fnmatch.translate(name)).match
+    for folder, folders, names in os.walk(root, onerror=_unless_forbidden):  # many times as fast as glob
+        yield from (os.path.join(folder, each) for each in names if fits(each))  # noqa: PTH118 - a Path each is slow
+        if name == config.pattern:  # no **/
+            folders.clear()
+
+
+def _unless_forbidden(error: OSError) -> None:
+    """A folder that may not be read, or went away meanwhile, is left out, as glob does; a share that fails is told."""
+    if not isinstance(error, (PermissionError, FileNotFoundError, NotADirectoryError)):
+        raise error
+
+
+def _part(path: Path) -> Part:
+    return Part(path, readable(path.stem))
 
 
 def playing(config: FolderSource | DatasetSource) -> Iterator[Part]:
@@ -84,26 +110,30 @@ class Seen:
 
     def __init__(self, remembered: int = 10_000):
         self._remembered = remembered
-        self._here: dict[Path, _Mark] = {}
-        self._gone: dict[Path, _Mark] = {}
+        self._here: dict[str, _Mark] = {}
+        self._gone: dict[str, _Mark] = {}
 
-    def new(self, present: list[Part]) -> list[Part]:
-        """Those of the files that are there which were not taken. A file that stays is not new when it changes."""
-        paths = {part.path for part in present}
-        for path in [path for path in self._here if path not in paths]:
+    def new(self, listing: Iterable[str]) -> list[Path]:
+        """The image files of a listing that were not taken, by name. A file that stays is not new when it changes.
+
+        Those that stay are not looked at: thousands may, and are listed several times a second.
+        """
+        present = set(listing)
+        for path in [path for path in self._here if path not in present]:
             self._gone[path] = self._here.pop(path)
-        for path in [path for path in self._gone if path in paths]:
-            again = _mark(path)
+        for path in [path for path in self._gone if path in present]:
+            again = _mark(Path(path))
             if self._gone.pop(path) == again:
                 self._here[path] = again
-        if present:
+        fresh = sorted(path for path in map(Path, present - self._here.keys()) if on_disk(path))
+        if self._here or fresh:
             for path in list(self._gone)[: max(0, len(self._gone) - self._remembered)]:
                 del self._gone[path]
-        return [part for part in present if part.path not in self._here]
+        return fresh
 
     def take(self, path: Path, mark: _Mark) -> None:
         """This file is taken."""
-        self._here[path] = mark
+        self._here[str(path)] = mark
 
 
 def _mark(path: Path) -> _Mark | None:
@@ -116,19 +146,22 @@ def _mark(path: Path) -> _Mark | None:
 
 
 def watching(config: FolderSource, seen: Seen) -> Iterator[Part | None]:
-    """New files once they have stopped growing between two looks; None: no more for now. `seen` is kept up to date."""
-    before: dict[Path, int] = {}
+    """New files once nobody has written to them between two looks; None: no more for now. `seen` is kept up to date.
+
+    The size alone does not tell: some writers set it first.
+    """
+    before: dict[Path, _Mark] = {}
     while True:
-        sizes: dict[Path, int] = {}
-        for part in seen.new(parts(config)):
-            if (mark := _mark(part.path)) is None:
+        marks: dict[Path, _Mark] = {}
+        for path in seen.new(_listing(config)):
+            if (mark := _mark(path)) is None:
                 continue
-            if before.get(part.path) == mark[0]:
-                seen.take(part.path, mark)
-                yield part
+            if before.get(path) == mark:
+                seen.take(path, mark)
+                yield _part(path)
             else:
-                sizes[part.path] = mark[0]
-        before = sizes
+                marks[path] = mark
+        before = marks
         yield None
 
 

@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 from andon.runtime.errors import ConfigError, SourceError
+from andon.runtime.images import on_disk
 from andon.runtime.lineconfig import CameraConfig, CsiSource, UsbSource
 from andon.runtime.slot import LanePolicy, Missed, Slots, Trigger
 from andon.runtime.source import EndOfSource, Shot, make_source
@@ -336,6 +337,57 @@ def test_a_file_under_the_name_of_one_that_was_consumed_is_new(
     assert looks(source, 4) == ["part000"], "the same picture, put back to be judged again"
 
 
+def test_a_file_whose_size_is_set_before_its_content_is_whole_when_nobody_writes(
+    tmp_path: Path, make_images: Callable[..., Path]
+) -> None:
+    content = (make_images(tmp_path / "whole", [70]) / "part000.png").read_bytes()
+    source = make_source("cam", camera({"kind": "folder", "path": tmp_path, "pattern": "*.png", "watch": True}))
+    source.open()
+    path = tmp_path / "part000.png"
+    with path.open("wb") as file:
+        file.truncate(len(content))
+        for position in range(0, len(content), 40):
+            before = path.stat().st_mtime_ns
+            while path.stat().st_mtime_ns == before:  # clocks of file systems are coarse
+                file.seek(position)
+                file.write(content[position : position + 40])
+                file.flush()
+            assert source.read(0.001) is None
+    shot = source.read(0.001)
+    assert shot is not None and int(shot.load()[0, 0, 0]) == 70
+    source.close()
+
+
+@pytest.mark.parametrize(
+    "pattern", ["**/*", "*", "*.png", "**/*.png", "part[01]*", "**/part00?.*", "*/*", "**/b/*", "a/**/*.png"]
+)
+def test_a_folder_gives_the_images_that_fit_the_pattern(
+    pattern: str, tmp_path: Path, make_images: Callable[..., Path]
+) -> None:
+    for folder in ("", "a", "a/b", ".hidden", "a-b"):
+        make_images(tmp_path / folder, [10, 20])
+        (tmp_path / folder / "part001.json").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "part009.png").symlink_to(tmp_path / "a" / "part000.png")
+    (tmp_path / "part008.png").symlink_to(tmp_path / "nothing")
+    (tmp_path / "part007.png").mkdir()
+    played = [shot.path for shot in play(camera({"kind": "folder", "path": tmp_path, "pattern": pattern}))]
+    assert played and played == [str(path) for path in sorted(tmp_path.glob(pattern)) if on_disk(path)]
+
+
+def test_files_that_were_taken_are_not_looked_at_again(
+    tmp_path: Path, make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their number grows for ever where nobody clears them away, and the folder is listed several times a second."""
+    folder = make_images(tmp_path, [10] * 8)
+    watch = watching(camera({"kind": "folder", "path": folder, "watch": True}).source, Seen())
+    assert sum(part is not None for part in itertools.islice(watch, 10)) == 8
+    looked: list[Any] = []
+    monkeypatch.setattr("andon.runtime.source.playlist.on_disk", looked.append)
+    monkeypatch.setattr("andon.runtime.source.playlist._mark", looked.append)
+    assert next(watch) is None and looked == []
+
+
 def test_what_was_consumed_is_not_remembered_for_ever(tmp_path: Path, make_images: Callable[..., Path]) -> None:
     folder = make_images(tmp_path, [10] * 8)
     seen = Seen(remembered=3)
@@ -344,7 +396,7 @@ def test_what_was_consumed_is_not_remembered_for_ever(tmp_path: Path, make_image
     for path in sorted(folder.iterdir())[:6]:
         path.unlink()
     assert next(watch) is None
-    assert sorted(path.name for path in seen._gone) == ["part003.png", "part004.png", "part005.png"]
+    assert sorted(Path(path).name for path in seen._gone) == ["part003.png", "part004.png", "part005.png"]
 
 
 # -- the camera thread -------------------------------------------------------------------------------------------------
