@@ -334,7 +334,7 @@ class OutboxConfig(Settings):
     max_bytes: int = Field(
         default=256 * 2**20, ge=2**16, description="Payload bytes kept; the oldest go first, counted"
     )
-    max_age: Seconds = Field(default=7 * 86400, description="Seconds a message is kept undelivered")
+    max_age: Seconds = Field(default=7 * 86400, description="Seconds of running a message is kept undelivered")
     inflight: int = Field(default=64, ge=1, le=65535, description="Messages offered and not yet acknowledged")
 
 

@@ -4,7 +4,8 @@ One writer thread owns the write connection and commits everything that waits in
 lone message is not delayed and a burst costs one fsync. A message leaves the file only after the broker's PUBACK.
 When the disk refuses, messages stay in a bounded memory tail, are offered from there, and the commit is retried.
 
-Order is the order of `put`, kept by an integer key; the wall clock only serves the age cap and may jump.
+Order is the order of `put`, kept by an integer key. Ages count the time that the outbox was open; no clock that is set,
+or wrong at a start, makes a message old.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Outbox:
 
     Args:
         path: SQLite file; its folder is made.
-        max_bytes, max_age: caps on payload bytes and seconds; beyond them the oldest go, counted.
+        max_bytes, max_age: caps on payload bytes and seconds of running; beyond them the oldest go, counted.
         memory_bytes: cap on what is not yet committed, for a disk that refuses.
         event: called as (what, text) on `set_aside`, `degraded`, `recovered`, `dropped`; by the writer thread or open.
 
@@ -89,12 +90,13 @@ class Outbox:
         memory_bytes: int = 64 * 2**20,
         event: Event | None = None,
         wall: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
     ):
         self.path = Path(path)
         self._caps = (max_bytes, max_age)
         self._memory_bytes = memory_bytes
         self._event = event or (lambda what, text: None)
-        self._file = OutboxFile(self.path, wall)
+        self._file = OutboxFile(self.path, wall, monotonic)
         self._lock = threading.Condition()
         self._tail: dict[int, Stored] = {}
         self._tail_bytes = 0

@@ -24,8 +24,6 @@ CREATE TABLE message (
 CREATE INDEX message_order ON message (camera, kind, key);
 CREATE TABLE state (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 """
-#: A wall clock that departs from the monotonic one by more than this was set, not drifting.
-_JUMP = 30.0
 #: Pages of 4 KiB in the write-ahead log before it is folded into the file, and the bytes kept free for doing so when
 #: the disk is full.
 _LOG_PAGES, _RESERVE = 128, 2**20
@@ -44,15 +42,17 @@ class OutboxFile:
         set_aside: where a damaged file went, None when there was none.
     """
 
-    def __init__(self, path: Path, wall: Callable[[], float] = time.time):
+    def __init__(
+        self, path: Path, wall: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic
+    ):
         self._path = path
         self._reserve = path.with_name(path.name + ".reserve")
-        self._wall = wall
+        self._monotonic = monotonic
         self._writer: sqlite3.Connection | None = None
         self._reader: sqlite3.Connection | None = None
         self._read_lock = threading.Lock()
         self._lock_file: IO[str] | None = None
-        self._base = (wall(), time.monotonic())
+        self._base = (wall(), monotonic())  # the clock of ages and the monotonic one at one moment, see _now
         self.count = self.bytes = self.dropped = self.last_key = 0
         self.last_id = ""
         self.set_aside: str | None = None
@@ -118,6 +118,9 @@ class OutboxFile:
             self._writer.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
         row = self._writer.execute("SELECT COUNT(*), COALESCE(SUM(size), 0), COALESCE(MAX(key), 0) FROM message")
         self.count, self.bytes, self.last_key = row.fetchone()
+        youngest = self._writer.execute("SELECT stored FROM message ORDER BY key DESC LIMIT 1").fetchone()
+        if youngest is not None:
+            self._base = (youngest[0], self._monotonic())
         self.dropped = int(self._state("dropped") or 0)
         self.last_id = (self._state("last_id") or b"").decode()
         self._reader = self._connect()
@@ -148,7 +151,7 @@ class OutboxFile:
             self.open()
         writer = self._writer
         assert writer is not None  # open() connected or raised
-        now = self._now(writer)
+        now = self._now()
         writer.execute("BEGIN IMMEDIATE")
         try:
             writer.executemany(
@@ -224,16 +227,14 @@ class OutboxFile:
             size -= length
         return lost
 
-    def _now(self, writer: sqlite3.Connection) -> float:
-        """Wall time that never jumps: when the clock was set, the stored times are moved along with it."""
-        elapsed = self._base[0] + time.monotonic() - self._base[1]
-        jump = self._wall() - elapsed
-        if abs(jump) < _JUMP:
-            return elapsed
-        log.warning("the wall clock was set by %+.0f s; ages of waiting messages are kept", jump)
-        writer.execute("UPDATE message SET stored = stored + ?", (jump,))
-        self._base = (self._wall(), time.monotonic())
-        return self._base[0]
+    def _now(self) -> float:
+        """Seconds on the clock that messages are stored by: it goes on only while an outbox is open.
+
+        It starts at the wall clock, and where messages wait, at the time the youngest was stored. The wall clock is not
+        asked again: it may be wrong until the network is there, and a jump must age no message, within a run or between
+        two. The youngest by key, because earlier versions went by the wall clock, be it set back between their runs.
+        """
+        return self._base[0] + self._monotonic() - self._base[1]
 
     def fetch(self, cameras: Sequence[str], kind: str, after: int, limit: int) -> list[Row]:
         """Rows of these cameras above a key, oldest first; none while the file cannot be opened."""
@@ -254,10 +255,9 @@ class OutboxFile:
         return bytes(rows[0][0]) if rows else None
 
     def oldest_age(self) -> float:
-        """Seconds that the oldest message has waited; 0 when there is none."""
+        """Seconds of running that the oldest message has waited; 0 when there is none."""
         rows = self._read("SELECT stored FROM message ORDER BY key LIMIT 1", ())
-        elapsed = self._base[0] + time.monotonic() - self._base[1]
-        return max(0.0, elapsed - rows[0][0]) if rows else 0.0
+        return max(0.0, self._now() - rows[0][0]) if rows else 0.0
 
     def _read(self, query: str, values: tuple[Any, ...]) -> list[Any]:
         with self._read_lock:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from andon.runtime.errors import DeliveryError
@@ -104,19 +105,84 @@ def test_byte_cap_drops_the_oldest_and_counts_them(tmp_path: Path) -> None:
         assert outbox.stats().dropped == stats.dropped, "the count outlives the process"
 
 
+class Clocks:
+    """The wall clock, which anybody may set, and the monotonic one."""
+
+    def __init__(self, wall: float = 1.7e9):
+        self.wall, self.monotonic = wall, 1000.0
+
+    def run(self, seconds: float) -> None:
+        self.wall += seconds
+        self.monotonic += seconds
+
+    def restart(self, off: float) -> None:
+        self.wall += off
+        self.monotonic = 5.0  # since the boot
+
+    def open(self, path: Path) -> Outbox:
+        return Outbox(path, max_age=3600, wall=lambda: self.wall, monotonic=lambda: self.monotonic)
+
+
+YEAR = 365 * 86400.0
+
+
 def test_age_cap_goes_by_time_passed_not_by_the_clock(tmp_path: Path) -> None:
-    clock = [1e9]
-    with Outbox(tmp_path / "o.db", max_age=3600, wall=lambda: clock[0]) as outbox:
+    clocks = Clocks()
+    with clocks.open(tmp_path / "o.db") as outbox:
         fill(outbox, 3)
-        clock[0] += 10 * 365 * 86400  # the clock is set while we run: nothing has aged
+        clocks.wall += 10 * YEAR  # the clock is set while we run: nothing has aged
         fill(outbox, 2)
-        clock[0] -= 20 * 365 * 86400
+        clocks.wall -= 20 * YEAR
+        clocks.run(1800)
         fill(outbox, 1)
-        assert len(waiting(outbox)) == 6 and outbox.stats().oldest_age_s < 60
-    clock[0] += 7200  # two hours pass while we are off
-    with Outbox(tmp_path / "o.db", max_age=3600, wall=lambda: clock[0]) as outbox:
+        assert len(waiting(outbox)) == 6 and outbox.stats().oldest_age_s == 1800
+    clocks.restart(off=7200)
+    with clocks.open(tmp_path / "o.db") as outbox:
         fill(outbox, 1)
-        assert len(waiting(outbox)) == 1 and outbox.stats().dropped == 6
+        assert len(waiting(outbox)) == 7 and outbox.stats().oldest_age_s == 1800
+        clocks.run(1801)
+        fill(outbox, 1)
+        assert len(waiting(outbox)) == 3 and outbox.stats().dropped == 5
+
+
+def test_what_was_judged_under_a_wrong_clock_is_kept_at_the_next_start(tmp_path: Path) -> None:
+    """A computer without a battery for its clock boots in 1970 and loses power before the network is there."""
+    clocks = Clocks(wall=60.0)
+    with clocks.open(tmp_path / "o.db") as outbox:
+        keys = fill(outbox, 5)
+    clocks.restart(off=50 * YEAR)
+    with clocks.open(tmp_path / "o.db") as outbox:
+        keys += fill(outbox, 5)
+        clocks.wall = 60.0
+        keys += fill(outbox, 5)
+    clocks.restart(off=0.0)
+    with clocks.open(tmp_path / "o.db") as outbox:
+        fill(outbox, 1)
+        assert [m.key for m in waiting(outbox)][:-1] == keys and outbox.stats().dropped == 0
+
+
+@pytest.mark.parametrize(
+    "stored", ["60.0 + key", "4e9 + key", "1.7e9 - 600 + key", "CASE WHEN key > 5 THEN 60.0 ELSE 1.7e9 END"]
+)
+def test_a_file_of_an_earlier_version_loses_nothing_whatever_clock_it_went_by(tmp_path: Path, stored: str) -> None:
+    """They stored the wall clock's time; one that was set back between two runs stands behind a greater one."""
+    clocks = Clocks()
+    with clocks.open(tmp_path / "o.db") as outbox:
+        keys = fill(outbox, 10)
+    with sqlite3.connect(tmp_path / "o.db") as connection:
+        connection.execute(f"UPDATE message SET stored = {stored}")
+    for off in (86400, -2 * YEAR, 30 * YEAR):
+        clocks.restart(off)
+        with clocks.open(tmp_path / "o.db") as outbox:
+            keys += fill(outbox, 1)
+            assert [m.key for m in waiting(outbox)] == keys and outbox.stats().dropped == 0
+            outbox.done(waiting(outbox)[:3])
+            del keys[:3]
+    clocks.restart(0.0)
+    with clocks.open(tmp_path / "o.db") as outbox:
+        clocks.run(3601)
+        keys = fill(outbox, 1)
+        assert [m.key for m in waiting(outbox)] == keys, "and they age from here on"
 
 
 def test_states_are_kept(tmp_path: Path) -> None:
@@ -241,6 +307,21 @@ def test_full_disk(small_disk: Path, eventually: Callable[..., None]) -> None:
         assert [m.key for m in waiting(outbox)] == keys[2000:]
 
 
+def test_a_clock_that_is_set_writes_nothing_on_a_nearly_full_disk(
+    small_disk: Path, eventually: Callable[..., None]
+) -> None:
+    clocks = Clocks()
+    with clocks.open(small_disk / "o.db") as outbox:
+        fill(outbox, 3000, size=500)
+        clocks.wall += 3600
+        fill(outbox, 1)
+        assert outbox.stats().degraded is None
+        outbox.done(waiting(outbox))
+        eventually(lambda: outbox._file.count == 0)
+    with clocks.open(small_disk / "o.db") as outbox:
+        assert waiting(outbox) == [], "what was acknowledged is not sent again"
+
+
 def test_memory_is_bounded_while_the_disk_refuses(tmp_path: Path, eventually: Callable[..., None]) -> None:
     with Outbox(tmp_path / "o.db", memory_bytes=10_000) as outbox:
         commit = outbox._file.commit
@@ -264,21 +345,37 @@ def test_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 
 
 class OutboxMachine(RuleBasedStateMachine):
-    """Put, acknowledge in any order, restart: what waits is what was put and not acknowledged, in order."""
+    """Put, acknowledge in any order, restart, set the clock: what waits is what was put and not acknowledged, in order.
+
+    Only what was in an open outbox for longer than the age cap may be missing.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.patch = patch("andon.runtime.outbox._HOUSEKEEPING", 3600.0)  # the caps are enforced with each message only
+        self.patch.start()
         self.folder = tempfile.TemporaryDirectory()
-        self.outbox = Outbox(Path(self.folder.name) / "o.db").open()
+        self.clocks = Clocks()
+        self.outbox = self.clocks.open(Path(self.folder.name) / "o.db").open()
         self.ids = Ids()
         self.expected: dict[int, bytes] = {}
+        self.aged: dict[int, float] = {}
 
     @rule(payload=st.binary(max_size=300), camera=st.sampled_from(["a", "b"]))
     def put(self, payload: bytes, camera: str) -> None:
         key = self.outbox.put(camera, "verdict", self.ids.next(), payload)
         assert self.outbox.wait(key, 10)
         assert not self.expected or key > max(self.expected)
-        self.expected[key] = payload
+        self.expected[key], self.aged[key] = payload, 0.0
+
+    @rule(seconds=st.floats(0, 2000))
+    def run(self, seconds: float) -> None:
+        self.clocks.run(seconds)
+        self.aged = {key: age + seconds for key, age in self.aged.items()}
+
+    @rule(wall=st.floats(0, 4e9))
+    def set_clock(self, wall: float) -> None:
+        self.clocks.wall = wall
 
     @rule(data=st.data())
     def acknowledge(self, data: st.DataObject) -> None:
@@ -288,14 +385,18 @@ class OutboxMachine(RuleBasedStateMachine):
             for key in keys:
                 del self.expected[key]
 
-    @rule()
-    def restart(self) -> None:
+    @rule(off=st.floats(0, 2 * YEAR))
+    def restart(self, off: float) -> None:
         self.outbox.close()
-        self.outbox = Outbox(Path(self.folder.name) / "o.db").open()
+        self.clocks.restart(off)
+        self.outbox = self.clocks.open(Path(self.folder.name) / "o.db").open()
 
     @invariant()
     def exactly_what_waits(self) -> None:
         found = self.outbox.fetch(["a", "b"], "verdict", 0, 10_000)
+        for key in self.expected.keys() - {m.key for m in found}:
+            assert self.aged[key] > 3600, "dropped before its time"
+            del self.expected[key]
         assert [(m.key, m.payload) for m in found] == sorted(self.expected.items())
         small = self.outbox.fetch(["a", "b"], "verdict", 0, 2)
         assert small == found[:2]
@@ -307,6 +408,7 @@ class OutboxMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.outbox.close()
+        self.patch.stop()
         self.folder.cleanup()
 
 
