@@ -392,6 +392,7 @@ class LineApp:
             "reason": health.reason,
             "acknowledged": health.acknowledged,
             "too_large": health.too_large,
+            "pictures_skipped": health.pictures_skipped,
             "outbox": vars(health.outbox),
         }
 

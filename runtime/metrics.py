@@ -125,6 +125,11 @@ def _delivery(delivery: Mapping[str, Any]) -> Iterator[Metric]:
     yield CounterMetricFamily(
         "andon_mqtt_too_large", "Not sent, larger than the broker takes; pictures too", value=delivery["too_large"]
     )
+    yield CounterMetricFamily(
+        "andon_mqtt_pictures_skipped",
+        "Not sent, the connection is slower than they come",
+        value=delivery["pictures_skipped"],
+    )
     yield CounterMetricFamily("andon_mqtt_acknowledged", "Taken by the broker", value=delivery["acknowledged"])
 
 

@@ -63,6 +63,11 @@ class DeliveryHealth:
         return sum(link.too_large for link in self.links.values())
 
     @property
+    def pictures_skipped(self) -> int:
+        """Pictures of this run that were not sent because the connection was slower than they came."""
+        return sum(link.pictures_skipped for link in self.links.values())
+
+    @property
     def reason(self) -> str:
         """Why not, or which topics are refused; empty when all is well."""
         for link in self.links.values():
@@ -205,10 +210,13 @@ class Delivery:
             publisher.send(Direct("metrics", dumps(document), qos=0))
 
     def picture(self, camera: str, identifier: str, jpeg: bytes) -> None:
-        """Publish the picture of a verdict on ``<camera>/evidence/<id>`` (QoS 0): sent if the connection is up."""
+        """Publish the picture of a verdict on ``<camera>/evidence/<id>`` (QoS 0), from one thread.
+
+        Sent if the connection is up and takes pictures as fast as they come; verdicts do not wait for them.
+        """
         publisher = self._publishers.get(camera)
         if publisher is not None:
-            publisher.send(Direct(f"evidence/{identifier}", jpeg, qos=0))
+            publisher.picture(Direct(f"evidence/{identifier}", jpeg, qos=0))
 
     def announce(self, camera: str | None = None) -> None:
         """Publish status and alarms again, because something in them has changed."""

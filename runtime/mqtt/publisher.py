@@ -28,6 +28,8 @@ _STEADY = 5.0
 #: So many short connections in a row are no accident.
 _SUSPICIOUS = 3
 _DIRECT = 256
+#: Pictures that wait for the connection; more do where it is slower than they come, and would only grow old.
+_PICTURES = 8
 #: Why a connection is down while its first attempt has not been answered.
 NOT_YET = "not connected yet"
 
@@ -38,6 +40,7 @@ class LinkState:
 
     refused: topic and reason, for topics whose messages the broker does not take at the moment.
     too_large: messages of this run that were not sent because they exceed what the broker takes.
+    pictures_skipped: pictures of this run that were not sent because the connection was slower than they came.
     """
 
     connected: bool = False
@@ -47,6 +50,7 @@ class LinkState:
     attempts: int = 0
     refused: tuple[tuple[str, str], ...] = ()
     too_large: int = 0
+    pictures_skipped: int = 0
 
 
 class Publisher:
@@ -80,6 +84,8 @@ class Publisher:
         self._refused: dict[str, str] = {}
         self._said_too_large: set[tuple[str, int]] = set()
         self._direct: deque[Direct] = deque(maxlen=_DIRECT)
+        self._pictures: deque[Direct] = deque()
+        self._pictures_skipped = 0
         self._state = LinkState(since=time.monotonic())
         self._announce = False
         self._up_at = 0.0
@@ -95,7 +101,7 @@ class Publisher:
     @property
     def state(self) -> LinkState:
         """A snapshot."""
-        return self._state
+        return replace(self._state, pictures_skipped=self._pictures_skipped)
 
     def start(self) -> None:
         """Start the thread; it connects by itself and never gives up."""
@@ -134,6 +140,21 @@ class Publisher:
         if self._state.connected or (message.qos and not message.retain):
             self._direct.append(message)
             self.wake()
+
+    def picture(self, message: Direct) -> None:
+        """Queue a picture, from one thread: dropped while the broker is away, skipped and counted while many wait."""
+        if not self._state.connected:
+            return
+        if len(self._pictures) < _PICTURES:
+            self._pictures.append(message)
+            self.wake()
+            return
+        if not self._pictures_skipped:
+            log.warning(
+                "%s: the connection is slower than the pictures come; those that are skipped are counted",
+                self._client_id,
+            )
+        self._pictures_skipped += 1
 
     def announce(self) -> None:
         """Publish status and alarms again; while disconnected the next connect does it anyway."""
@@ -179,8 +200,8 @@ class Publisher:
             while not self._stop.is_set():
                 self._turn(session)
             deadline = time.monotonic() + self._drain
-            while time.monotonic() < deadline and not (session.idle and not self._direct):
-                session.step(0.05, self._direct)
+            while time.monotonic() < deadline and not (session.idle and not self._direct and not self._pictures):
+                session.step(0.05, self._direct, self._pictures)
             session.farewell(1.0)
             self._state = replace(self._state, connected=False, reason="stopped", since=time.monotonic())
         finally:
@@ -191,7 +212,7 @@ class Publisher:
         if self._announce:
             self._announce = False
             session.announce()
-        session.step(1.0, self._direct)
+        session.step(1.0, self._direct, self._pictures)
         try:
             os.read(self._wake_read, 4096)
         except BlockingIOError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import selectors
+import socket
 import ssl
 import time
 from collections import deque
@@ -31,6 +32,8 @@ KINDS = ("alarm", "verdict")
 MAX_COMMAND = 65536
 #: No broker has a limit below so many bytes that we would want to know of.
 HEAVY = 2048
+#: Bytes that the kernel takes beyond what it can send, or a picture would be "sent" and in a verdict's way for seconds.
+_UNSENT = 16384
 
 
 class Lost(Exception):
@@ -149,6 +152,8 @@ class Session:
             )
         except (OSError, ssl.SSLError, ValueError) as error:
             raise Lost(explain(error, self._broker)) from error
+        if (option := getattr(socket, "TCP_NOTSENT_LOWAT", None)) is not None:
+            self._socket().setsockopt(socket.IPPROTO_TCP, option, _UNSENT)
         self._selector.register(self._wake, selectors.EVENT_READ)
         self._wait_for(lambda: self._connack is not None, stop)
         if self._connack is None:
@@ -183,8 +188,10 @@ class Session:
         self._owed[f"{self._topic}/status"] = lambda: self._hooks.status(self._state)
         self._owed[f"{self._topic}/alarm"] = self._hooks.alarm
 
-    def step(self, timeout: float, direct: deque[Direct]) -> None:
+    def step(self, timeout: float, direct: deque[Direct], pictures: deque[Direct]) -> None:
         """Send what may be sent, then wait up to ``timeout`` seconds for the broker or for something new.
+
+        A picture is sent when nothing that was to be sent before is still here, so a verdict waits for one at most.
 
         Raises:
             Lost: the connection has ended.
@@ -193,6 +200,8 @@ class Session:
         while direct and len(self._flying) < self._window:
             self.send(direct.popleft())
         self._offer()
+        while pictures and not self._client.want_write():
+            self.send(pictures.popleft())
         waits = [wait for stream in self._streams.values() if (wait := stream.wait) is not None]
         self._turn(min([timeout, *waits]))
         if self._acked:
@@ -228,7 +237,7 @@ class Session:
         with contextlib.suppress(Lost):
             deadline = time.monotonic() + timeout
             while (self._owed or self._flying) and time.monotonic() < deadline:
-                self.step(0.1, deque())
+                self.step(0.1, deque(), deque())
             if status not in self._owed:
                 self._client.disconnect()
 

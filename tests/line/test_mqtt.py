@@ -347,6 +347,63 @@ def test_a_picture_larger_than_the_broker_takes_is_skipped_and_counted(
     assert sum("is not sent: the broker takes at most 4000" in text for text in caplog.messages) == 1
 
 
+class Dam:
+    """A way to the broker that lets nothing through to it while it is shut, and holds only some kB."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self.open = threading.Event()
+        self.open.set()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        near = self._listener.accept()[0]
+        far = socket.create_connection(("127.0.0.1", self._port))
+        threading.Thread(target=self._pump, args=(far, near, None), daemon=True).start()
+        self._pump(near, far, self.open)
+
+    def _pump(self, source: socket.socket, target: socket.socket, gate: threading.Event | None) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(4096):
+                if gate is not None:
+                    gate.wait()
+                target.sendall(data)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_RDWR)
+
+
+def test_pictures_on_a_slow_connection_are_skipped_and_do_not_hold_up_verdicts(
+    line: Any, broker: EmbeddedBroker, make_consumer: Any, eventually: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    dam, size = Dam(broker.port), 300_000
+    arrived: list[str] = []
+    with make_consumer(broker.port) as consumer, line(dam.port) as running:
+        for kind in ("evidence/#", "verdict"):
+            consumer.client.message_callback_add(
+                f"+/+/+/+/+/+/{kind}", lambda *got, kind=kind: arrived.append(kind.partition("/")[0])
+            )
+        assert running.delivery.wait_connected(10)
+        eventually(lambda: running.outbox.stats().messages == 0 and bool(consumer.of("alarm")))
+        dam.open.clear()
+        sent = 0
+        while running.delivery.health().pictures_skipped < 20:
+            running.delivery.picture("cam0", str(sent), bytes(size))
+            sent += 1
+            assert sent < 200, "they pile up"
+        running.send(3)
+        assert running.outbox.wait(3, 10)
+        dam.open.set()
+        eventually(lambda: arrived.count("verdict") == 3)
+        assert arrived.index("verdict") <= 2, "pictures before the first verdict"
+        kept = sent - running.delivery.health().pictures_skipped
+        eventually(lambda: arrived.count("evidence") == kept)
+        assert kept <= 10
+    assert sum("slower than the pictures come" in text for text in caplog.messages) == 1
+
+
 @pytest.mark.parametrize(("setting", "protocol", "told"), LIMITS)
 def test_a_verdict_larger_than_the_broker_takes_is_dropped_and_said(
     line: Any, make_consumer: Any, eventually: Any, setting: str, protocol: str, told: bool
