@@ -45,6 +45,7 @@ from .startup import (
     effective,
     open_bundle,
     pick_variant,
+    sole_user,
     state_folder,
 )
 from .summary import closing_summary
@@ -141,6 +142,7 @@ class LineApp:
             stack.enter_context(Signals(self._events))
             bundle = stack.enter_context(open_bundle(self.config))
             self.bundle_path = bundle.path
+            stack.enter_context(sole_user(self.folder))
             self.overrides = Overrides(self.folder)
             stack.callback(self.overrides.close)
             self.state.section("overrides", self.overrides.describe)

@@ -81,8 +81,8 @@ class OutboxFile:
             raise DeliveryError(
                 f"the outbox {self._path} is in use",
                 found="another process holds it",
-                expected="one `andon run` per state folder",
-                next_step="stop the other process, or give this line its own 'state' folder",
+                expected="one `andon run` per outbox",
+                next_step="stop the other process, or give this line its own 'outbox.path'",
             ) from error
 
     def open(self) -> None:

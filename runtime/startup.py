@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import queue
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +124,36 @@ def state_folder(config: LineConfig, file: Path) -> Path:
     """Where outbox, overrides and memory live."""
     named = config.state or os.environ.get("STATE_DIRECTORY")
     return Path(named) if named else file.absolute().parent / "state"
+
+
+@contextmanager
+def sole_user(folder: Path) -> Iterator[None]:
+    """Hold the state folder, made if missing, for this run alone: overrides, memory and alarms have one writer.
+
+    Raises:
+        ConfigError: the folder cannot be used, or another run holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "run.lock").open("w")
+    except OSError as error:
+        raise ConfigError(
+            f"the state folder {folder} cannot be used",
+            found=error,
+            expected="a folder that this user may write",
+            next_step="set 'state' in the line configuration, or $STATE_DIRECTORY",
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"the state folder {folder} is in use",
+                found=f"another process holds it ({error.strerror})",
+                expected="one `andon run` per state folder",
+                next_step="stop the other process, or give this line its own 'state' folder",
+            ) from error
+        yield
 
 
 def alarm_rule(config: AlarmConfig) -> AlarmRule:

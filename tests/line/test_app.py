@@ -28,7 +28,7 @@ from andon.runtime.app import LineApp
 from andon.runtime.broker import EmbeddedBroker
 from andon.runtime.bundle import Bundle
 from andon.runtime.engine.select import open_backend
-from andon.runtime.errors import AndonError, EngineError
+from andon.runtime.errors import AndonError, ConfigError, EngineError
 from andon.runtime.linestate import LineState
 from andon.runtime.outbox import Outbox
 from andon.runtime.source.camera import Camera
@@ -382,6 +382,18 @@ def test_a_reload_to_a_source_that_waits_for_the_judge_loses_no_part(
 
     consumer.until(judged)
     assert {(verdict["label"], verdict["reason"]) for verdict in parts} == {("OK", parts[0]["reason"])}
+
+
+def test_two_lines_do_not_share_a_state_folder(start_line: Callable[..., Line], bundle: Path, make_line: Any) -> None:
+    """Each would overwrite the other's overrides and memory, whatever outbox it has."""
+    camera = {"cam0": {"source": LIVE, "product": "mono"}}
+    line = start_line(camera, outbox={"path": "one.db"})
+    other = make_line(camera, bundle=str(bundle), outbox={"path": "two.db"})
+    with pytest.raises(ConfigError, match="state is in use"):
+        LineApp(Options(config=other, backend="onnxruntime", max_frames=1)).run()
+    line.app.stop()
+    line.thread.join(20)
+    assert LineApp(Options(config=other, backend="onnxruntime", max_frames=1)).run()["frames"] == 1
 
 
 def test_a_reload_to_another_product_forgets_the_verdicts_of_the_one_before(
