@@ -364,6 +364,8 @@ class LineApp:
 
     def _camera_state(self, state: CameraState) -> None:
         """Called by camera threads: publish, and let the alarm board know, on the thread that owns it."""
+        if state is not self.cameras[state.camera].state:  # of one that was replaced and lets go late
+            return
         self.state.camera(state)
         down = state.state in ("down", "failed")
         self._condition(state.camera, "camera", down, state.detail.partition("\n")[0])

@@ -29,8 +29,10 @@ from andon.runtime.broker import EmbeddedBroker
 from andon.runtime.bundle import Bundle
 from andon.runtime.engine.select import open_backend
 from andon.runtime.errors import AndonError, ConfigError, EngineError
+from andon.runtime.lineconfig import CameraConfig
 from andon.runtime.linestate import LineState
 from andon.runtime.outbox import Outbox
+from andon.runtime.source import Shot, make_source
 from andon.runtime.source.camera import Camera
 from andon.runtime.startup import Options
 from andon.runtime.summary import _NEXT
@@ -382,6 +384,48 @@ def test_a_reload_to_a_source_that_waits_for_the_judge_loses_no_part(
 
     consumer.until(judged)
     assert {(verdict["label"], verdict["reason"]) for verdict in parts} == {("OK", parts[0]["reason"])}
+
+
+class Clinging:
+    """A source that is live and lets go only when it may."""
+
+    def __init__(self) -> None:
+        self.may = threading.Event()
+
+    def check(self) -> str:
+        return "clinging"
+
+    def open(self) -> None:
+        pass
+
+    def read(self, timeout: float) -> Shot | None:
+        time.sleep(timeout)
+        return Shot(load=lambda: np.zeros((8, 8, 3), np.uint8))
+
+    def close(self) -> None:
+        assert self.may.wait(20)
+
+
+@pytest.mark.parametrize("new", ["live", "down"])
+def test_a_source_that_lets_go_late_says_nothing_of_the_one_that_replaced_it(
+    start_line: Callable[..., Line], eventually: Any, monkeypatch: pytest.MonkeyPatch, new: str
+) -> None:
+    monkeypatch.setattr("andon.runtime.app.JOIN", 0.01)
+    app = start_line({"cam0": {"source": LIVE, "product": "mono"}}).app
+    source = Clinging()
+    app.replace_source("cam0", source)
+    eventually(lambda: app.cameras["cam0"].state.state == "live")
+    old = app.cameras["cam0"]
+    broken = {"kind": "gstreamer", "pipeline": "filesrc location=nothing.png ! pngdec"}
+    settings = CameraConfig.model_validate({"source": LIVE if new == "live" else broken, "product": "mono"})
+    app.replace_source("cam0", make_source("cam0", settings))
+    eventually(lambda: app.cameras["cam0"].state.state == new)
+    eventually(lambda: app.state.snapshot()["cameras"]["cam0"]["source"]["state"] == new)
+    source.may.set()
+    assert old.join(20) and old.state.state == "stopped"
+    assert app.state.snapshot()["cameras"]["cam0"]["source"]["state"] == new
+    alarms = app.worker.call(lambda: [(alarm.kind, alarm.state) for alarm in app.boards["cam0"].active])
+    assert alarms == ([] if new == "live" else [("camera", "raised")])
 
 
 def test_two_lines_do_not_share_a_state_folder(start_line: Callable[..., Line], bundle: Path, make_line: Any) -> None:

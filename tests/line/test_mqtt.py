@@ -601,18 +601,19 @@ def test_command_repeated_by_id_is_answered_but_not_executed(commanded: Any) -> 
 
 
 def test_a_command_that_found_the_line_busy_is_executed_when_it_comes_again() -> None:
-    free, answers, parts = threading.Event(), queue.SimpleQueue[dict[str, Any]](), []
+    free, answers, done = threading.Event(), queue.SimpleQueue[dict[str, Any]](), []
 
-    def trigger(camera: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    def acknowledge(camera: str, arguments: dict[str, Any]) -> dict[str, Any]:
         free.wait(20)
-        parts.append(arguments["part_id"])
+        done.append(camera)
         return {}
 
-    def send(number: int) -> None:
-        payload = f'{{"id":"{number}","part_id":"A-{number}"}}'.encode()
-        commands.receive("cam0", "trigger", payload, False, lambda name, answer: answers.put(json.loads(answer)))
+    def send(number: int) -> None:  # each for a camera of its own, or there were too many of one
+        payload = f'{{"id":"{number}","by":"Ada"}}'.encode()
+        camera = f"cam{number}"
+        commands.receive(camera, "acknowledge", payload, False, lambda name, answer: answers.put(json.loads(answer)))
 
-    commands = Commands({"trigger": trigger})
+    commands = Commands({"acknowledge": acknowledge})
     commands.start()
     sent = 0
     while answers.empty():  # one is executed, the queue takes so many, and then it is full
@@ -626,7 +627,7 @@ def test_a_command_that_found_the_line_busy_is_executed_when_it_comes_again() ->
     send(sent - 1)
     assert answers.get(timeout=20)["ok"]
     commands.stop()
-    assert parts == [f"A-{number}" for number in range(sent)]
+    assert done == [f"cam{number}" for number in range(sent)]
 
 
 @pytest.mark.parametrize(
