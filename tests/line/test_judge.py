@@ -128,6 +128,8 @@ def test_unknown_product_is_unknown(make_judge: Callable[..., Judge]) -> None:
     assert (verdict.label, verdict.reason, verdict.product) == ("UNKNOWN", "wrong_product", "nut")
     auto = judge.judge(frame(picture(60), product=None)).verdict
     assert (auto.label, auto.reason) == ("UNKNOWN", "wrong_product"), "auto, and the bundle has no classifier"
+    never = judge.unknown(missed(frame(picture(1), product="auto"), "no_frame", "a trigger behind `product` auto"))
+    assert never.verdict.product is None
     with pytest.raises(ProductError, match="nut"):
         make_judge(product="nut")
 
