@@ -25,6 +25,7 @@ from .overrides import Overrides
 from .program import Program
 from .regions import Box, clip_roi, find_regions
 from .slot import Missed
+from .startup import require_product
 from .types import Frame, Label, Region, Verdict
 
 log = logging.getLogger(__name__)
@@ -162,6 +163,15 @@ class Judge:
                 bundle.class_index(camera.product)
         for product in settings.thresholds:
             bundle.class_index(product)
+        for name, product in self._overrides.products.items():
+            try:
+                if name in cameras:
+                    require_product(name, cameras[name], product, bundle)
+            except AndonError as error:  # judged as the configuration's product, a part could wrongly be OK
+                log.error(
+                    "product %s of %s by command cannot be judged (%s): send the command product again",
+                    product, name, error.what,
+                )  # fmt: skip
         self._cameras, self._settings = cameras, settings
         for product in bundle.manifest.classes:
             self._use_threshold(product)
@@ -186,12 +196,13 @@ class Judge:
 
         Raises:
             ProductError: unknown product.
-            ConfigError: no such camera, or it cannot be written; nothing has changed.
+            ConfigError: no such camera, `auto` of several products without a classifier, or it cannot be written;
+                nothing has changed.
         """
         if camera not in self._cameras:
             raise ConfigError(f"no camera '{camera}'", found=camera, expected=", ".join(self._cameras))
-        if product not in (None, AUTO):
-            self.detector.bundle.class_index(str(product))
+        if product is not None:
+            require_product(camera, self._cameras[camera], product, self.detector.bundle)
         before = self.product_of(camera)
         self._overrides.set_product(camera, product, before, by)
         self._smooth.pop(camera, None)

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,6 +17,9 @@ from .errors import ConfigError
 from .verdict import timestamp
 
 log = logging.getLogger(__name__)
+
+#: The file in the state folder.
+FILE = "overrides.json"
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,41 @@ class ThresholdOverride:
     value: float
     model: str | None = None
     program: str | None = None
+
+    def fits(self, model: str | None, program: str | None) -> bool:
+        """Whether it is about the scores of this model and program."""
+        return self.model is not None and (self.model, self.program) == (model, program)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a state folder holds: product -> threshold, camera -> product."""
+
+    thresholds: Mapping[str, ThresholdOverride] = field(default_factory=dict)
+    products: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_overrides(folder: Path) -> Stored:
+    """What commands have set on the line with this state folder; writes nothing and needs no line.
+
+    Raises:
+        ConfigError: the file is damaged or cannot be read.
+    """
+    path = folder / FILE
+    try:
+        content = json.loads(path.read_bytes())
+        thresholds = {str(name): _threshold(entry) for name, entry in content["thresholds"].items()}
+        return Stored(thresholds, {str(k): str(v) for k, v in content["products"].items()})
+    except (FileNotFoundError, NotADirectoryError):
+        return Stored()
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise ConfigError(
+            f"{path} is damaged or cannot be read",
+            found=error,
+            expected="products and thresholds, as commands have set them",
+            next_step="see that this user may read it; a damaged one is set aside at the next start, and the commands "
+            "have to be sent again",
+        ) from error
 
 
 class Overrides:
@@ -47,7 +85,7 @@ class Overrides:
         Raises:
             ConfigError: the folder cannot be used.
         """
-        self._path = folder / "overrides.json"
+        self._path = folder / FILE
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._audit = AuditLog(folder / "audit.jsonl")
@@ -63,8 +101,7 @@ class Overrides:
         self._products: Mapping[str, str] = {}
         self._model: str | None = None
         self._program: str | None = None
-        if self._path.exists():
-            self._load()
+        self._load()
 
     @property
     def thresholds(self) -> MappingProxyType[str, float]:
@@ -147,7 +184,7 @@ class Overrides:
             log.error("the audit trail %s is not complete: %s", self._audit.path, error)
 
     def _fits(self, override: ThresholdOverride) -> bool:
-        return override.model is not None and (override.model, override.program) == (self._model, self._program)
+        return override.fits(self._model, self._program)
 
     def _save(self, what: str, thresholds: Mapping[str, ThresholdOverride], products: Mapping[str, str]) -> None:
         content = {"thresholds": {name: asdict(each) for name, each in thresholds.items()}, "products": products}
@@ -173,14 +210,13 @@ class Overrides:
 
     def _load(self) -> None:
         try:
-            content = json.loads(self._path.read_bytes())
-            self._thresholds = {str(name): _threshold(entry) for name, entry in content["thresholds"].items()}
-            self._products = {str(k): str(v) for k, v in content["products"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            stored = read_overrides(self._path.parent)
+            self._thresholds, self._products = stored.thresholds, stored.products
+        except ConfigError as error:
             aside = self._path.with_suffix(".damaged")
             self._path.replace(aside)
-            self._thresholds, self._products = {}, {}
-            log.error("%s is damaged (%s) and set aside as %s: nothing is overridden", self._path, error, aside.name)
+            found = error.found
+            log.error("%s is damaged (%s) and set aside as %s: nothing is overridden", self._path, found, aside.name)
         for camera, product in self._products.items():
             log.warning("product of %s is overridden by an earlier command: %s", camera, product)
 

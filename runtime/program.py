@@ -254,7 +254,7 @@ class Program:
             f"program {self.name} cannot tell the product by itself",
             found="product: auto",
             expected=f"one of {', '.join(self._manifest.classes)}",
-            next_step="give the product in the line configuration or with --product",
+            next_step="name it: the camera's product or the command product (a line), --product given (andon eval)",
         )
 
     def _execute(self, groups: tuple[Group, ...], class_index: int) -> None:

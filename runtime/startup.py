@@ -18,7 +18,7 @@ from .bundle import Bundle
 from .detector import AUTO
 from .engine.probe import require_tensorrt, tensorrt_missing
 from .errors import ConfigError, ProductError
-from .lineconfig import AlarmConfig, BrokerConfig, LineConfig, load_line
+from .lineconfig import AlarmConfig, BrokerConfig, CameraConfig, LineConfig, load_line
 from .manifest import Variant
 from .memory import require_memory
 from .wiring import wire
@@ -203,9 +203,8 @@ def require_products(config: LineConfig, bundle: Bundle) -> None:
                 expected=f"{classes} (the products of {bundle.path})",
                 next_step="name one of these in the configuration, or train on images of the new product",
             )
-    # A data set says each image's product.
-    autos = [name for name, each in config.cameras.items() if each.product == AUTO and each.source.kind != "dataset"]
-    if autos and len(bundle.manifest.classes) > 1 and bundle.manifest.outputs.logits is None:
+    autos = [name for name, each in config.cameras.items() if each.product == AUTO and not tells_product(each, bundle)]
+    if autos:
         raise ConfigError(
             f"product: auto of {', '.join(autos)}: the bundle has no classifier",
             found=AUTO,
@@ -218,6 +217,31 @@ def require_products(config: LineConfig, bundle: Bundle) -> None:
             found=f"a {bundle.manifest.method} bundle without one",
             expected="a bundle of several products that tells them by itself (hvq, hgad)",
             next_step="remove judge.check_product, or use such a bundle",
+        )
+
+
+def tells_product(camera: CameraConfig, bundle: Bundle) -> bool:
+    """Whether frames of the camera can be judged as `auto`: somebody says, or there is only one answer."""
+    manifest = bundle.manifest
+    in_data = camera.source.kind == "dataset"  # which says each image's product
+    return in_data or len(manifest.classes) == 1 or manifest.outputs.logits is not None
+
+
+def require_product(name: str, camera: CameraConfig, product: str, bundle: Bundle) -> None:
+    """Refuse a product by command that no frame of the camera could be judged as, as a start does in a configuration.
+
+    Raises:
+        ProductError: the bundle does not know it.
+        ConfigError: `auto`, and nothing tells the products apart.
+    """
+    if product != AUTO:
+        bundle.class_index(product)
+    elif not tells_product(camera, bundle):
+        raise ConfigError(
+            f"product auto of {name}: the bundle has no classifier",
+            found=AUTO,
+            expected=f"one of {', '.join(bundle.manifest.classes)}",
+            next_step="name one of these in the command product",
         )
 
 

@@ -39,8 +39,11 @@ def refusal(app: LineApp) -> AndonError | None:
     expected = "verdicts OK or NG"
     if total:
         reasons = app.state.reasons()
-        step = _NEXT[max(reasons, key=lambda reason: reasons[reason])]
-        step = step.format(bundle=app.bundle_path, config=app.options.config)
+        reason = max(reasons, key=lambda reason: reasons[reason])
+        step = _NEXT[reason].format(bundle=app.bundle_path, config=app.options.config)
+        if reason == "wrong_product" and app.overrides.products:  # then the configuration's product changes nothing
+            commanded = ", ".join(f"{product} of {name}" for name, product in app.overrides.products.items())
+            step = f"send the command product, which stands before the configuration (now by command: {commanded})"
         what = f"not one of {total} verdicts is OK or NG"
         return AndonError(what, found=counted(reasons), expected=expected, next_step=step)
     if app.options.until_end and all(camera.finished for camera in app.cameras.values()):

@@ -11,10 +11,13 @@ import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, urlsplit
 
 from ..errors import AndonError, BundleError, ConfigError
+
+if TYPE_CHECKING:
+    from ..overrides import Stored
 
 #: Golden frames that are replayed; `andon verify` replays all of them, and the decisions.
 FEW = 3
@@ -42,11 +45,17 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError: the configuration itself is refused.
     """
+    from ..overrides import Stored, read_overrides
     from ..startup import Options, effective, state_folder
 
     config = effective(Options(config=args.config, bundle=args.bundle, broker=args.broker))
     findings = [Finding("configuration", True, f"{config.topic}, {len(config.cameras)} cameras")]
-    findings += _bundle(config)
+    try:
+        commanded = read_overrides(state_folder(config, args.config))
+    except ConfigError as error:
+        commanded = Stored()
+        findings.append(Finding("overrides", False, str(error)))
+    findings += _bundle(config, commanded)
     findings += [_guard(f"camera {name}", _camera(name, camera)) for name, camera in config.cameras.items()]
     findings.append(_guard("broker", lambda: _broker(config)))
     if config.web is not None:
@@ -97,8 +106,9 @@ def _reach(address: SplitResult) -> None:
         ) from error
 
 
-def _bundle(config: Any) -> list[Finding]:
-    """The bundle, then what of the configuration rests on it, from the backend to the memory."""
+def _bundle(config: Any, commanded: Stored) -> list[Finding]:
+    """The bundle, then what of the configuration rests on it, from the backend to the memory; products and thresholds
+    also by command."""
     from ..bundle import Bundle
     from ..startup import bundle_path
 
@@ -114,8 +124,8 @@ def _bundle(config: Any) -> list[Finding]:
             Finding("bundle", True, f"{path}: {manifest.method} {bundle.id}, products {', '.join(manifest.classes)}"),
             engine,
             *([_guard("golden set", lambda: _golden(config, bundle))] if engine.ok else []),
-            _guard("products", lambda: _products(config, bundle)),
-            _guard("thresholds", lambda: _thresholds(config, bundle)),
+            _guard("products", lambda: _products(config, commanded, bundle)),
+            _guard("thresholds", lambda: _thresholds(config, commanded, bundle)),
             *([_guard("memory", lambda: _memory(config, bundle))] if config.memory.enabled else []),
         ]
 
@@ -158,27 +168,53 @@ def _golden(config: Any, bundle: Any) -> str:
     return f"scores are numbers; NOT CHECKED whether they are the export's ({why})"
 
 
-def _products(config: Any, bundle: Any) -> str:
-    from ..startup import require_products
+def _products(config: Any, commanded: Stored, bundle: Any) -> str:
+    """What a line would judge its cameras as: a product by command stands before the configuration's."""
+    from ..startup import require_product, require_products
 
     require_products(config, bundle)
-    return ", ".join(f"{name}: {camera.product}" for name, camera in config.cameras.items())
+    said = []
+    for name, camera in config.cameras.items():
+        product = commanded.products.get(name)
+        if product is None:
+            said.append(f"{name}: {camera.product}")
+            continue
+        try:
+            require_product(name, camera, product, bundle)
+        except AndonError as error:
+            raise ConfigError(
+                f"camera {name} is judged as product {product} by an earlier command: every verdict would be UNKNOWN",
+                found=f"{product} in the state folder, which stands before {camera.product} in the configuration",
+                expected=error.expected,
+                next_step=f"send the command product to {name} with one of these (docs/mqtt.md)",
+            ) from error
+        said.append(f"{name}: {product} (by command; configuration: {camera.product})")
+    return ", ".join(said)
 
 
-def _thresholds(config: Any, bundle: Any) -> str:
-    named = {camera.product for camera in config.cameras.values()}
+def _thresholds(config: Any, commanded: Stored, bundle: Any) -> str:
+    """The thresholds in force, and those by command that rest, as they are of another model or program."""
+    named = {commanded.products.get(name, camera.product) for name, camera in config.cameras.items()}
     wanted = bundle.manifest.classes if "auto" in named else sorted(named)
-    values = {}
+    values, remarks = {}, {}
     for product in wanted:
         entry = bundle.threshold(product, config.program)
-        values[product] = config.judge.thresholds.get(product, None if entry is None else entry.value)
+        own = config.judge.thresholds.get(product, None if entry is None else entry.value)
+        values[product] = own
+        if (override := commanded.thresholds.get(product)) is None:
+            continue
+        shown = "none" if own is None else f"{own:.4g}"
+        if override.fits(bundle.model_id, config.program):
+            values[product], remarks[product] = override.value, f" (by command; without it: {shown})"
+        else:
+            remarks[product] = f" ({override.value:.4g} by command is ignored: set for another model or program)"
     missing = [product for product, value in values.items() if value is None]
     if missing:
         raise BundleError(
             f"no threshold for {', '.join(missing)} under program {config.program}: every verdict would be UNKNOWN",
             next_step=f"andon calibrate --bundle {bundle.path} --data GOOD-IMAGES, or set judge.thresholds",
         )
-    return ", ".join(f"{product} {value:.4g}" for product, value in values.items())
+    return ", ".join(f"{product} {value:.4g}{remarks.get(product, '')}" for product, value in values.items())
 
 
 def _memory(config: Any, bundle: Any) -> str:

@@ -32,6 +32,7 @@ from andon.runtime.errors import AndonError, ConfigError, EngineError
 from andon.runtime.lineconfig import CameraConfig
 from andon.runtime.linestate import LineState
 from andon.runtime.outbox import Outbox
+from andon.runtime.overrides import Overrides
 from andon.runtime.source import Shot, make_source
 from andon.runtime.source.camera import Camera
 from andon.runtime.startup import Options
@@ -144,6 +145,18 @@ def test_a_run_without_a_single_decision_fails_and_says_why(
     assert (summary["found"], summary["next"]) == (found, told) and found in log and told in log
     assert sum(summary["unknown"].values()) == len(shades)
     assert set(_NEXT) == set(UNKNOWN_REASONS), "every reason has something to do about it"
+
+
+def test_a_run_that_a_product_by_command_made_undecided_names_the_command(
+    tmp_path: Path, bundle: Path, make_images: Any, make_line: Any
+) -> None:
+    """The configuration has the right product already; to name it there again would change nothing."""
+    Overrides(tmp_path / "state").set_product("cam0", "nut", "mono", None)
+    source = {"kind": "folder", "path": str(make_images(tmp_path / "parts", [10]))}
+    line = make_line({"cam0": {"source": source, "product": "mono"}}, bundle=str(bundle), broker=None)
+    summary, _ = finish(andon_run(line, "--until-end"), code=1)
+    assert summary["unknown"] == {"wrong_product": 1}
+    assert summary["next"].startswith("send the command product") and "nut of cam0" in summary["next"]
 
 
 def test_the_line_needs_no_torch_and_little_memory(bundle: Path, make_line: Any) -> None:

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from andon.cli import main
 from andon.runtime.broker import EmbeddedBroker
+from andon.runtime.bundle import Bundle
 from andon.runtime.engine.onnxruntime import OnnxRuntimeBackend
 from andon.runtime.errors import CalibrationError
+from andon.runtime.overrides import Overrides
 from andon.runtime.startup import Options, effective, open_bundle
 
 from ..runtime.conftest import build as build_bundle  # type: ignore[import-not-found]
@@ -162,6 +164,41 @@ def test_a_few_golden_frames_are_replayed(
         )
     else:
         assert code == 1 and not row["ok"] and "score: largest relative difference 0.09" in row["found"]
+
+
+def test_what_commands_have_set_stands_before_the_configuration(
+    check: Any, make_line: Any, bundle: Path, tmp_path: Path
+) -> None:
+    line = make_line({"cam0": PATTERN}, bundle=str(bundle), broker=None, state="state")
+    overrides = Overrides(tmp_path / "state")
+    with Bundle.load(bundle) as loaded:
+        overrides.use(loaded, "default")
+    overrides.set_product("cam0", "poly", "mono", None)
+    overrides.set_threshold("poly", 0.6, 0.5, None)
+    code, found = check(line)
+    assert code == 0 and found["products"]["found"] == "cam0: poly (by command; configuration: mono)"
+    assert found["thresholds"]["found"] == "poly 0.6 (by command; without it: 0.5)"
+    fast = {"state": "state", "program": "fast", "judge": {"thresholds": {"poly": 0.5}}}
+    _, found = check(make_line({"cam0": PATTERN}, bundle=str(bundle), broker=None, **fast))
+    assert "poly 0.5 (0.6 by command is ignored" in found["thresholds"]["found"]
+
+
+@pytest.mark.parametrize("product", ["auto", "nut"])
+def test_a_product_by_command_that_cannot_be_judged_is_found(
+    check: Any, make_line: Any, bundle: Path, tmp_path: Path, product: str
+) -> None:
+    Overrides(tmp_path / "state").set_product("cam0", product, "mono", None)
+    code, found = check(make_line({"cam0": PATTERN}, bundle=str(bundle), broker=None, state="state"))
+    told = found["products"]["found"]
+    assert code == 1 and f"product {product} by an earlier command" in told and "send the command product" in told
+
+
+def test_damaged_overrides_are_found(check: Any, make_line: Any, bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state/overrides.json").write_text("{")
+    code, found = check(make_line({"cam0": PATTERN}, bundle=str(bundle), broker=None, state="state"))
+    assert code == 1 and "overrides.json is damaged" in found["overrides"]["found"]
+    assert (tmp_path / "state/overrides.json").exists(), "nothing is moved by looking"
 
 
 def test_what_was_not_checked_is_said(check: Any, make_line: Any, bundle: Path) -> None:

@@ -218,6 +218,29 @@ def test_overrides_outlive_a_restart_and_are_audited(make_judge: Callable[..., J
         judge.set_product("cam9", "mono")
 
 
+def test_auto_by_command_is_refused_where_nothing_tells_the_products_apart(
+    make_judge: Callable[..., Judge], make_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    judge = make_judge(product="poly")
+    with pytest.raises(ConfigError, match="product auto of cam: the bundle has no classifier") as refused:
+        judge.set_product("cam", "auto")
+    assert refused.value.expected == "one of mono, poly" and judge.product_of("cam") == "poly"
+    data = make_judge(product="poly", source={"kind": "dataset", "data": "elpv"})
+    assert data.set_product("cam", "auto")["now"] == "auto", "a data set says each image's product"
+
+
+def test_a_product_by_command_that_cannot_be_judged_is_said_at_the_start(
+    make_judge: Callable[..., Judge], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Kept by an earlier version, or set for another bundle."""
+    Overrides(tmp_path / "state").set_product("cam", "nut", "mono", None)
+    caplog.clear()
+    judge = make_judge(product="mono")
+    (told,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert "product nut of cam by command cannot be judged" in told and "send the command product" in told
+    assert judge.judge(frame(picture(60), product=None)).verdict.label == "UNKNOWN", "not judged as another product"
+
+
 def test_a_threshold_by_command_is_for_the_model_it_was_set_for(
     make_judge: Callable[..., Judge],
     make_bundle: Callable[..., Path],
