@@ -37,6 +37,8 @@ AT_ONCE = ("trigger",)
 _REFUSALS: tuple[float, int] = (1.0, 5)
 _REMEMBERED = 256
 _WAITING = 64
+#: Characters of an id, as in configs/schema/command.json.
+_ID = 64
 
 #: (camera, the command's fields without schema and id) -> fields of the result. Called in the commands' own thread,
 #: those of AT_ONCE in the connection's.
@@ -122,19 +124,21 @@ class Commands:
 
     def receive(self, camera: str, name: str, payload: bytes, retained: bool, reply: Reply) -> None:
         """Take one message; never blocks, never raises. ``reply`` gets (name, result), here or in the worker."""
+        if retained and not payload:
+            return  # somebody clears the topic: no command
         rate = RATES.get(name, RATE) if name in COMMANDS else _REFUSALS
         key = name if name in COMMANDS else "?"
         if not self._bucket(camera, key, rate).take():
             self._count("limited")
             if self._bucket(camera, "limited", _REFUSALS).take():
-                reply(name[:64], _failure(camera, name, None, "too many commands", f"at most {rate[0]:g} per second"))
+                reply(name[:64], _too_many(camera, name, payload, rate[0]))
             return
         try:
             identifier, arguments = self._parse(name, payload, retained)
         except AndonError as error:
             self._count("refused")
             if self._bucket(camera, "refused", _REFUSALS).take():
-                reply(name[:64], _failure(camera, name, None, error.what, error.found, error.next_step))
+                reply(name[:64], _refusal(camera, name, _claimed_id(payload), error))
             return
         if identifier is not None and self._repeated(camera, name, identifier, reply):
             return
@@ -161,7 +165,7 @@ class Commands:
 
     def _parse(self, name: str, payload: bytes, retained: bool) -> tuple[str | None, dict[str, Any]]:
         if name not in COMMANDS:
-            raise AndonError("unknown command", found=name[:64], next_step="one of " + ", ".join(COMMANDS))
+            raise AndonError("unknown command", found=name[:64], expected="one of " + ", ".join(COMMANDS))
         if retained:
             raise AndonError("a retained command is not executed", next_step="publish commands without retain")
         if len(payload) > MAX_COMMAND:
@@ -222,7 +226,7 @@ class Commands:
             result = handler(job.camera, job.arguments)
             answer = _answer(*where, ok=True, result=dict(result or {}))
         except AndonError as error:
-            return "failed", _failure(*where, error.what, error.found, error.next_step)
+            return "failed", _refusal(*where, error)
         except Exception as error:
             log.exception("command %s of %s failed", job.name, job.camera)
             return "failed", _failure(*where, "internal error", f"{type(error).__name__}: {error}")
@@ -254,16 +258,34 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+def _claimed_id(payload: bytes) -> str | None:
+    """The id of a command that is not taken, so that its sender can tell which one the answer is about."""
+    try:
+        document = json.loads(payload) if len(payload) <= MAX_COMMAND else None
+    except (ValueError, RecursionError):
+        return None
+    claimed = document.get("id") if isinstance(document, dict) else None
+    fits = isinstance(claimed, str) and 1 <= len(claimed) <= _ID and readable(claimed) == claimed
+    return claimed if fits else None
+
+
 def _answer(camera: str, name: str, identifier: str | None, **fields: Any) -> bytes:
     head = {"schema": SCHEMA, "id": identifier, "ts": timestamp(), "camera": camera, "command": name[:64]}
-    return dumps({**head, "error": None, "found": None, "next": None, "result": None, **fields})
+    return dumps({**head, "error": None, "found": None, "expected": None, "next": None, "result": None, **fields})
 
 
-def _failure(
-    camera: str, name: str, identifier: str | None, error: str, found: object = None, next_step: str | None = None
-) -> bytes:
-    shown = None if found is None else str(found)
-    return _answer(camera, name, identifier, ok=False, error=error, found=shown, next=next_step)
+def _failure(camera: str, name: str, identifier: str | None, error: str, found: str) -> bytes:
+    return _answer(camera, name, identifier, ok=False, error=error, found=found)
+
+
+def _refusal(camera: str, name: str, identifier: str | None, error: AndonError) -> bytes:
+    found, expected = (None if each is None else str(each) for each in (error.found, error.expected))
+    fields = {"error": error.what, "found": found, "expected": expected, "next": error.next_step}
+    return _answer(camera, name, identifier, ok=False, **fields)
+
+
+def _too_many(camera: str, name: str, payload: bytes, rate: float) -> bytes:
+    return _failure(camera, name, _claimed_id(payload), "too many commands", f"at most {rate:g} per second")
 
 
 def _validators() -> dict[str, Draft202012Validator]:

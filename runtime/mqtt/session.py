@@ -17,6 +17,7 @@ import paho.mqtt.client as paho
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from ..lineconfig import BrokerConfig
 from ..outbox import Outbox, Stored
@@ -162,7 +163,12 @@ class Session:
             raise Lost(explain_connack(self._connack, self._broker))
         # Before `online` is said: a command that comes before the broker has taken the subscription is lost.
         commands = f"{self._topic}/cmd/+"
-        self._client.subscribe(commands, qos=1)
+        # The flag of a retained command, which is refused, stays only as published: else it is cleared for subscribers
+        # that are there already.
+        if self._broker.protocol == "5":
+            self._client.subscribe(commands, options=SubscribeOptions(qos=1, retainAsPublished=True))
+        else:
+            self._client.subscribe(commands, qos=1)
         self._wait_for(lambda: self._suback is not None, stop)
         if self._suback is None or self._suback.is_failure:  # verdicts are delivered all the same
             why = self._suback or f"no answer in {CONNECT_TIMEOUT:g} s"

@@ -657,6 +657,47 @@ def test_command_that_fails_is_answered_with_the_reason(commanded: Any, name: st
     assert not answer["ok"] and says in answer["error"] and commanded.calls == []
 
 
+@pytest.mark.parametrize(
+    ("name", "payload", "expected"),
+    [
+        ("product", b'{"id":"8","product":"cat"}', "mono, poly"),
+        ("selfdestruct", b'{"id":"8"}', "one of acknowledge, product, threshold, trigger, memory, rebuild"),
+    ],
+)
+def test_an_answer_says_what_would_have_been_accepted(commanded: Any, name: str, payload: bytes, expected: str) -> None:
+    (answer,) = commanded(name, payload)
+    validate(answer)
+    assert (answer["ok"], answer["id"], answer["expected"]) == (False, "8", expected)
+
+
+@pytest.mark.parametrize(
+    ("payload", "identifier"),
+    [
+        (b'{"id":"8","threshold":"hoch"}', "8"),
+        (b'{"id":"8","threshold":1e999}', "8"),
+        (b'{"id":8,"threshold":"hoch"}', None),
+        (b'{"id":"%b","threshold":"hoch"}' % (b"x" * 65), None),
+        (b'{"id":"","threshold":"hoch"}', None),
+        (rb'{"id":"\ud800","threshold":1}', None),
+        (b'["id"]', None),
+        (b'{"id":"8"', None),
+    ],
+)
+def test_a_refused_command_keeps_an_id_that_fits_the_schema(
+    commanded: Any, payload: bytes, identifier: str | None
+) -> None:
+    (answer,) = commanded("threshold", payload)
+    validate(answer)
+    assert not answer["ok"] and answer["id"] == identifier
+
+
+def test_a_command_beyond_the_rate_keeps_its_id(commanded: Any, consumer: Any, base: str) -> None:
+    for index in range(100):
+        consumer.client.publish(f"{base}/cam0/cmd/acknowledge", b'{"id":"%d"}' % index, 1)
+    consumer.until(lambda: any("too many" in (r["error"] or "") for r in consumer.of("result")))
+    assert all(answer["id"] for answer in consumer.of("result"))
+
+
 @pytest.mark.parametrize("result", [{"score": float("nan")}, {"engine": object()}])
 def test_a_result_that_cannot_be_said_does_not_end_the_commands(
     line: Any, consumer: Any, broker: EmbeddedBroker, base: str, result: dict[str, Any]
@@ -743,6 +784,17 @@ def test_retained_command_is_refused(
     commanded.running.delivery.start()
     consumer.until(lambda: any("retained" in (r["error"] or "") for r in consumer.of("result")))
     assert commanded.calls == []
+
+
+def test_a_retained_command_is_refused_while_connected_and_may_be_cleared(
+    commanded: Any, consumer: Any, base: str
+) -> None:
+    (answer,) = commanded("trigger", b'{"id":"old","part_id":"old"}', retain=True)
+    assert answer["error"] == "a retained command is not executed" and answer["id"] == "old"
+    for name in ("trigger", "acknowledge", "rebuild"):  # of these two, an empty message is a whole command
+        consumer.client.publish(f"{base}/cam0/cmd/{name}", b"", 1, True)
+    (answer,) = commanded("acknowledge", b'{"id":"after"}')
+    assert answer["id"] == "after" and commanded.calls == [("cam0", {})], "clearing a topic is no command"
 
 
 def test_ten_thousand_malformed_commands_leave_no_trace(
