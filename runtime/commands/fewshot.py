@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..bundle import Bundle
-from ..dataset import open_dataset
+from ..dataset import open_dataset, split_readable
 from ..engine.select import open_backend
 from ..enrolment.fewshot import FeatureCache, Steps, draw_support, enroll_draw, frozen
 from ..enrolment.foreground import choose
@@ -70,6 +71,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         )
     with Bundle.load(args.bundle) as bundle, open_backend("onnxruntime", threads=args.threads) as backend:
         dataset = open_dataset(args.data)
+        samples, skipped = split_readable(dataset.samples, args.on_corrupt)
+        options.say_skipped(skipped)
+        dataset = replace(dataset, samples=tuple(samples))
         with options.progress(len(dataset), "features") as bar:
             cache = FeatureCache(bundle, backend, dataset, bar.update)
     name = "elpv" if args.data == "elpv" else Path(args.data).resolve().name
@@ -89,7 +93,13 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if target.parent.is_dir():
         merge_results(target, records)
         print(f"{len(records)} records merged into {target}")
-    return {"ok": True, "records": records, "means": means, "report": None if report is None else str(report)}
+    return {
+        "ok": True,
+        "records": records,
+        "means": means,
+        "skipped": [s.key for s in skipped],
+        "report": None if report is None else str(report),
+    }
 
 
 def _command(args: argparse.Namespace, data: str) -> str:
@@ -101,6 +111,8 @@ def _command(args: argparse.Namespace, data: str) -> str:
         words += ["--online", _commas(args.online), "--settings", args.settings]
     if args.foreground != "auto":
         words += ["--foreground", args.foreground]
+    if args.on_corrupt != "error":
+        words += ["--on-corrupt", args.on_corrupt]
     return " ".join(words)
 
 

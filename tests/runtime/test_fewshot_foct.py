@@ -203,5 +203,23 @@ def test_command_prints_writes_records_and_a_page(small, synthetic_data, tmp_pat
     assert all(str(tmp_path) not in r["command"] and r["command"].startswith("andon eval") for r in kept)
     text = page.read_text()
     assert "<svg" in text and "<script" not in text and "grid, 1 shot" in text
+    assert not any("--on-corrupt" in r["command"] for r in kept) and printed["skipped"] == []
     again = main(["eval", "--data", str(synthetic_data), "--few-shot", "1"])
     assert again == 1 and "needs engines" in capsys.readouterr().err
+
+
+def test_an_undecodable_image_is_left_out_on_request(small, synthetic_data, tmp_path, capsys):
+    data = tmp_path / "data"
+    for split in ("train", "test"):
+        shutil.copytree(synthetic_data / "grid" / split, data / "grid" / split)
+    broken = sorted((data / "grid" / "test" / "good").iterdir())[0]
+    broken.write_bytes(broken.read_bytes()[:40])
+    arguments = ["eval", "--bundle", str(small), "--data", str(data), "--few-shot", "1", "--seeds", "1"]
+    arguments += ["--orders", "1", "--ct-steps", "0", "--foreground", "all", "--threads", "1", "--json"]
+    arguments += ["--results", str(tmp_path / "none" / "results.json")]
+    assert main(arguments) == 1
+    assert "--on-corrupt skip" in capsys.readouterr().err
+    assert main([*arguments, "--on-corrupt", "skip"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["skipped"] == [f"grid/test/good/{broken.name}"]
+    assert all(r["command"].endswith("--on-corrupt skip") for r in result["records"])
