@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
+
+
+def quoted(path: object) -> str:
+    """A path as it stands in the command of a next step, which has to work when it is pasted."""
+    return shlex.quote(str(path))
+
 
 class AndonError(Exception):
     """A refusal that a person can act on: what failed, found versus expected, and the next command to run.

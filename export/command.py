@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..runtime.commands.numbers import count
-from ..runtime.errors import ConfigError
+from ..runtime.errors import ConfigError, quoted
 from ..train.registry import list_methods
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             f"{checkpoint} is a checkpoint of another method",
             found=origin.method,
             expected=args.method,
-            next_step=f"andon export --method {origin.method} --checkpoint {checkpoint}",
+            next_step=f"andon export --method {origin.method} --checkpoint {quoted(checkpoint)}",
         )
     _say(f"checkpoint {checkpoint} ({origin.data}, {', '.join(origin.classes)})")
     model = load_checkpoint(checkpoint)

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 from ..calib.snapshots import write_atomic
 from .bundlefiles import COPY_AGAIN, MAX_FILE_BYTES, MAX_FILES, MAX_TOTAL_BYTES, inside
-from .errors import BundleError, ConfigError, ProductError
+from .errors import BundleError, ConfigError, ProductError, quoted
 from .manifest import Manifest, State, Table, Threshold, Variant
 from .unpack import unpack
 from .wiring import check
@@ -169,14 +169,13 @@ class Bundle:
         # The tar holds the bundle in one folder of that name, or bare: then it needs a folder first.
         bare = self.root == Path(self._unpacked.name)
         folder = self.path.parent / (self.path.name.removesuffix(".tar") + "-unpacked" if bare else self.root.name)
-        unpack = (
-            f"mkdir {folder} && tar -xf {self.path} -C {folder}" if bare else f"tar -xf {self.path} -C {folder.parent}"
-        )
+        tar, target, beside = (quoted(path) for path in (self.path, folder, folder.parent))
+        unpack = f"mkdir {target} && tar -xf {tar} -C {target}" if bare else f"tar -xf {tar} -C {beside}"
         raise BundleError(
             f"{self.path} is packed and cannot be changed",
             found="a .tar",
             expected="a bundle directory",
-            next_step=f"{command} --bundle {folder}" if folder.is_dir() else f"{unpack} && {command} --bundle {folder}",
+            next_step=f"{command} --bundle {target}" if folder.is_dir() else f"{unpack} && {command} --bundle {target}",
         )
 
     def save_thresholds(self, thresholds: Mapping[str, Mapping[str, Threshold]]) -> Bundle:
@@ -197,7 +196,7 @@ class Bundle:
                     f"{self.path} was replaced by another model in the meantime",
                     found=f"model {model}",
                     expected=f"model {self.model_id}, which the thresholds are for",
-                    next_step=f"andon calibrate --bundle {self.path} again, with the data set of the new model",
+                    next_step=f"andon calibrate --bundle {quoted(self.path)} again, with the data set of the new model",
                 )
             merged = {product: dict(entries) for product, entries in present.thresholds.items()}
             for product, entries in thresholds.items():
@@ -326,7 +325,7 @@ def _read_manifest(root: Path) -> bytes:
                 f"{root} is not a bundle",
                 found=f"a checkpoint: {CHECKPOINT}, but no {name}" if checkpoint else f"no {name}",
                 expected=f"{MANIFEST} and {DIGEST}",
-                next_step=f"andon export --method <method>{f' --checkpoint {root}' if checkpoint else ''}",
+                next_step="andon export --method METHOD" + (f" --checkpoint {quoted(root)}" if checkpoint else ""),
             )
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise BundleError(f"{path} is too large", found=path.stat().st_size, expected=f"<= {MAX_MANIFEST_BYTES} bytes")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..calib.errors import AndonError, CalibrationError
+from ..calib.errors import AndonError, CalibrationError, quoted
 
 __all__ = [
     "AndonError",
@@ -13,6 +13,7 @@ __all__ = [
     "EngineError",
     "ProductError",
     "SourceError",
+    "quoted",
 ]
 
 

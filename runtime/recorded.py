@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .dataset import Sample
-from .errors import ConfigError
+from .errors import ConfigError, quoted
 from .evaluation import Evaluated, Judged
 from .quality import Metrics, mean_metrics, summarize
 
@@ -24,7 +24,7 @@ def read_verdicts(path: Path) -> list[dict[str, Any]]:
         ConfigError: the file is missing, a line is not JSON or not a verdict, or there is none.
     """
     if not path.is_file():
-        raise ConfigError(f"no verdicts at {path}", next_step=f"andon watch --config <line.yaml> --out {path}")
+        raise ConfigError(f"no verdicts at {path}", next_step=_watch(path))
     verdicts: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -35,8 +35,12 @@ def read_verdicts(path: Path) -> list[dict[str, Any]]:
                 f"{path} line {number} is not a verdict", found=line[:80], expected="one andon.verdict/1 object a line"
             ) from error
     if not verdicts:
-        raise ConfigError(f"{path} holds no verdict", next_step=f"andon watch --config <line.yaml> --out {path}")
+        raise ConfigError(f"{path} holds no verdict", next_step=_watch(path))
     return list(verdicts.values())
+
+
+def _watch(path: Path) -> str:
+    return f"andon watch --config LINE.yaml --out {quoted(path)}"
 
 
 def from_verdicts(verdicts: Sequence[dict[str, Any]], samples: Sequence[Sample]) -> Evaluated:

@@ -99,7 +99,7 @@ def bundle_path(config: LineConfig) -> Path:
         return config.bundle.resolve()
     matches = [path for path in config.bundle.parent.glob(config.bundle.name) if not path.name.startswith(".")]
     if not matches:
-        raise ConfigError(f"no bundle matches {config.bundle}", next_step="andon export --method <method>")
+        raise ConfigError(f"no bundle matches {config.bundle}", next_step="andon export --method METHOD")
     return max(matches, key=lambda path: path.stat().st_mtime).resolve()
 
 
@@ -177,7 +177,7 @@ def require_engine(config: LineConfig, bundle: Bundle) -> tuple[str, Variant]:
     """
     wire(bundle.manifest, config.program)
     if config.backend == "tensorrt":
-        require_tensorrt()
+        require_tensorrt("set backend: onnxruntime, or andon run with --backend onnxruntime")
     backend = config.backend if config.backend != "auto" else "onnxruntime" if tensorrt_missing() else "tensorrt"
     variant = pick_variant(config, bundle, backend)
     for stage in bundle.manifest.stages:

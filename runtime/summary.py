@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .errors import AndonError
+from .errors import AndonError, quoted
 from .process import age_at, resident_memory
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def refusal(app: LineApp) -> AndonError | None:
     """Why this run cannot count as done: a source failed, or there is no decision at all. Silence never means OK."""
     for name, camera in app.cameras.items():
         if camera.state.state == "failed":
-            step = f"andon check --config {app.options.config}"
+            step = f"andon check --config {quoted(app.options.config)}"
             return AndonError(f"camera {name}: its source failed", found=camera.state.detail, next_step=step)
     labels = [label for row in app.state.counts().values() for label in row.items()]
     total = sum(count for _, count in labels)
@@ -40,14 +40,15 @@ def refusal(app: LineApp) -> AndonError | None:
     if total:
         reasons = app.state.reasons()
         reason = max(reasons, key=lambda reason: reasons[reason])
-        step = _NEXT[reason].format(bundle=app.bundle_path, config=app.options.config)
+        bundle, config = (quoted(path) for path in (app.bundle_path, app.options.config))
+        step = _NEXT[reason].format(bundle=bundle, config=config)
         if reason == "wrong_product" and app.overrides.products:  # then the configuration's product changes nothing
             commanded = ", ".join(f"{product} of {name}" for name, product in app.overrides.products.items())
             step = f"send the command product, which stands before the configuration (now by command: {commanded})"
         what = f"not one of {total} verdicts is OK or NG"
         return AndonError(what, found=counted(reasons), expected=expected, next_step=step)
     if app.options.until_end and all(camera.finished for camera in app.cameras.values()):
-        step = f"andon check --config {app.options.config}"
+        step = f"andon check --config {quoted(app.options.config)}"
         return AndonError("every source ended without a frame", found="0 verdicts", expected=expected, next_step=step)
     return None
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..runtime import manifest
+from ..runtime.errors import quoted
 from .backbones import FROM_CHECKPOINT, backbones_in
 from .config import load_config
 from .errors import CheckpointError
@@ -128,7 +129,7 @@ def read_provenance(folder: Path) -> Provenance:
             f"{folder} is not a complete checkpoint",
             found="an unfinished run" if resumable else found,
             expected=f"{WEIGHTS}, {CONFIG} and {PROVENANCE}",
-            next_step=f"andon train --resume {folder}" if resumable else "andon train --method METHOD",
+            next_step=f"andon train --resume {quoted(folder)}" if resumable else "andon train --method METHOD",
         ) from error
     except ValidationError as error:
         raise CheckpointError(f"{path} is damaged", found=str(error), next_step="train again") from error

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import random
-import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -22,7 +21,7 @@ from torch import nn
 
 from .. import __version__
 from ..runtime.dataset import ELPV, Dataset, Sample, open_dataset, split_readable
-from ..runtime.errors import ConfigError, SourceError
+from ..runtime.errors import ConfigError, SourceError, quoted
 from ..runtime.fingerprint import image_hash, pack
 from ..runtime.images import read_mask, read_rgb
 from ..runtime.quality import Metrics, mean_metrics, table
@@ -89,7 +88,7 @@ class Request:
                     f"--resume goes on with the options that the run was started with, not with {', '.join(given)}",
                     found=f"--resume {args.resume} and {', '.join(given)}",
                     expected="--resume DIR alone, or with --data where the set was moved",
-                    next_step=f"andon train --resume {args.resume}, or start a new run with these options",
+                    next_step=f"andon train --resume {quoted(args.resume)}, or start a new run with these options",
                 )
             return cls.resumed(args.resume, held, args.data)
         if args.method is None or args.data is None:
@@ -172,7 +171,7 @@ class Request:
 
 
 def _export(folder: Path) -> str:
-    return f"andon export --method {read_provenance(folder).method} --checkpoint {shlex.quote(str(folder))}"
+    return f"andon export --method {read_provenance(folder).method} --checkpoint {quoted(folder)}"
 
 
 def train(request: Request) -> dict[str, Any]:
@@ -227,7 +226,7 @@ def train(request: Request) -> dict[str, Any]:
     try:
         fitted = fit(model, trainset, device, log=lambda r: write_log(folder, r), resume=resume, progress=show)
     except KeyboardInterrupt:
-        _say(f"\ninterrupted; to go on: andon train --resume {shlex.quote(str(folder))}")
+        _say(f"\ninterrupted; to go on: andon train --resume {quoted(folder)}")
         raise
     if not distributed.is_main():
         return {"ok": True}
@@ -250,7 +249,7 @@ def train(request: Request) -> dict[str, Any]:
     save_json(folder / METRICS, summary)
     if metrics:
         print(table(metrics))
-    print(f"next: andon export --method {config.method} --checkpoint {shlex.quote(str(folder))}")
+    print(f"next: andon export --method {config.method} --checkpoint {quoted(folder)}")
     return {"ok": True, "checkpoint": str(folder), **summary}
 
 
@@ -369,7 +368,7 @@ def _folder(out: Path | None, config: MethodConfig, data: str, held: ExitStack) 
             f"{out} is not empty",
             found=", ".join(found[:5]),
             expected="a new or empty folder",
-            next_step=f"andon train --resume {out}" if (out / _REQUEST).is_file() else "name another folder",
+            next_step=f"andon train --resume {quoted(out)}" if (out / _REQUEST).is_file() else "name another",
         )
     return out
 

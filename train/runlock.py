@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..runtime.errors import quoted
 from .errors import CheckpointError
 
 LOCK = "run.lock"
@@ -32,7 +33,7 @@ def run_lock(folder: Path) -> Iterator[None]:
                 f"{folder} is in use by pid {owner or 'unknown'}",
                 found="a training that is running",
                 expected="a folder that no training uses",
-                next_step=f"wait for it or end it, then andon train --resume {folder}; or give another --out",
+                next_step=f"wait for it or end it, then andon train --resume {quoted(folder)}; or give another --out",
             ) from error
         if _is(handle, path):
             break

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle
 from ..engine.build import BuildOptions, Built, default_cache, with_dla
 from ..engine.probe import require_tensorrt
-from ..errors import EngineError
+from ..errors import EngineError, quoted
 from . import numbers, options
 
 
@@ -39,7 +38,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         BundleError: the bundle cannot be used.
     """
     with Bundle.load(args.bundle) as bundle:
-        require_tensorrt()
+        shown = quoted(args.bundle)
+        require_tensorrt(f"go on without plans: andon verify --bundle {shown} --backend onnxruntime")
         from ..engine.tensorrt import TensorRTBackend
 
         manifest = bundle.manifest
@@ -60,8 +60,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                     _print(_kept(built, backend.plans.keep_options(name, path, variant)))
             plans = backend.plans.built
         if args.bundle.is_file():
-            print(f"{args.bundle} is packed: the trtexec lines work where the ONNX files in it are unpacked")
-        print(f"next: andon verify --bundle {shlex.quote(str(args.bundle))} --backend tensorrt")
+            print(f"{shown} is packed: the trtexec lines work where the ONNX files in it are unpacked")
+        print(f"next: andon verify --bundle {shown} --backend tensorrt")
         return {"ok": True, "bundle": bundle.id, "plans": [_plain(b) for b in plans]}
 
 

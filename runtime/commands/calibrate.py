@@ -12,7 +12,7 @@ from ..bundle import Bundle
 from ..dataset import Sample, open_dataset, split_readable
 from ..detector import Detector
 from ..engine.select import open_backend
-from ..errors import ConfigError
+from ..errors import ConfigError, quoted
 from ..fingerprint import counted, image_hash, pack
 from ..images import read_rgb
 from ..manifest import Threshold
@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         AndonError: bundle, data set or engine cannot be used.
     """
     with Bundle.load(args.bundle) as bundle:
-        bundle.require_folder(f"andon calibrate --data {args.data}")  # refuse before the work, not after it
+        bundle.require_folder(f"andon calibrate --data {quoted(args.data)}")  # refuse before the work, not after it
         return _calibrate(args, bundle)
 
 

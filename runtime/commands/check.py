@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, urlsplit
 
-from ..errors import AndonError, BundleError, ConfigError
+from ..errors import AndonError, BundleError, ConfigError, quoted
 
 if TYPE_CHECKING:
     from ..overrides import Stored
@@ -144,7 +144,8 @@ def _golden(config: Any, bundle: Any) -> str:
     from ..replay import golden_size, replay_finite, replay_golden
     from ..startup import require_engine
 
-    verify = f"andon verify --bundle {bundle.path}"
+    shown = quoted(bundle.path)
+    verify = f"andon verify --bundle {shown}"
     name, variant = require_engine(config, bundle)
     count = golden_size(bundle)
     comparable = count > 0 and config.program == "default"
@@ -152,7 +153,7 @@ def _golden(config: Any, bundle: Any) -> str:
         plans = getattr(backend, "plans", None)  # TensorRT's
         paths = {stage: bundle.stage_path(stage, variant) for stage in bundle.manifest.stages}
         if plans is not None and not all(plans.has(stage, path, variant) for stage, path in paths.items()):
-            return f"NOT CHECKED, as engines must be built first: andon build --bundle {bundle.path}, then {verify}"
+            return f"NOT CHECKED, as engines must be built first: andon build --bundle {shown}, then {verify}"
         with Program(bundle, backend, variant, config.program) as program:
             checks = replay_golden(program, most=FEW) if comparable else replay_finite(program, FEW)
     if failed := [f"{each.subject}: {each.what} {each.value:.3g}" for each in checks if not each.ok]:
@@ -212,7 +213,7 @@ def _thresholds(config: Any, commanded: Stored, bundle: Any) -> str:
     if missing:
         raise BundleError(
             f"no threshold for {', '.join(missing)} under program {config.program}: every verdict would be UNKNOWN",
-            next_step=f"andon calibrate --bundle {bundle.path} --data GOOD-IMAGES, or set judge.thresholds",
+            next_step=f"andon calibrate --bundle {quoted(bundle.path)} --data GOOD-IMAGES, or set judge.thresholds",
         )
     return ", ".join(f"{product} {value:.4g}{remarks.get(product, '')}" for product, value in values.items())
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shlex
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..enrolment.enroll import enroll
 from ..enrolment.features import memory_of
 from ..enrolment.foreground import choose
 from ..enrolment.support import read_support
-from ..errors import ConfigError
+from ..errors import ConfigError, quoted
 from ..fingerprint import read_report
 from ..wiring import parse_source
 from . import numbers
@@ -119,9 +118,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 def _other_method(args: argparse.Namespace, method: str) -> ConfigError:
     """The bundle's engines are those of another method, which may be one that nothing can be enrolled into."""
-    again = f"andon enroll --method {method if method in METHODS else args.method} --support {args.support}"
+    again = f"andon enroll --method {method if method in METHODS else args.method} --support {quoted(args.support)}"
     if method in METHODS:
-        found, step = method, f"{again} --backbone-bundle {args.backbone_bundle}"
+        found, step = method, f"{again} --backbone-bundle {quoted(args.backbone_bundle)}"
     else:
         found = f"{method}, which is trained on every product and keeps no memory to enroll one into"
         step = (
@@ -153,7 +152,7 @@ def summarize(bundle: Bundle, seconds: float) -> dict[str, Any]:
         promise = f"{threshold.false_alarm_rate:.0%} of good parts may be judged NG"
         print(f"provisional threshold {threshold.value:.3f}: {promise}")
     print(f"bundle {bundle.path}")
-    shown = shlex.quote(str(bundle.path))
+    shown = quoted(bundle.path)
     print(f"for a threshold that is not provisional: andon calibrate --bundle {shown} --data FOLDER (new good images)")
     print(f"next: andon verify --bundle {shown}")
     return {

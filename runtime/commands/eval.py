@@ -14,7 +14,7 @@ from ..dataset import Dataset, Sample, open_dataset, split_readable
 from ..detector import Detector
 from ..engine.base import Backend
 from ..engine.select import open_backend
-from ..errors import ConfigError
+from ..errors import ConfigError, quoted
 from ..evaluation import Evaluated, confusion_table, evaluate, latency_table, percentiles
 from ..fingerprint import Seen, counted, tally
 from ..quality import mean_metrics, table
@@ -240,8 +240,8 @@ def _print_unlike(detector: Detector, unlike: Mapping[str, str]) -> None:
     if unlike:
         print(
             "next, if the line looks like this: train again with such images among the good ones, or move the "
-            f"thresholds alone: andon calibrate --bundle {detector.bundle.path} --data FOLDER (good images of "
-            "every product)"
+            f"thresholds alone: andon calibrate --bundle {quoted(detector.bundle.path)} --data FOLDER (good "
+            "images of every product)"
         )
 
 

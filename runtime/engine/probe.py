@@ -105,8 +105,10 @@ def tensorrt_missing() -> str:
     return "; ".join(need.why for need in tensorrt_needs() if not need.met)
 
 
-def require_tensorrt() -> None:
+def require_tensorrt(instead: str = "go on with --backend onnxruntime") -> None:
     """Refuse, in one screen, if the TensorRT backend cannot run here.
+
+    instead: what else the caller's user can do.
 
     Raises:
         EngineError: naming everything that is missing and the remedy of the first.
@@ -117,5 +119,5 @@ def require_tensorrt() -> None:
             "TensorRT cannot be used on this machine",
             found="; ".join(need.why for need in missing),
             expected="an NVIDIA driver with a GPU, tensorrt, and pycuda or cuda-python",
-            next_step=f"{missing[0].remedy}; or go on with --backend onnxruntime; andon doctor shows the whole picture",
+            next_step=f"{missing[0].remedy}; or {instead}; andon doctor shows the whole picture",
         )

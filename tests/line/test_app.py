@@ -136,11 +136,11 @@ def test_a_run_without_a_single_decision_fails_and_says_why(
     following: str,
 ) -> None:
     """Silence never means OK: neither does a run in which nothing could be judged."""
-    bundle = make_bundle(tmp_path / "b", nan_when_black, thresholds=thresholds)
+    bundle = make_bundle(tmp_path / "b 1", nan_when_black, thresholds=thresholds)
     folder = make_images(tmp_path / "parts", shades)
     cameras = {"cam0": {"source": {"kind": "folder", "path": str(folder)}, "product": "mono", "drop": "block"}}
     summary, log = finish(andon_run(make_line(cameras, bundle=str(bundle), broker=None), "--until-end"), code=1)
-    told = following.format(bundle=bundle)
+    told = following.format(bundle=f"'{bundle}'")
     assert summary["ok"] is False and summary["error"] == f"not one of {len(shades)} verdicts is OK or NG"
     assert (summary["found"], summary["next"]) == (found, told) and found in log and told in log
     assert sum(summary["unknown"].values()) == len(shades)

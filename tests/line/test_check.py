@@ -99,9 +99,9 @@ def test_a_port_that_is_taken_is_found(check: Any, make_line: Any, bundle: Path,
 def test_a_bundle_without_thresholds_is_found(
     check: Any, make_line: Any, make_bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
-    path = make_bundle(tmp_path / "uncalibrated", thresholds=None)
+    path = make_bundle(tmp_path / "not calibrated", thresholds=None)
     code, found = check(make_line({"cam0": PATTERN}, bundle=str(path), broker=None))
-    assert code == 1 and f"andon calibrate --bundle {path} --data" in found["thresholds"]["found"]
+    assert code == 1 and f"andon calibrate --bundle '{path}' --data" in found["thresholds"]["found"]
     code, _ = check(make_line({"cam0": PATTERN}, bundle=str(path), broker=None, judge={"thresholds": {"mono": 1.0}}))
     assert code == 0
 
@@ -141,11 +141,11 @@ NAN = BRIGHTNESS.replace(
 def test_a_bundle_whose_stages_give_no_number_is_found(
     check: Any, make_line: Any, make_bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
-    path = make_bundle(tmp_path / "nan", NAN)
+    path = make_bundle(tmp_path / "no number", NAN)
     code, found = check(make_line({"cam0": PATTERN}, bundle=str(path), broker=None))
     assert code == 1 and [what for what, finding in found.items() if not finding["ok"]] == ["golden set"]
     assert "frames without a number 2" in found["golden set"]["found"]
-    assert f"next:     andon verify --bundle {path}" in found["golden set"]["found"]
+    assert f"next:     andon verify --bundle '{path}'" in found["golden set"]["found"]
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.1], ids=["as exported", "another score"])
@@ -207,11 +207,13 @@ def test_what_was_not_checked_is_said(check: Any, make_line: Any, bundle: Path) 
 
 
 def test_engines_that_are_not_built_are_not_built_by_looking(
-    check: Any, make_line: Any, bundle: Path, monkeypatch: pytest.MonkeyPatch
+    check: Any, make_line: Any, make_bundle: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    bundle = make_bundle(tmp_path / "not built")
+
     class Unbuilt(OnnxRuntimeBackend):
         plans = SimpleNamespace(has=lambda stage, path, variant: False)
 
     monkeypatch.setattr("andon.runtime.engine.select.open_backend", lambda name: Unbuilt(1))
     code, found = check(make_line({"cam0": PATTERN}, bundle=str(bundle), broker=None))
-    assert code == 0 and f"andon build --bundle {bundle}, then andon verify" in found["golden set"]["found"]
+    assert code == 0 and f"andon build --bundle '{bundle}', then andon verify" in found["golden set"]["found"]

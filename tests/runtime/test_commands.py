@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import tarfile
@@ -200,7 +201,7 @@ def test_calibrate_refuses_before_it_works_and_says_how_many_images_it_takes(
 def test_calibrate_refuses_a_packed_bundle_at_once_with_commands_that_work(
     make_bundle: MakeBundle, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], top: str
 ) -> None:
-    packed = tmp_path / "packed" / "small.tar"
+    packed = tmp_path / "packed bundles" / "small.tar"
     packed.parent.mkdir()
     with tarfile.open(packed, "w") as archive:
         archive.add(make_bundle(), arcname=top or ".")
@@ -208,7 +209,7 @@ def test_calibrate_refuses_a_packed_bundle_at_once_with_commands_that_work(
     assert code == 1 and "small.tar is packed" in result["error"], "before the data are looked at"
     unpack, command = result["next"].replace("nosuch", str(data)).rsplit(" && ", 1)
     subprocess.run(["bash", "-c", unpack], check=True)
-    code, result, text = run(capsys, *command.split()[1:], "--false-alarm-rate", 0.1, *ENGINE)
+    code, result, text = run(capsys, *shlex.split(command)[1:], "--false-alarm-rate", 0.1, *ENGINE)
     assert code == 0, text
     code, result, _ = run(capsys, "calibrate", "--bundle", packed, "--data", data, *ENGINE)
     assert code == 1 and result["next"] == command, "nothing needs to be unpacked twice"

@@ -53,9 +53,10 @@ def test_auto_without_a_classifier_is_refused(make_bundle: MakeBundle) -> None:
     path = make_bundle(outputs={"score": "score.score", "map": "score.map"})
     with (
         Detector.open(path, backend="onnxruntime", threads=1) as detector,
-        pytest.raises(ConfigError, match="cannot tell the product"),
+        pytest.raises(ConfigError, match="cannot tell the product") as refused,
     ):
         detector.judge_image(np.zeros((4, 4, 3), np.uint8))
+    assert "--product given (andon eval)" in str(refused.value.next_step), "no command has --product NAME"
 
 
 @pytest.mark.parametrize(

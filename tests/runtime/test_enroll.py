@@ -409,26 +409,29 @@ def test_a_bundle_of_another_method_is_refused_with_a_command_that_exists(make_b
     """`andon enroll --method hvq` does not exist: hvq keeps no memory to enroll into."""
     from andon.cli import main
 
-    bundle = make_bundle(method=method)
-    assert main(["enroll", "--support", str(tmp_path), "--backbone-bundle", str(bundle), "--json"]) == 1
+    bundle = make_bundle(method=method).rename(tmp_path / "a bundle")
+    support = tmp_path / "good parts"
+    assert main(["enroll", "--support", str(support), "--backbone-bundle", str(bundle), "--json"]) == 1
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert "another method" in answer["error"] and answer["expected"] == "a bundle of foct"
     if method == "knn":
         assert answer["found"] == "knn"
-        assert answer["next"] == f"andon enroll --method knn --support {tmp_path} --backbone-bundle {bundle}"
+        assert answer["next"] == f"andon enroll --method knn --support '{support}' --backbone-bundle '{bundle}'"
     else:
         assert answer["found"].startswith("hvq, which is trained on every product")
-        assert answer["next"].startswith(f"andon enroll --method foct --support {tmp_path} (exports")
+        assert answer["next"].startswith(f"andon enroll --method foct --support '{support}' (exports")
         assert "andon train --method hvq" in answer["next"]
 
 
 def test_a_checkpoint_is_no_bundle_and_the_message_says_so(tmp_path, capsys):
     from andon.cli import main
 
-    (tmp_path / "provenance.json").write_text("{}")
-    assert main(["enroll", "--support", str(tmp_path), "--backbone-bundle", str(tmp_path)]) == 1
+    folder = tmp_path / "run 1"
+    folder.mkdir()
+    (folder / "provenance.json").write_text("{}")
+    assert main(["enroll", "--support", str(tmp_path), "--backbone-bundle", str(folder)]) == 1
     said = capsys.readouterr().err
-    assert "found:    a checkpoint" in said and f"andon export --method <method> --checkpoint {tmp_path}" in said
+    assert "found:    a checkpoint" in said and f"andon export --method METHOD --checkpoint '{folder}'" in said
 
 
 def test_warm_start_moves_phi_and_a_reset_takes_it_back(engines):

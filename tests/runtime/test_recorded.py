@@ -119,7 +119,8 @@ def test_images_and_verdicts_that_share_a_part_id_are_refused() -> None:
 
 @pytest.mark.parametrize(("text", "message"), [("", "holds no verdict"), ("{}\n", "line 1"), ("nonsense\n", "line 1")])
 def test_a_file_that_holds_something_else_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    file = tmp_path / "verdicts.jsonl"
+    file = tmp_path / "the verdicts.jsonl"
     file.write_text(text)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as refused:
         read_verdicts(file)
+    assert refused.value.next_step in (None, f"andon watch --config LINE.yaml --out '{file}'")

@@ -505,3 +505,4 @@ def test_without_tensorrt_a_command_explains_itself_in_one_screen(
     for word in ("no NVIDIA driver", "tensorrt is not installed", "neither pycuda nor cuda-python", "andon doctor"):
         assert word in text
     assert "Traceback" not in text and len(text.splitlines()) < 24
+    assert ("andon verify --bundle" in result["next"]) == (command == "build"), "build has no --backend"

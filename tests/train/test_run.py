@@ -539,7 +539,7 @@ def test_resume_refuses_options_that_it_would_not_heed(
 def test_a_folder_that_a_training_uses_is_left_alone(
     synthetic_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "run"
+    out = tmp_path / "run 1"
     start = ["--method", "hvq", "--data", str(synthetic_data), "--products", "grid", "--out", str(out), *SETS]
     told = []
 
@@ -552,6 +552,7 @@ def test_a_folder_that_a_training_uses_is_left_alone(
     monkeypatch.setattr(run, "fit", others)
     assert main(["train", *start]) == 130
     assert len(told) == 2 and all(f"{out} is in use by pid {os.getpid()}" in text for text in told)
+    assert all(f"andon train --resume '{out}'; or" in text for text in told)
     assert main(["train", "--resume", str(out)]) == 130 and len(told) == 4, "a resumed run is one, too"
     assert {p.name for p in out.iterdir()} == {"run.json", "config.yaml"}, "the lock goes with the run"
     (out / "run.lock").write_text("1\n")  # as a killed process leaves it
