@@ -15,6 +15,16 @@ from ..verdict import readable
 from . import charts, page
 from .gallery import pair
 
+#: Figures of the decisions at the threshold, shown with their counts; what else there is shows how scores separate.
+DECISIONS = (
+    *("threshold", "false_alarm_rate", "miss_rate", "F1", "balanced_accuracy"),
+    *("unknown_rate", "unknown_rate_good", "unknown_rate_defective"),
+)
+PICTURES = (
+    "Left the part, with the defect outlined in green where the data set marks it. Right the anomaly map over it: "
+    "clear is usual, then violet, orange and yellow the more anomalous, on one scale for all pictures of a product."
+)
+
 #: Given a part, its image as uint8 [h, w, 3] RGB, its map as float [h', w'] and its mask (or None).
 Look = Callable[["Part"], tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]]
 
@@ -89,8 +99,16 @@ def _confusion_table(e: Evaluation) -> str:
     return page.table(header, rows)
 
 
+def _metrics_table(e: Evaluation, names: Sequence[str]) -> str:
+    """Of the figures that some product has; a product a line, as there may be many."""
+    shown = [name for name in names if any(name in metrics for metrics in e.metrics.values())]
+    rows = [[product, *(metrics.get(name) for name in shown)] for product, metrics in e.metrics.items()]
+    return page.table(["product", *(name.replace("_", " ") for name in shown)], rows) if shown else ""
+
+
 def choose(parts: Sequence[Part], threshold: float, each: int = 4) -> list[tuple[str, Part]]:
-    """Parts worth looking at: surest hits, misses, false alarms, good parts and what is nearest to the threshold."""
+    """Parts worth looking at, each once: surest hits, misses, false alarms, good parts; then, of the others, what is
+    nearest to the threshold."""
 
     def pick(name: str, chosen: list[Part], key: Callable[[Part], float]) -> list[tuple[str, Part]]:
         return [(name, p) for p in sorted(chosen, key=key)[:each]]
@@ -98,13 +116,15 @@ def choose(parts: Sequence[Part], threshold: float, each: int = 4) -> list[tuple
     finite = [p for p in parts if np.isfinite(p.score)]
     bad = [p for p in finite if not p.good]
     good = [p for p in finite if p.good]
-    return [
+    chosen = [
         *pick("defect found", [p for p in bad if p.label == "NG"], lambda p: -p.score),
         *pick("defect missed", [p for p in bad if p.label == "OK"], lambda p: p.score),
         *pick("false alarm", [p for p in good if p.label == "NG"], lambda p: -p.score),
         *pick("good", [p for p in good if p.label == "OK"], lambda p: p.score),
-        *pick("nearest to the threshold", finite, lambda p: abs(p.score - threshold)),
     ]
+    shown = {p.key for _, p in chosen}
+    others = [p for p in finite if p.key not in shown]
+    return [*chosen, *pick("nearest to the threshold", others, lambda p: abs(p.score - threshold))]
 
 
 def _gallery(e: Evaluation, look: Look, each: int) -> str:
@@ -127,7 +147,7 @@ def _gallery(e: Evaluation, look: Look, each: int) -> str:
             figures.append(page.figure(pair(image, score_map, low, high, mask), caption))
         blocks.append(f'<h3>{escape(product)}</h3><div class="gallery wide">{"".join(figures)}</div>')
     style = "<style>.gallery.wide{grid-template-columns:repeat(auto-fill,minmax(250px,1fr));margin-bottom:18px}</style>"
-    return style + "".join(blocks)
+    return f'{style}<p class="lead">{escape(PICTURES)}</p>{"".join(blocks)}' if blocks else ""
 
 
 def _range(maps: Sequence[NDArray[Any]], threshold: float) -> tuple[float, float]:
@@ -141,10 +161,9 @@ def _range(maps: Sequence[NDArray[Any]], threshold: float) -> tuple[float, float
 def render(e: Evaluation, look: Look | None = None, each: int = 4) -> str:
     """The report as an HTML document. `look` fetches pictures for the gallery; without it there is none."""
     body = [page.tiles(e.tiles)] if e.tiles else []
-    names = list(dict.fromkeys(n for m in e.metrics.values() for n in m))
-    rows = [[product, *(m.get(n) for n in names)] for product, m in e.metrics.items()]
-    body.append(page.section("Metrics", page.table(["product", *names], rows)))
-    body.append(page.section("Decisions", _confusion_table(e)))
+    others = [n for n in dict.fromkeys(n for m in e.metrics.values() for n in m) if n not in DECISIONS]
+    body.append(page.section("Metrics", _metrics_table(e, others)))
+    body.append(page.section("Decisions", _metrics_table(e, DECISIONS), _confusion_table(e)))
     body.append(page.section("Scores", *(_product(e, p) for p in e.products)))
     if e.stage_ms:
         body.append(

@@ -173,7 +173,7 @@ def test_eval_of_a_line_that_was_overloaded_by_defects_says_so_everywhere(
     said = "4 of 12 images are UNKNOWN (0.0% of the good and 100.0% of the defective)"
     assert f"warning: a: {said}" in text and "UNKNOWN 0.3333" in text
     page = report.read_text()
-    assert said in page and "unknown_rate_defective" in page
+    assert said in page and "unknown rate defective" in page
     recorded.write_text("".join(json.dumps(v | dropped) + "\n" for v in lines))
     assert run(capsys, "eval", *arguments)[0] == 0, "nothing judged at all: no gallery, no latency, no figure"
 

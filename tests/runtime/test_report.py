@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from andon.runtime.quality import summarize
 from andon.runtime.report import charts, gallery
 from andon.runtime.report.evaluation import Evaluation, Part, choose, confusion, write
 from sklearn.metrics import roc_auc_score
@@ -68,6 +69,28 @@ def test_choice_shows_misses_and_false_alarms_first() -> None:
     assert missed[0].score == min(p.score for p in _parts() if p.label == "OK" and not p.good)
 
 
+def test_choice_shows_no_part_twice() -> None:
+    chosen = choose(_parts(), 2.8, each=10)
+    keys = [p.key for _, p in chosen]
+    assert len(set(keys)) == len(keys) and "nearest to the threshold" in [name for name, _ in chosen]
+
+
+def test_rates_stand_with_the_decisions_and_no_table_is_too_wide_to_read(tmp_path) -> None:
+    """In one table of all figures, error rates were beyond the edge of the page at any width of the window."""
+    rng = np.random.default_rng(0)
+    scores, truth = rng.random(40), np.arange(40) % 2 == 0
+    labels = ["UNKNOWN", *("NG" if score > 0.5 else "OK" for score in scores[1:])]
+    metrics = summarize(scores, truth, threshold=0.5, labels=labels)
+    text = write(Evaluation("t", "l", _parts(), {"tile": metrics}, {}), tmp_path / "report.html").read_text()
+    tables = [part.partition("</thead>")[0] for part in text.split("<thead>")[1:]]
+    assert all(table.count("<th>") <= 9 for table in tables)
+    ranking, decisions = tables[:2]
+    for name in metrics:
+        assert f"<th>{name.replace('_', ' ')}</th>" in ranking + decisions, name
+    assert "<th>false alarm rate</th>" in decisions and "<th>miss rate</th>" in decisions
+    assert "<th>image AUROC</th>" in ranking
+
+
 def test_overlay_leaves_normal_pixels_alone() -> None:
     image = np.full((40, 60, 3), 120, np.uint8)
     score_map = np.zeros((4, 6))
@@ -97,3 +120,4 @@ def test_report_is_one_well_formed_file(tmp_path) -> None:
     assert "&lt;on&gt;" in text and "<on>" not in text
     assert r"Geh\xe4use" in text, "a file whose name is no UTF-8"
     assert text.count("<figure>") >= 8
+    assert "outlined in green where the data set marks it" in text and "the more anomalous" in text
