@@ -86,13 +86,15 @@ def _gauge(name: str, help_text: str, value: float) -> Metric:
 
 
 def _cameras(line: Mapping[str, Any]) -> Iterator[Metric]:
-    up = GaugeMetricFamily("andon_camera_up", "1 while the camera delivers", labels=["camera"])
+    # A source that has come to its end is no fault, here as in /readyz: an alert on it would never end.
+    up_text = "1 while the camera delivers, and when its source has come to its end"
+    up = GaugeMetricFamily("andon_camera_up", up_text, labels=["camera"])
     restarts = CounterMetricFamily("andon_camera_restarts", "Times the source was rebuilt", labels=["camera"])
     alarm = GaugeMetricFamily("andon_alarm_active", "1 for every alarm not cleared", labels=["camera", "kind", "state"])
     score = GaugeMetricFamily("andon_score", "Score of the last verdict", labels=["camera"])
     threshold = GaugeMetricFamily("andon_threshold", "Threshold of the last verdict", labels=["camera"])
     for name, camera in line.get("cameras", {}).items():
-        up.add_metric([name], camera["source"]["state"] == "live")
+        up.add_metric([name], camera["source"]["state"] in ("live", "ended"))
         restarts.add_metric([name], camera["source"]["restarts"])
         for each in camera["alarms"]:
             alarm.add_metric([name, each["kind"], each["state"]], 1)

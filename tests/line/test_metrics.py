@@ -108,6 +108,14 @@ def test_names_and_numbers() -> None:
     assert "method=hvq" in build and "bundle=9f2c" in build
 
 
+def test_a_camera_that_has_come_to_its_end_is_no_fault_for_metrics_and_readiness() -> None:
+    """A folder that was played to its end: an alert on 0 would fire for ever."""
+    source = {"state": "ended", "restarts": 0, "detail": ""}
+    line = {"ready": True, "cameras": {"cam0": {"source": source, "alarms": [], "verdict": None}}}
+    assert samples(Metrics(lambda: line).page())["andon_camera_up{camera=cam0}"] == 1
+    assert all(check.ok for check in readiness(line))
+
+
 def test_metrics_of_a_line_that_is_still_starting() -> None:
     assert samples(Metrics(lambda: {"ready": False}).page())["andon_ready"] == 0
 
