@@ -71,7 +71,7 @@ def conformal_threshold(
             f"{_about(subject)}a good image has a score that is not a number",
             found=f"{int((~np.isfinite(values)).sum())} of {len(values)}",
             expected="finite scores",
-            next_step="andon verify --bundle <bundle>",
+            next_step="andon verify --bundle BUNDLE",
         )
     k = rank(len(values), false_alarm_rate, confidence)
     if k is None:
@@ -93,6 +93,15 @@ def achievable_rate(samples: int, confidence: float | None = None) -> float | No
     if confidence is None:
         return 1 / (samples + 1)
     return 1 - (1 - confidence) ** (1 / samples)
+
+
+def promised_rate(samples: int, confidence: float | None = None) -> float | None:
+    """The false-alarm rate to ask for with so many good images: the achievable one, rounded up to be typed.
+
+    None where it would be above a half, which is no threshold to work with.
+    """
+    rate = achievable_rate(samples, confidence)
+    return None if rate is None or rate > 0.5 else math.ceil(rate * 1e3 - 1e-9) / 1e3
 
 
 def chance_of_as_many(
@@ -142,11 +151,9 @@ def _about(subject: str) -> str:
 
 
 def _less(samples: int, confidence: float | None) -> str:
-    rate = achievable_rate(samples, confidence)
-    if rate is None or rate > 0.5:
+    if (rate := promised_rate(samples, confidence)) is None:
         return ""
-    rounded = math.ceil(rate * 1e3 - 1e-9) / 1e3
-    return f"--false-alarm-rate {rounded:g} is what {samples} images can promise, or give more good images"
+    return f"--false-alarm-rate {rate:g} is what {samples} images can promise, or give more good images"
 
 
 def _log_choose(n: int, k: int) -> float:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from ..calib.threshold import rank
+from ..calib.threshold import promised_rate, rank
 from ..runtime.bundle import Bundle
 from ..runtime.dataset import open_dataset
 from ..runtime.errors import AndonError, CalibrationError
 from ..runtime.unseen import unseen_good
 
 DEFAULT_RATE = 0.01  # of `andon calibrate`
-_RATES = (DEFAULT_RATE, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 
 def calibrate_step(bundle: Path, data: str) -> str:
@@ -36,7 +35,7 @@ def calibrate_step(bundle: Path, data: str) -> str:
 
 def rate_step(bundle: Path, data: str, images: int) -> str:
     """The same for as many `images` to set thresholds on, of the product that has fewest."""
-    rate = next((rate for rate in _RATES if rank(images, rate) is not None), None)
+    rate = promised_rate(images) if rank(images, DEFAULT_RATE) is None else DEFAULT_RATE
     if rate is None:
         return _new_images(bundle, "training kept too few")
     option = "" if rate == DEFAULT_RATE else f" --false-alarm-rate {rate:g}"

@@ -77,7 +77,7 @@ class Bundle:
                 f"there is no bundle at {path}",
                 found="nothing",
                 expected="a bundle directory or .tar",
-                next_step="andon export --method <method>",
+                next_step="andon export --method METHOD",
             )
         return cls._load(path, path, None)
 

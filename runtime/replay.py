@@ -239,6 +239,6 @@ def _read(bundle: Bundle, name: str, keys: tuple[str, ...] | None = None) -> dic
             f"the bundle has no {name}",
             found=", ".join(sorted(bundle.manifest.files)),
             expected=name,
-            next_step="export the bundle again: andon export --method <method>",
+            next_step="export the bundle again: andon export --method METHOD",
         )
     return read_npz(inside(bundle.root, name), keys, limit=MAX_FILE_BYTES)

@@ -14,7 +14,7 @@ from .errors import BundleError
 from .manifest import Loop, Manifest, Run, Stage, Step, Tensor
 
 Kind = Literal["frame", "state", "class", "output", "carry", "table"]
-EXPORT_AGAIN = "export the bundle again: andon export --method <method>"
+EXPORT_AGAIN = "export the bundle again: andon export --method METHOD"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,18 @@ def test_help_imports_no_heavy_library(command: str) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
     assert "--json" in done.stdout
+
+
+def test_no_command_that_is_told_has_a_placeholder_that_a_shell_redirects() -> None:
+    """`andon export --method <method>`, pasted, is a syntax error."""
+    root = Path(cli.__file__).parent
+    files = [
+        root / "cli.py",
+        *(p for side in ("calib", "runtime", "train", "export") for p in (root / side).rglob("*.py")),
+    ]
+    assert len(files) > 100
+    found = [f"{p}: {line}" for p in files for line in re.findall(r"andon [a-z]+ [^`\n]*<[a-z].*", p.read_text())]
+    assert found == []
 
 
 @pytest.mark.parametrize("command", [*cli.COMMANDS, "nosuch"])

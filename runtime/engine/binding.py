@@ -25,7 +25,7 @@ def check_stage(name: str, stage: Stage, inputs: Iterable[TensorSpec], outputs: 
                 f"stage {name}: the engine's {what}s are not those of the manifest",
                 found=_list(actual, promised),
                 expected=_list(promised, actual),
-                next_step="export the bundle again: andon export --method <method>",
+                next_step="export the bundle again: andon export --method METHOD",
             )
 
 

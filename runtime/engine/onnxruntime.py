@@ -95,7 +95,7 @@ class OnnxRuntimeEngine:
             raise EngineError(
                 f"stage {self._name} failed in onnxruntime",
                 found=error,
-                next_step="andon verify --bundle <bundle> --backend onnxruntime",
+                next_step="andon verify --bundle BUNDLE --backend onnxruntime",
             ) from error
 
     def close(self) -> None:
@@ -168,7 +168,7 @@ class OnnxRuntimeBackend:
                 f"onnxruntime cannot open stage {name} ({path.name})",
                 found=error,
                 expected=f"a model that onnxruntime {self._runtime.__version__} runs on the CPU",
-                next_step="andon export --method <method>",
+                next_step="andon export --method METHOD",
             ) from error
         engine = OnnxRuntimeEngine(name, session, self._errors)
         check_stage(name, stage, engine.inputs, engine.outputs)

@@ -136,7 +136,7 @@ class TensorRTEngine:
             raise EngineError(
                 f"stage {self.name} failed in TensorRT",
                 found=self._logger.take(),
-                next_step="andon verify --bundle <bundle> --backend tensorrt",
+                next_step="andon verify --bundle BUNDLE --backend tensorrt",
             )
 
     def run(self, addresses: Mapping[str, int]) -> None:

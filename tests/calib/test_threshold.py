@@ -10,6 +10,7 @@ from andon.calib.threshold import (
     chance_of_as_many,
     conformal_threshold,
     pixel_threshold,
+    promised_rate,
     rank,
     samples_needed,
 )
@@ -73,6 +74,13 @@ def test_too_few_images_says_how_many_and_what_these_can_promise() -> None:
     assert (error.value.found, error.value.expected) == ("47 images", "at least 99")
     assert "--false-alarm-rate 0.021" in str(error.value.next_step)
     assert conformal_threshold(np.arange(47.0), 0.021) == 46.0
+
+
+def test_the_rate_that_is_named_is_one_that_so_many_images_promise() -> None:
+    assert (promised_rate(0), promised_rate(1), promised_rate(3)) == (None, 0.5, 0.25)
+    for samples in range(1, 3000):
+        rate = promised_rate(samples)
+        assert rate is not None and rank(samples, rate) is not None and rate < 1 / (samples + 1) + 0.001, samples
 
 
 def test_nonsense_is_refused() -> None:

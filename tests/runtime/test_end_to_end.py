@@ -104,7 +104,14 @@ def test_what_export_says_to_do_next_works_as_it_stands(exported: Path, syntheti
 
 
 @pytest.mark.parametrize(
-    ("held", "says"), [(99, "--data 'my set'"), (19, "--data 'my set' --false-alarm-rate 0.05"), (0, "--data FOLDER")]
+    ("held", "says"),
+    [
+        (99, "--data 'my set'"),
+        (29, "--data 'my set' --false-alarm-rate 0.034"),
+        (19, "--data 'my set' --false-alarm-rate 0.05"),
+        (3, "--data 'my set' --false-alarm-rate 0.25"),
+        (0, "--data FOLDER"),
+    ],
 )
 def test_the_rate_that_export_names_is_one_that_the_held_out_images_can_promise(held: int, says: str) -> None:
     parser = ArgumentParser()
