@@ -156,7 +156,9 @@ def newest_checkpoint(method: str, root: Path | None = None) -> Path:
     if not found:
         raise CheckpointError(
             f"no checkpoint of {method} under {root}",
-            found=", ".join(sorted(p.name for p in root.iterdir())) if root.is_dir() else "no such folder",
+            found=(", ".join(sorted(p.name for p in root.iterdir())) or "nothing")
+            if root.is_dir()
+            else "no such folder",
             expected=f"a folder that `andon train --method {method}` completed",
             next_step=f"andon train --method {method} --data elpv, or name a checkpoint folder",
         )

@@ -30,14 +30,14 @@ def add_bundle(parser: argparse.ArgumentParser, *, required: bool = True) -> Non
     )
 
 
-def add_engine(parser: argparse.ArgumentParser, *, program: bool = True) -> None:
-    """--backend, --variant, --threads and, unless the command runs them all, --program."""
+def add_engine(
+    parser: argparse.ArgumentParser, *, program: bool = True, auto: str = "fp16 on tensorrt, else fp32"
+) -> None:
+    """--backend, --variant (`auto`: what that means), --threads and, unless the command runs them all, --program."""
     parser.add_argument(
         "--backend", choices=("auto", *BACKENDS), default="auto", help="auto: tensorrt where it can run (default)"
     )
-    parser.add_argument(
-        "--variant", choices=("auto", *VARIANTS), default="auto", help="precision; auto: fp16 on tensorrt, else fp32"
-    )
+    parser.add_argument("--variant", choices=("auto", *VARIANTS), default="auto", help=f"precision; auto: {auto}")
     parser.add_argument(
         "--threads", type=numbers.count, metavar="N", help="onnxruntime's threads; default: every CPU it may use"
     )

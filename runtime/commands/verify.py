@@ -18,7 +18,7 @@ from . import options
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `andon verify`."""
     options.add_bundle(parser)
-    options.add_engine(parser, program=False)
+    options.add_engine(parser, program=False, auto="every one that the bundle has")
     parser.add_argument("--no-gate", action="store_true", help="golden set only, without the decision gate")
 
 

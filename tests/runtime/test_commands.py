@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import tarfile
+from argparse import ArgumentParser
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 from andon.cli import main
 from andon.runtime.bundle import Bundle
-from andon.runtime.commands import bench
+from andon.runtime.commands import bench, verify
 from andon.runtime.dataset import open_dataset
 from andon.runtime.engine.onnxruntime import OnnxRuntimeBackend
 from andon.runtime.fingerprint import image_hash, pack
@@ -429,6 +430,17 @@ def test_eval_refuses_a_report_that_cannot_be_written_before_the_work(
     assert {p.name for p in tmp_path.iterdir()} == {"folder", "file"}
     assert run(capsys, "eval", *arguments[:-1], tmp_path / "r.html")[1]["error"] == "there is no bundle at nosuch"
     assert not (tmp_path / "r.html").exists(), "what was refused later leaves no empty report"
+
+
+def test_the_help_of_verify_says_what_auto_does_there() -> None:
+    """verify runs every variant; only the others pick one."""
+    shown = {}
+    for command in (verify, bench):
+        parser = ArgumentParser()
+        command.configure(parser)
+        shown[command] = " ".join(parser.format_help().split())
+    assert "auto: every one that the bundle has" in shown[verify] and "else fp32" not in shown[verify]
+    assert "auto: fp16 on tensorrt, else fp32" in shown[bench]
 
 
 def test_verify_replays_golden_set_and_gate(make_bundle: MakeBundle, capsys: pytest.CaptureFixture[str]) -> None:
