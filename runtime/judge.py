@@ -22,10 +22,10 @@ from .errors import AndonError, ConfigError, ProductError, SourceError
 from .lineconfig import CameraConfig, JudgeConfig
 from .manifest import Threshold
 from .overrides import Overrides
+from .products import require_product
 from .program import Program
 from .regions import Box, clip_roi, find_regions
 from .slot import Missed
-from .startup import require_product
 from .types import Frame, Label, Region, Verdict
 
 log = logging.getLogger(__name__)

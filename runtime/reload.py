@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError
 from .lineconfig import CameraConfig, LineConfig
+from .products import require_products
 from .source import make_source
-from .startup import alarm_rule, effective, require_products
+from .startup import alarm_rule, effective
 
 if TYPE_CHECKING:
     from .app import LineApp

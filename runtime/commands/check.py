@@ -171,7 +171,7 @@ def _golden(config: Any, bundle: Any) -> str:
 
 def _products(config: Any, commanded: Stored, bundle: Any) -> str:
     """What a line would judge its cameras as: a product by command stands before the configuration's."""
-    from ..startup import require_product, require_products
+    from ..products import require_product, require_products
 
     require_products(config, bundle)
     said = []
