@@ -1,7 +1,7 @@
 """Online calibration of one product's memory: score, guard, select, admit (DESIGN.md 5). numpy only.
 
-The runtime (runtime/memory.py) and the few-shot evaluation (runtime/enrolment/fewshot.py) drive the same object, so
-what is measured is what runs on the line.
+The runtime (runtime/memorybanks.py) and the few-shot evaluation (runtime/enrolment/fewshot.py) drive the same object,
+so what is measured is what runs on the line.
 """
 
 from __future__ import annotations

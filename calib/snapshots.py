@@ -38,6 +38,10 @@ class Snapshot:
     arrays: Mapping[str, Array]
     meta: Mapping[str, Any] = field(default_factory=dict)
 
+    def part(self, prefix: str) -> dict[str, Array]:
+        """The arrays whose names begin with `prefix`, by the rest of their names."""
+        return {name[len(prefix) :]: array for name, array in self.arrays.items() if name.startswith(prefix)}
+
 
 @dataclass(frozen=True)
 class Refusal:

@@ -19,7 +19,7 @@ from .engine.probe import require_tensorrt, tensorrt_missing
 from .errors import ConfigError
 from .lineconfig import AlarmConfig, BrokerConfig, LineConfig, load_line
 from .manifest import Variant
-from .memory import require_memory
+from .memorybanks import require_memory
 from .products import require_products
 from .wiring import wire
 

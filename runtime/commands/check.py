@@ -219,7 +219,7 @@ def _thresholds(config: Any, commanded: Stored, bundle: Any) -> str:
 
 
 def _memory(config: Any, bundle: Any) -> str:
-    from ..memory import require_memory
+    from ..memorybanks import require_memory
 
     rows = require_memory(config, bundle)
     return "the bundle has none: nothing is learnt" if rows is None else f"learns up to {rows} patches"

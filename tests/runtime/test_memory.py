@@ -179,7 +179,7 @@ def test_what_is_offered_for_saving_is_the_present_state_and_copied_only_where_i
     line = station()
 
     def offered():
-        for calibrator, index in zip(line.memory._calibrators, "01", strict=True):
+        for calibrator, index in zip(line.memory._banks.calibrators, "01", strict=True):
             for name, value in calibrator.state().items():
                 np.testing.assert_array_equal(line.memory._saver._pending[0][f"{index}.{name}"], value, err_msg=name)
         return line.memory._saver._pending[0]
@@ -480,7 +480,7 @@ def test_a_memory_that_is_switched_on_later_starts_as_enrolled(station):
         line.see(101, label="NG")
     line.close()
     line = station(DRIFTS)
-    assert line.memory.describe()["rows"]["a"] == 0 and line.memory._drift["cam/a"].complete
+    assert line.memory.describe()["rows"]["a"] == 0 and line.memory._drift.monitors["cam/a"].complete
 
 
 def drift_up(line, rng):
