@@ -38,6 +38,17 @@ def test_every_device_module_imports_without_torch_and_onnx() -> None:
     assert python(code, *MODULES).strip() == ""
 
 
+def test_every_device_module_can_be_the_first_to_be_imported() -> None:
+    """Modules in a circle can be imported from one end only, and who imports them first decides whether they can."""
+    code = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    for module in [m for m in sys.modules if m.partition('.')[0] == 'andon']: del sys.modules[module]\n"
+        "    importlib.import_module(name)"
+    )
+    python(code, *MODULES)
+
+
 def test_the_block_is_real() -> None:
     with pytest.raises(AssertionError, match="torch is not on the device"):
         python(BLOCK + "import torch")
