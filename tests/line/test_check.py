@@ -20,7 +20,7 @@ from andon.runtime.overrides import Overrides
 from andon.runtime.startup import Options, effective, open_bundle
 
 from ..runtime.conftest import build as build_bundle  # type: ignore[import-not-found]
-from ..runtime.test_memory import memory_parts  # type: ignore[import-not-found]
+from ..runtime.memorystation import memory_parts  # type: ignore[import-not-found]
 from .conftest import BRIGHTNESS  # type: ignore[import-not-found]
 
 PATTERN = {"source": {"kind": "test"}, "product": "mono"}

@@ -1,9 +1,9 @@
-"""A maker of small synthetic bundles: stages written as ONNX text, everything else derived from them."""
+"""Small synthetic bundles: stages written as ONNX text, all else derived from them; and stations with a memory."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ import onnx.parser
 import pytest
 from andon.runtime.bundle import hash_file, write_manifest
 from andon.runtime.manifest import Manifest
+from andon.runtime.memoryconfig import MemoryConfig
+
+from .memorystation import CONFIG, Station, memory_parts  # type: ignore[import-not-found]
 
 _DTYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 9: "bool", 10: "float16"}
 
@@ -146,3 +149,27 @@ def make_bundle(tmp_path: Path) -> Callable[..., Path]:
         return build(tmp_path / f"bundle{count}", **{**defaults, **parts})
 
     return make
+
+
+@pytest.fixture
+def memory_bundle(make_bundle: Callable[..., Path]) -> Callable[..., Path]:
+    """memorystation.memory_parts() made into a bundle."""
+    return lambda *parts, **more: make_bundle(**memory_parts(*parts, **more))
+
+
+@pytest.fixture
+def station(memory_bundle: Callable[..., Path], tmp_path: Path) -> Iterator[Callable[..., Station]]:
+    """Stations that share a state folder, as a line and its restarts do."""
+    opened: list[Station] = []
+    own: list[Path] = []
+
+    def make(config: MemoryConfig = CONFIG, bundle: Path | None = None, program: str = "default") -> Station:
+        if bundle is None:
+            own[:] = own or [memory_bundle()]
+        opened.append(Station(bundle or own[0], tmp_path / "state", config, program))
+        return opened[-1]
+
+    yield make
+    for each in opened:
+        if each.detector.program._engines:
+            each.close()

@@ -14,7 +14,7 @@ from andon.runtime.memoryconfig import GuardConfig, MemoryConfig
 from andon.runtime.overrides import Overrides
 from andon.runtime.types import Frame
 
-from .test_memory import CONFIG, Station, memory_bundle  # noqa: F401 - a fixture
+from .memorystation import CONFIG, Station
 
 PAPER = CONFIG.model_copy(update={"order": "update_first"})
 
@@ -49,7 +49,7 @@ class Judged(Station):
 
 
 @pytest.fixture
-def judged(memory_bundle, tmp_path):  # noqa: F811
+def judged(memory_bundle, tmp_path):
     opened = []
     bundle = memory_bundle()
 

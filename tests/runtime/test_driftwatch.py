@@ -1,0 +1,75 @@
+"""The drift watch of a line: with and without a memory that learns, over restarts, rollbacks and changes of program."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from andon.runtime.errors import ConfigError
+from andon.runtime.memoryconfig import DriftConfig, MemoryConfig
+
+from .memorystation import DRIFTS, drift_up
+
+
+def test_a_bundle_without_use_of_its_memory_still_warns_of_drift(station):
+    config = MemoryConfig(enabled=False, drift=DriftConfig(reference=10, window=10, alpha=0.01))
+    line = station(config)
+    rng = np.random.default_rng(0)
+    for _ in range(25):
+        line.see(int(rng.integers(100, 103)))
+    assert line.memory.version("a") is None and line.memory.drift("cam") is None
+    for _ in range(12):
+        line.see(int(rng.integers(104, 106)))
+    assert "scores moved up" in line.memory.drift("cam")
+    assert line.memory.drift("other") is None
+    with pytest.raises(ConfigError, match="no memory to command"):
+        line.memory.command("freeze", {})
+    line.close()
+    again = station(config)
+    assert again.memory.drift("cam") is not None
+    again.memory.command("reset", {})
+    assert again.memory.drift("cam") is None
+    for _ in range(25):
+        again.see(int(rng.integers(104, 106)))
+    assert again.memory.drift("cam") is None, "a new lamp is the new reference"
+
+
+def test_a_drift_reference_is_of_one_program(station):
+    line = station(DRIFTS)
+    for _ in range(12):
+        line.see(100, label="NG")
+    line.close()
+    other = station(DRIFTS, program="other")
+    for _ in range(12):
+        other.see(105, label="NG")
+    assert other.memory.drift("cam") is None, "its scores are higher because they are another program's"
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_the_drift_watch_outlives_a_power_cut_where_nothing_is_learnt(station, enabled):
+    config = DRIFTS.model_copy(update={"enabled": enabled})
+    line, rng = station(config), np.random.default_rng(0)
+    for _ in range(12):
+        line.see(int(rng.integers(100, 103)), label="NG")
+    line.memory._saver.flush()  # as every minute
+    again = station(config)  # the first one never closes
+    for _ in range(12):
+        again.see(int(rng.integers(104, 106)), label="NG")
+    assert again.memory.drift("cam"), "held against the reference of before, not against scores that have moved"
+    again.memory._saver.flush()
+    assert station(config).memory.drift("cam"), "a warning that stands is not taken for gone"
+
+
+def test_a_rollback_takes_the_drift_warning_back(station):
+    line = station(DRIFTS)
+    drift_up(line, np.random.default_rng(0))
+    line.memory.command("rollback", {"version": 0})
+    assert line.memory.drift("cam") is None and line.memory.describe()["drift"] == []
+
+
+def test_a_drift_warning_ends_where_drift_is_not_watched(station):
+    line = station(DRIFTS)
+    drift_up(line, np.random.default_rng(0))
+    line.close()
+    assert station(DRIFTS).memory.drift("cam"), "it survives a restart"
+    again = station(DRIFTS.model_copy(update={"drift": DriftConfig(enabled=False)}))
+    assert again.memory.drift("cam") is None and again.memory.describe()["drift_score"] == {}
