@@ -1,4 +1,4 @@
-"""Real brokers and a consumer for the tests of the line."""
+"""Real brokers, a consumer, bundles and configurations for the tests of the line."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from typing import Any
 import paho.mqtt.client as paho
 import pytest
 from andon.runtime.broker import EmbeddedBroker
+from andon.runtime.lineconfig import BrokerConfig
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
+
+from .connection import Line  # type: ignore[import-not-found]
 
 BASE = "andon/v1/site/line/station"
 
@@ -130,6 +133,19 @@ def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
 @pytest.fixture(name="eventually")
 def eventually_fixture() -> Callable[..., None]:
     return eventually
+
+
+@pytest.fixture
+def line(tmp_path: Path, base: str) -> Callable[..., Line]:
+    """A line's connection to the broker at a port; broker settings and command handlers are given by name."""
+
+    def make(port: int, cameras: tuple[str, ...] = ("cam0",), **handlers: Any) -> Line:
+        settings = {"port": port, "retry_max": 0.5}
+        names = [name for name in handlers if name in BrokerConfig.model_fields]
+        settings |= {name: handlers.pop(name) for name in names}
+        return Line(tmp_path, base, BrokerConfig(**settings), cameras, handlers)
+
+    return make
 
 
 @pytest.fixture
