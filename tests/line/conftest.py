@@ -13,13 +13,16 @@ from typing import Any
 
 import paho.mqtt.client as paho
 import pytest
+from andon.runtime.app import LineApp
 from andon.runtime.broker import EmbeddedBroker
 from andon.runtime.lineconfig import BrokerConfig
+from andon.runtime.startup import Options
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from .connection import Line  # type: ignore[import-not-found]
+from .running import RunningLine, at  # type: ignore[import-not-found]
 
 BASE = "andon/v1/site/line/station"
 
@@ -280,3 +283,29 @@ def write_line(path: Path, cameras: dict[str, Any], **sections: Any) -> Path:
 @pytest.fixture
 def make_line(tmp_path: Path) -> Callable[..., Path]:
     return lambda cameras, **sections: write_line(tmp_path / "line.yaml", cameras, **sections)
+
+
+@pytest.fixture
+def start_line(
+    broker: EmbeddedBroker, consumer: Any, bundle: Path, make_line: Any
+) -> Iterator[Callable[..., RunningLine]]:
+    """Starts lines in this process; they are stopped at the end."""
+    lines: list[RunningLine] = []
+
+    def start(cameras: dict[str, Any], **sections: Any) -> RunningLine:
+        ready = threading.Event()
+        path = make_line(cameras, **{"bundle": str(bundle), "broker": at(broker), **sections})
+        app = LineApp(Options(config=path, backend="onnxruntime", threads=1), on_ready=lambda app: ready.set())
+        line = RunningLine(app, broker.port, consumer)
+        lines.append(line)
+        line.thread.start()
+        assert ready.wait(20)
+        assert app.delivery.wait_connected(10)
+        return line
+
+    yield start
+    for line in lines:
+        line.app.stop()
+        line.thread.join(20)
+        assert not line.thread.is_alive()
+        line.client.loop_stop()
