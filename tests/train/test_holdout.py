@@ -1,0 +1,86 @@
+"""Which good images a training holds out, and for what: the same every time, copies together."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from andon.cli import main
+from andon.runtime.dataset import Sample, open_dataset
+from andon.runtime.fingerprint import unpack
+from andon.train.checkpoint import read_provenance
+from andon.train.holdout import Split, split_good
+from andon.train.methods.hvq.model import HvqModel
+from hypothesis import given
+from hypothesis import strategies as st
+
+from .conftest import SETS
+
+
+def test_the_hold_out_has_two_parts_and_is_the_same_every_time(synthetic_data: Path) -> None:
+    samples = [s for s in open_dataset(synthetic_data).samples if s.split == "train"]
+    split = split_good(samples, 0.1)
+    parts = (split.fitting, split.constants, split.thresholds)
+    keys = [{s.key for s in part} for part in parts]
+    assert sum(map(len, parts)) == len(samples) and set.union(*keys) == {s.key for s in samples}
+    for part, count in zip(parts, (11, 2, 1), strict=True):  # a quarter of 14 is held out, for 40 would be more
+        assert Counter(s.product for s in part) == dict.fromkeys(("grain", "grid", "stripes"), count)
+    backwards = split_good(samples[::-1], 0.1)
+    assert backwards.thresholds == split.thresholds[::-1], "the order of the list does not matter"
+    assert split_good(samples, 0.0) == Split(samples, [], [])
+    half = split_good(samples[:10], 0.5)
+    assert (len(half.fitting), len(half.constants), len(half.thresholds)) == (5, 3, 2)
+    many = [dataclasses.replace(samples[0], key=str(i)) for i in range(200)]
+    assert len(split_good(many, 0.1).thresholds) == 19, "enough to promise 5 % false alarms"
+
+
+@given(st.integers(1, 3000), st.sampled_from((0.1, 0.25, 0.5)))
+def test_thresholds_get_a_number_of_images_that_promises_what_is_asked(images: int, share: float) -> None:
+    split = split_good([Sample(Path(f"{i}.png"), str(i), "nut", "good", "train") for i in range(images)], share)
+    kept, held = len(split.thresholds), len(split.thresholds) + len(split.constants)
+    assert len(split.fitting) + held == images and len(split.fitting) >= 1
+    if held >= 38:
+        exact = (kept + 1 - math.ceil(0.95 * (kept + 1) - 1e-9)) / (kept + 1)
+        assert exact == pytest.approx(0.05) and abs(kept - held / 2) <= 10.5 and split.constants
+    else:
+        assert kept == held // 2, "too few for 5 % whatever is done"
+
+
+def test_copies_of_an_image_stay_in_one_part() -> None:
+    """And count as one: eight copies of ten images are ten images."""
+    samples = [Sample(Path(f"{i:02}.png"), f"{i:02}", "nut", "good", "train") for i in range(80)]
+    contents = {s.key: str(i % 10) for i, s in enumerate(samples)}
+    split = split_good(samples, 0.1, contents)
+    parts = [{contents[s.key] for s in part} for part in (split.fitting, split.constants, split.thresholds)]
+    assert [len(part) for part in parts] == [8, 1, 1] and len(set.union(*parts)) == 10
+    assert split_good(samples, 0.1, {s.key: s.key for s in samples}) == split_good(samples, 0.1), "none is a copy"
+
+
+def test_copies_are_said_and_none_is_held_out_that_was_trained_on(
+    synthetic_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(synthetic_data / "grid", tmp_path / "data" / "grid")
+    for image in list((tmp_path / "data/grid/train/good").iterdir()):
+        shutil.copy(image, image.with_name(f"again-{image.name}"))
+    common = ["--method", "hvq", "--data", str(tmp_path / "data"), "--no-eval", *SETS]
+    assert main(["train", *common, "--out", str(tmp_path / "run")]) == 0
+    assert "14 of them are copies of others" in capsys.readouterr().out
+    prints = read_provenance(tmp_path / "run").fingerprints
+    parts = [unpack(prints[use]) for use in ("fitted", "constants", "thresholds")]
+    assert [len(part) for part in parts] == [11, 2, 1] and len(frozenset.union(*parts)) == 14
+
+
+def test_no_constant_is_set_on_an_image_kept_for_thresholds(
+    synthetic_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(HvqModel, "finalize", lambda self, data: seen.extend(s.key for s in data.samples))
+    arguments = ["train", "--method", "hvq", "--data", str(synthetic_data), "--no-eval", "--out", str(tmp_path / "run")]
+    assert main([*arguments, *SETS]) == 0
+    provenance = read_provenance(tmp_path / "run")
+    assert sorted(seen) == sorted(provenance.constants) and not {*seen} & {*provenance.holdout}
+    assert provenance.holdout, "and there are some for thresholds"
