@@ -136,11 +136,18 @@ def summarize(bundle: Bundle, seconds: float) -> dict[str, Any]:
     product, report = bundle.manifest.classes[0], read_report(bundle)
     shots, repeated = len(report["enrolled"]["support"]), report["enrolled"]["repeated"]
     foreground = report["foreground"]
+    shown = quoted(bundle.path)
+    calibrate = f"andon calibrate --bundle {shown} --data FOLDER (new good images)"
     if repeated:
         print(
-            f"warning: {len(repeated)} of {shots + len(repeated)} support images show the same picture as another "
-            f"(a burst, copies?) and are left out: {', '.join(repeated)}. Parts differ more than that: give images of "
-            "different parts, or of one that was taken away and put back"
+            f"warning: {len(repeated)} of {shots + len(repeated)} support images are copies of another and are left "
+            f"out: {', '.join(repeated)}"
+        )
+    if report["enrolled"]["alike"]:
+        print(
+            "warning: the support images are much alike (copies, a burst of one part, a rigid fixture?): the "
+            "provisional threshold rests on little more than the camera's noise and may judge good parts NG. Give "
+            f"images of different parts, each laid down anew, or set it from more of them: {calibrate}"
         )
     memory = memory_of(bundle)
     valid = bundle.array(bundle.manifest.state[memory.valid])
@@ -152,8 +159,7 @@ def summarize(bundle: Bundle, seconds: float) -> dict[str, Any]:
         promise = f"{threshold.false_alarm_rate:.0%} of good parts may be judged NG"
         print(f"provisional threshold {threshold.value:.3f}: {promise}")
     print(f"bundle {bundle.path}")
-    shown = quoted(bundle.path)
-    print(f"for a threshold that is not provisional: andon calibrate --bundle {shown} --data FOLDER (new good images)")
+    print(f"for a threshold that is not provisional: {calibrate}")
     print(f"next: andon verify --bundle {shown}")
     return {
         "ok": True,
@@ -162,6 +168,7 @@ def summarize(bundle: Bundle, seconds: float) -> dict[str, Any]:
         "product": product,
         "shots": shots,
         "repeated": repeated,
+        "alike": report["enrolled"]["alike"],
         "rows": rows,
         "foreground": foreground,
         "seconds": round(seconds, 2),

@@ -1,48 +1,44 @@
-"""Which support images show something of their own: frames of a burst, copies and re-compressed copies do not.
+"""What the support images have to say of how parts differ: copies say nothing, a burst or a rigid fixture says little.
 
-Held against such a copy, an image is at no distance: the threshold would be that of the camera's noise, and every other
-part NG.
+Only exact copies are left out. Features do not tell a burst of one part from different parts in a fixture: boards that
+are laid down to 1.5 of 512 pixels are nearer to each other than an image is to itself with noise of one grey level
+(knn's edge preset). Taken for copies, all but one would go, and a threshold from that one's mirror images passes
+defects. One from pictures that are alike is too strict instead, which is safe, and is said.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-#: Distance to another image, as a share of the distance to the own mirror images, below which the two are one picture.
-#: With the edge presets' features: a picture again with noise of 5 grey levels, as JPEG of quality 80 or 3 % brighter
-#: is at .29 at most; of 3,000 pairs of different good parts (screw, cookie, elpv, tile) the nearest is at .37, half of
-#: them beyond 1.08.
-SAME = 1 / 3
+#: Standard deviation, in grey levels at network size, of what a camera alone may make of one picture taken twice.
+NOISE = 5.0
 
 
-def turns(frame: Array) -> Iterator[Array]:
-    """The two mirror images and the half turn of a frame [h, w, 3]."""
-    yield from (frame[:, ::-1], frame[::-1], frame[::-1, ::-1])
+def distinct(frames: Array) -> list[int]:
+    """Indices of the images that are not exact copies of an earlier one; of copies of one image alone, all.
+
+    frames: uint8 [k, h, w, 3], at network size: a file that was copied or stored again without loss is the same.
+    """
+    first = {frame.tobytes(): index for index, frame in reversed(list(enumerate(frames)))}
+    return sorted(first.values()) if len(first) > 1 else list(range(len(frames)))
 
 
-def distinct(frames: Array, patches: Sequence[Array], extract: Callable[[Array], Array]) -> list[int]:
-    """Indices of the images that are not the same picture as an earlier one.
+def alike(frames: Array, patches: Sequence[Array], extract: Callable[[Array], Array]) -> bool:
+    """Whether each of several images is as near to another as to itself with the camera's noise.
 
     frames: uint8 [k, h, w, 3]; patches: their features [m, c] each; extract: gives a frame's features.
     """
-    if len(frames) == 1:
-        return [0]
-    kept: list[tuple[int, float]] = []
+    noise = np.random.default_rng(0).normal(0.0, NOISE, frames.shape[1:])
     for index, (frame, mine) in enumerate(zip(frames, patches, strict=True)):
-        reach = SAME * max(_distance(extract(turned), mine) for turned in turns(frame))
-        if not any(_same(mine, patches[other], min(reach, limit)) for other, limit in kept):
-            kept.append((index, reach))
-    return [index for index, _ in kept]
-
-
-def _same(a: Array, b: Array, limit: float) -> bool:
-    """Whether each patch of one is that near to one of the other, both ways; a few patches mostly tell that not."""
-    return all(_distance(x, y) <= limit for x, y in ((a[::16], b), (a, b), (b, a)))
+        reach = _distance(extract(np.clip(np.rint(frame + noise), 0, 255).astype(np.uint8)), mine)
+        if not any(_distance(mine, other) <= reach for k, other in enumerate(patches) if k != index):
+            return False
+    return True
 
 
 def _distance(patches: Array, others: Array) -> float:

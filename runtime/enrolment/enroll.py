@@ -24,7 +24,7 @@ from ..program import Program
 from ..replay import GOLDEN
 from ..wiring import check, programs
 from .bank import Bank, BankSettings, build_bank, fill, principal
-from .distinct import distinct, turns
+from .distinct import alike, distinct
 from .features import FeatureExtractor, memory_of
 from .navigator import NavigatorSettings, enroll_navigator
 from .support import Support
@@ -95,7 +95,8 @@ def _navigator(manifest: Manifest, bank: Bank, patches: Sequence[Array], seed: i
 def enroll(source: Bundle, backend: Backend, name: str, support: Support, target: Path) -> Bundle:
     """Write the bundle of product `name` to `target`, with a golden set and provisional thresholds.
 
-    Images that repeat another's picture (distinct.py) are left out; report.json names them under `repeated`.
+    Exact copies of another image are left out; report.json names them under `repeated`, and says under `alike` whether
+    the pictures differ so little that the thresholds are too strict (distinct.py).
 
     Raises:
         ConfigError: the target exists, or the source bundle keeps no memory.
@@ -103,9 +104,9 @@ def enroll(source: Bundle, backend: Backend, name: str, support: Support, target
     """
     memory_of(source)
     with FeatureExtractor(source, backend) as extract:
+        given, support = support.paths, support.only(distinct(support.frames))
         patches = [extract(frame) for frame in support.frames]
-        kept = distinct(support.frames, patches, extract)
-    given, support, patches = support.paths, support.only(kept), [patches[i] for i in kept]
+        much_alike = alike(support.frames, patches, extract)
     product = enroll_product(source.manifest, patches, list(support.masks))
     with _new_folder(target) as root:
         draft = _write(source, root, target.name, name, product.state)
@@ -116,6 +117,7 @@ def enroll(source: Bundle, backend: Backend, name: str, support: Support, target
                 "product": name,
                 "support": [p.name for p in support.paths],
                 "repeated": [p.name for p in given if p not in support.paths],
+                "alike": much_alike,
                 "from": source.id,
             },
             "foreground": support.foreground,
@@ -216,7 +218,8 @@ def provisional_thresholds(
 def _left_out(support: Support, bank: Bank, valid: Array) -> Iterator[tuple[Array, Array]]:
     """(frame, valid rows) pairs, see :func:`provisional_thresholds`."""
     if len(support.frames) == 1:
-        for turned in turns(support.frames[0]):
+        frame = support.frames[0]
+        for turned in (frame[:, ::-1], frame[::-1], frame[::-1, ::-1]):
             yield turned, valid
         return
     for index, frame in enumerate(support.frames):
