@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from .. import __version__
 from . import distributed
 from .errors import TrainingError
 
@@ -23,11 +24,13 @@ class ResumeFile:
         path: the file.
         run: hash of everything that must not change between sessions (configuration, classes, images).
         every: seconds between saves.
+        former: hashes that earlier versions gave the same run; a file with one of them is gone on from, too.
     """
 
-    def __init__(self, path: Path, run: str, every: float = 60.0):
+    def __init__(self, path: Path, run: str, every: float = 60.0, *, former: Collection[str] = ()):
         self._path = path
         self._run = run
+        self._former = former
         self._every = every
         self._last = time.monotonic()
 
@@ -45,7 +48,7 @@ class ResumeFile:
         if distributed.is_main():
             part = self._path.with_suffix(".part")
             with part.open("wb") as handle:
-                torch.save({**state, "run": self._run, "generators": generators}, handle)
+                torch.save({**state, "run": self._run, "andon": __version__, "generators": generators}, handle)
                 handle.flush()
                 os.fsync(handle.fileno())
             part.replace(self._path)
@@ -64,12 +67,14 @@ class ResumeFile:
                 f"cannot read {self._path}: {error}", next_step="start again without --resume"
             ) from error
         generators = state["generators"]
-        if state["run"] != self._run or len(generators) != distributed.world():
+        if state["run"] not in (self._run, *self._former) or len(generators) != distributed.world():
+            version = state.get("andon", "before it was recorded")
             raise TrainingError(
                 f"{self._path} is of another run",
-                found=f"run {state['run'][:12]}, {len(generators)} processes",
-                expected=f"run {self._run[:12]}, {distributed.world()} processes",
-                next_step="resume with the same images, settings and number of processes, or start again",
+                found=f"run {state['run'][:12]}, {len(generators)} processes, by Andon {version}",
+                expected=f"run {self._run[:12]}, {distributed.world()} processes, by Andon {__version__}",
+                next_step="resume with the same images, settings, number of processes and version of Andon, or start "
+                "again",
             )
         _set_generators(generators[distributed.rank()])
         return state

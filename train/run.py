@@ -222,7 +222,8 @@ def train(request: Request) -> dict[str, Any]:
         "thresholds": pack(image_hash(s.path) for s in split.thresholds) if show else "",
         "skipped": pack(_hashes(skipped)),
     }
-    resume = ResumeFile(folder / "resume.pt", _run_hash(model, trainset), request.save_every)
+    known, former = _run_hashes(model, trainset)
+    resume = ResumeFile(folder / "resume.pt", known, request.save_every, former=(former,))
     try:
         fitted = fit(model, trainset, device, log=lambda r: write_log(folder, r), resume=resume, progress=show)
     except KeyboardInterrupt:
@@ -396,12 +397,30 @@ def _where(device: torch.device) -> str:
     return f"{where}, {distributed.world()} processes" if distributed.active() else where
 
 
-def _run_hash(model: AnomalyModel, data: FeatureSet) -> str:
-    """What must be the same when a run goes on: settings, products, backbone weights, images and their contents."""
+def _run_hashes(model: AnomalyModel, data: FeatureSet) -> tuple[str, str]:
+    """What must be the same when a run goes on: settings, products, backbone weights, images and their contents.
+
+    The first without settings that have their default, so that a setting which a later version adds does not make
+    another run of it; the second as files have it that record no version.
+    """
     images = [(s.key, hashed) for s, hashed in zip(data.samples, data.hashes, strict=True)]
     weights = [b.record.sha256 for b in backbones_in(model)]
-    known = [model.config.model_dump(mode="json"), list(model.classes), weights, images]
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    config, rest = model.config, [list(model.classes), weights, images]
+
+    def hashed(settings: dict[str, Any]) -> str:
+        return hashlib.sha256(json.dumps([settings, *rest]).encode()).hexdigest()
+
+    return hashed(config.model_dump(mode="json", exclude_defaults=True)), hashed(_before(config))
+
+
+def _before(config: MethodConfig) -> dict[str, Any]:
+    """All settings, without those with their default that came after the first runs to be resumed."""
+    settings = config.model_dump(mode="json")
+    for section, name in (("backbone", "turned"), ("score", "align_corners")):
+        held = settings.get(section)
+        if isinstance(held, dict) and held.get(name) is False:
+            del held[name]
+    return settings
 
 
 def _versions() -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,10 +12,14 @@ import cv2
 import pytest
 import timm
 import torch
+from andon import __version__
 from andon.cli import main
 from andon.train import run
+from andon.train.backbones import backbones_in
 from andon.train.checkpoint import load_checkpoint, read_provenance
 from andon.train.errors import CheckpointError
+from andon.train.features import FeatureSet
+from andon.train.method import AnomalyModel
 
 from .conftest import SETS, refusal
 
@@ -110,6 +116,46 @@ def test_a_run_does_not_go_on_with_other_images_or_weights(
         assert main(["train", "--resume", str(out)]) == 0
         return
     assert "is of another run" in refusal(capsys, "--resume", str(out))
+
+
+@pytest.mark.parametrize("setting", [None, "backbone.turned=true"])
+def test_a_run_of_the_version_before_goes_on(
+    setting: str | None,
+    synthetic_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It knew no backbone.turned, and hashed all settings there were; with that setting it would be another run."""
+    out = tmp_path / "run"
+
+    def before(model: AnomalyModel, data: FeatureSet) -> tuple[str, str]:
+        config = model.config.model_dump(mode="json")
+        assert config["backbone"].pop("turned") is (setting is not None)
+        images = [(s.key, digest) for s, digest in zip(data.samples, data.hashes, strict=True)]
+        weights = [b.record.sha256 for b in backbones_in(model)]
+        known = hashlib.sha256(json.dumps([config, list(model.classes), weights, images]).encode()).hexdigest()
+        return known, known
+
+    def interrupt(folder: Path, record: dict[str, float]) -> None:
+        if record["step"] == 2:
+            raise KeyboardInterrupt
+
+    settings = [*SETS, *(["--set", setting] if setting else [])]
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_run_hashes", before)
+        patch.setattr(run, "write_log", interrupt)
+        started = ["--data", str(synthetic_data), "--products", "grid", "--no-eval", "--save-every", "0"]
+        assert main(["train", "--method", "hvq", *started, "--out", str(out), *settings]) == 130
+    state = torch.load(out / "resume.pt", weights_only=True)
+    del state["andon"]
+    torch.save(state, out / "resume.pt")
+    if setting is None:
+        assert main(["train", "--resume", str(out)]) == 0
+    else:
+        error = refusal(capsys, "--resume", str(out))
+        assert "is of another run" in error and "by Andon before it was recorded" in error
+        assert f"by Andon {__version__}" in error
 
 
 def test_resume_refuses_options_that_it_would_not_heed(
