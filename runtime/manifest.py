@@ -7,9 +7,9 @@ The published JSON Schema (configs/schema/bundle.json) is generated from these m
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 SCHEMA = "andon.bundle/1"
 Dtype = Literal["uint8", "float32", "float16", "int32", "int8", "bool"]
@@ -153,6 +153,12 @@ class Threshold(Model):
         description="Contents of the images behind it: the first 16 hexadecimal digits of each file's SHA-256, sorted, "
         "one after the other",
     )
+
+    @model_serializer(mode="wrap")
+    def _without_no_images(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Stations of before this field refuse a manifest that has it: it is written where it says something."""
+        written: dict[str, Any] = write(self)
+        return written if self.images else {key: value for key, value in written.items() if key != "images"}
 
 
 class Backbone(Model):
