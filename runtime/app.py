@@ -221,7 +221,7 @@ class LineApp:
             inflight=self.config.outbox.inflight,
             status=self.state.status,
             alarms=self._alarm_message,
-            commands=Commands(self.handlers.table()),
+            commands=Commands(self.handlers.table(), self.handlers.takes),
         )
         self.state.section("delivery", self._delivery_section)
         self.state.section("slots", lambda: {name: vars(counts) for name, counts in self.slots.counts().items()})

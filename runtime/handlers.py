@@ -61,6 +61,11 @@ class Handlers:
         self._app.delivery.announce(camera)
         return result
 
+    def takes(self, camera: str, product: str) -> bool:
+        """Whether :meth:`product` would take it now, from any thread; no while engines are built: it may time out."""
+        judge = self._app.worker.judge
+        return judge is not None and judge.takes(camera, product)
+
     def threshold(self, camera: str, arguments: dict[str, Any]) -> dict[str, Any]:
         """Override the threshold of a product; null takes the override back."""
 

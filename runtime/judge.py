@@ -208,6 +208,14 @@ class Judge:
         self._smooth.pop(camera, None)
         return {"before": before, "now": self.product_of(camera)}
 
+    def takes(self, camera: str, product: str) -> bool:
+        """Whether :meth:`set_product` takes it; from any thread."""
+        try:
+            require_product(camera, self._cameras[camera], product, self.detector.bundle)
+        except (AndonError, KeyError):  # no such camera
+            return False
+        return True
+
     def threshold(self, product: str) -> float | None:
         """The threshold in force: a command's, else the configuration's, else the bundle's."""
         for source in (self._overrides.thresholds, self._settings.thresholds):

@@ -76,19 +76,28 @@ class _Job:
 class Commands:
     """The registry of handlers and the thread that runs them.
 
+    Args:
+        takes: (camera, product) -> whether the command `product` would be taken now; called in the connections'
+            threads, must not block. By default every product is.
+
     Attributes:
         counts: how many commands were done, failed, refused (malformed, unknown,
             retained, too large), limited, repeated.
     """
 
-    def __init__(self, handlers: Mapping[str, Handler] | None = None):
+    def __init__(
+        self,
+        handlers: Mapping[str, Handler] | None = None,
+        takes: Callable[[str, str], bool] = lambda camera, product: True,
+    ):
+        self._takes = takes
         self._handlers: dict[str, Handler] = {}
         for name, handler in (handlers or {}).items():
             self.register(name, handler)
         self._validators = _validators()
         self._buckets: dict[tuple[str, str], TokenBucket] = {}
         self._seen: OrderedDict[tuple[str, str, str], bytes | None] = OrderedDict()
-        self._asked: dict[str, _Job] = {}  # camera -> its latest command `product`, until that is done
+        self._asked: list[_Job] = []  # the commands `product` that are waited for, the latest last
         self._lock = threading.Lock()
         self._queue: queue.Queue[_Job | None] = queue.Queue(_WAITING)
         self._thread: threading.Thread | None = None
@@ -120,6 +129,8 @@ class Commands:
                 break
         self._queue.put(None)
         self._thread.join()
+        with self._lock:
+            self._asked.clear()
         self._thread = None
 
     def receive(self, camera: str, name: str, payload: bytes, retained: bool, reply: Reply) -> None:
@@ -146,22 +157,23 @@ class Commands:
         if name in AT_ONCE:
             self._run(self._as_asked(job))
             return
-        if name == "product":
-            with self._lock:
-                self._asked[camera] = job
         try:
-            self._queue.put_nowait(job)
+            with self._lock:  # or the worker could have finished it before it is noted
+                self._queue.put_nowait(job)
+                if name == "product":
+                    self._asked.append(job)
         except queue.Full:
             busy = _failure(camera, name, identifier, "busy", f"{_WAITING} commands wait")
             self._finish(job, "failed", busy, again=True)
 
     def _as_asked(self, trigger: _Job) -> _Job:
-        """A trigger that overtakes a `product` sent before it is a part of that product."""
+        """A trigger that overtakes a `product` sent before it is a part of that, unless that will be refused."""
         with self._lock:
-            asked = self._asked.get(trigger.camera)
-        if asked is None:
+            asked = [job.arguments["product"] for job in reversed(self._asked) if job.camera == trigger.camera]
+        product = next((each for each in asked if self._takes(trigger.camera, each)), None)
+        if product is None:
             return trigger
-        return replace(trigger, arguments={**trigger.arguments, "product": asked.arguments["product"]})
+        return replace(trigger, arguments={**trigger.arguments, "product": product})
 
     def _parse(self, name: str, payload: bytes, retained: bool) -> tuple[str | None, dict[str, Any]]:
         if name not in COMMANDS:
@@ -240,8 +252,7 @@ class Commands:
                 self._seen.pop((job.camera, job.name, job.id), None)
             elif job.id is not None:
                 self._seen[job.camera, job.name, job.id] = answer
-            if self._asked.get(job.camera) is job:
-                del self._asked[job.camera]
+            self._asked = [each for each in self._asked if each is not job]
         self._count(outcome)
         job.reply(job.name, answer)
 

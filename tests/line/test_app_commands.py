@@ -41,6 +41,21 @@ def test_a_trigger_is_taken_while_a_command_waits_for_the_judge(
     assert (verdict["part_id"], verdict["label"]) == ("A-1", "OK")
 
 
+def test_a_part_is_judged_as_the_product_that_is_asked_for_unless_there_is_none_such(
+    start_line: Callable[..., RunningLine], consumer: Any
+) -> None:
+    line = start_line({"cam0": {"source": LIVE, "product": "mono", "queue": 8, "trigger": {"timeout_ms": 60_000}}})
+    for part, product, judged_as in (("A-1", "nut", "mono"), ("A-2", "poly", "poly")):
+        gate = threading.Event()
+        line.app.worker.post(lambda gate=gate: gate.wait(20))
+        line.client.publish(f"{line.app.config.topic}/cam0/cmd/product", json.dumps({"product": product}), qos=1)
+        assert line.command("cam0", "trigger", part_id=part)["ok"]
+        taken = line.app.slots.counts()["cam0"].triggers
+        gate.set()
+        verdict = consumer.wait_for("verdict", taken)[-1]
+        assert (verdict["part_id"], verdict["label"], verdict["product"]) == (part, "OK", judged_as)
+
+
 def test_a_trigger_without_a_frame_is_unknown(start_line: Callable[..., RunningLine], consumer: Any) -> None:
     dead = {"kind": "gstreamer", "pipeline": "videotestsrc is-live=true ! valve drop=true"}
     cameras = {"cam0": {"source": dead, "product": "mono", "stale_after": None, "trigger": {"timeout_ms": 300}}}

@@ -252,6 +252,31 @@ def test_a_product_that_is_refused_as_busy_is_no_triggers() -> None:
     assert [each.get("product") for each in calls] == [f"p{i}" for i in range(waiting)] + [None] * len(refused)
 
 
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_product_that_is_refused_leaves_a_trigger_the_one_that_waits(busy: bool) -> None:
+    """Refused because the queue is full, or because the line knows no such product, as it will say in its turn."""
+    parts: list[dict[str, Any]] = []
+    commands = Commands(
+        {"trigger": lambda camera, arguments: parts.append(arguments)}, lambda camera, product: product != "scerw"
+    )
+    answers: list[bytes] = []
+
+    def send(name: str, payload: bytes, camera: str = "cam0") -> None:  # not started: commands wait
+        commands.receive(camera, name, payload, False, lambda _, answer: answers.append(answer))
+
+    if not busy:
+        send("product", b'{"product": "scerw"}')
+        send("trigger", b'{"part_id": "A"}')
+        assert parts.pop() == {"part_id": "A"}
+    send("product", b'{"product": "poly"}')
+    for index in range(100 if busy else 0):
+        send("acknowledge", b"{}", f"other{index}")
+    send("product", b'{"product": "mono"}' if busy else b'{"product": "scerw"}')
+    assert any(b"busy" in answer for answer in answers) is busy
+    send("trigger", b'{"part_id": "B"}')
+    assert parts == [{"part_id": "B", "product": "poly"}]
+
+
 def test_retained_command_is_refused(
     commanded: Any, line: Any, consumer: Any, broker: EmbeddedBroker, base: str
 ) -> None:
