@@ -129,7 +129,8 @@ class SnapshotStore:
 
     Args:
         folder: created if missing; left-over temporary files of a killed process are removed.
-        identity: what the running bundle is; snapshots of anything else are refused.
+        identity: what the running bundle is; snapshots of anything else are refused. One may say more of itself, as
+            those of earlier versions do.
 
     Raises:
         CalibrationError: the folder cannot be made or written.
@@ -224,7 +225,7 @@ class SnapshotStore:
         headers = {p.name: known[p.name] if p.name in known else _read_header(p) for _, p in files}
         self._headers = headers
         own = ((number, headers[p.name]) for number, p in files)
-        return [(number, header["meta"]) for number, header in own if header and header["identity"] == self.identity]
+        return [(number, header["meta"]) for number, header in own if header and self._owns(header["identity"])]
 
     def load(self, number: int) -> Snapshot:
         """One snapshot.
@@ -244,8 +245,11 @@ class SnapshotStore:
             next_step="choose one of them",
         )
 
+    def _owns(self, identity: Any) -> bool:
+        return isinstance(identity, Mapping) and all(identity.get(key) == value for key, value in self.identity.items())
+
     def _check_identity(self, path: Path, snapshot: Snapshot) -> None:
-        if dict(snapshot.identity) != self.identity:
+        if not self._owns(snapshot.identity):
             raise CalibrationError(
                 f"snapshot {path.name} belongs to another bundle",
                 found=dict(snapshot.identity),

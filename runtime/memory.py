@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from .judge import Judgement
 from .lineconfig import LineConfig
 from .memorybanks import MemoryBanks, learnt_rows
 from .memoryconfig import MemoryConfig
-from .memoryversions import MemoryVersions
+from .memoryversions import MemoryVersions, content_version, made_without_memory
 from .program import Program
 from .types import Frame
 from .verdict import timestamp
@@ -278,7 +279,7 @@ class LineMemory:
                 log.warning("snapshot %s is not used: %s", item.path.name, item.reason)
                 continue
             try:
-                self._take(item)
+                self._take(self._with_rows(item))
             except CalibrationError as error:
                 log.warning("snapshot %d is not used: %s", item.number, error)
                 continue
@@ -290,6 +291,17 @@ class LineMemory:
             log.info("memory version %d restored from snapshot %d as version %d", saved, item.number, number)
             return
         self._versions.begin(last)
+
+    def _with_rows(self, snapshot: Snapshot) -> Snapshot:
+        """With what was learnt before, where an earlier version left that out as the memory was switched off."""
+        if not made_without_memory(snapshot):
+            return snapshot
+        for older in self._store.usable():
+            if isinstance(older, Snapshot) and older.number < snapshot.number and learnt_rows(older.arrays):
+                rows = {name: array for name, array in older.arrays.items() if not name.startswith("drift.")}
+                made = {"content": content_version(older.meta), "left": older.meta.get("left", [])}
+                return replace(snapshot, arrays={**rows, **snapshot.arrays}, meta={**snapshot.meta, **made})
+        return snapshot
 
     def _take(self, snapshot: Snapshot, *, keep_frozen: bool = False) -> None:
         self._banks.take(snapshot, keep_frozen=keep_frozen)
@@ -313,5 +325,4 @@ class LineMemory:
 
 def _identity(bundle: Bundle) -> dict[str, Any]:
     """What a snapshot must have been made with: the model (thresholds aside), whether its memory was in use or not."""
-    has_memory = bundle.manifest.memory is not None  # says nothing new, but snapshots of earlier versions have it
-    return {"model": bundle.model_id, "classes": list(bundle.manifest.classes), "memory": has_memory}
+    return {"model": bundle.model_id, "classes": list(bundle.manifest.classes)}

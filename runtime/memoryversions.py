@@ -52,7 +52,7 @@ class MemoryVersions:
 
     def take(self, meta: Mapping[str, Any]) -> None:
         """The content is the one saved with `meta`; the number stays, for it goes on whatever comes back."""
-        self.content = _content(meta)
+        self.content = content_version(meta)
         self._left = [(int(first), int(last)) for first, last in meta.get("left", ())]
 
     def find(self, store: SnapshotStore, version: int | None) -> Snapshot:
@@ -64,14 +64,17 @@ class MemoryVersions:
         Raises:
             CalibrationError: there is none.
         """
-        saved = sorted(store.metas(), key=lambda item: (_content(item[1]), item[0]), reverse=True)
+        saved = sorted(store.metas(), key=lambda item: (content_version(item[1]), item[0]), reverse=True)
         for number, meta in list(saved):
-            if int(meta["version"]) == version or (version is None and self._came_from(_content(meta))):
+            if int(meta["version"]) == version or (version is None and self._came_from(content_version(meta))):
                 try:
-                    return store.load(number)
+                    snapshot = store.load(number)
                 except CalibrationError as error:
                     log.warning("rollback: snapshot %d is passed over: %s", number, error)
-                    saved.remove((number, meta))
+                else:
+                    if not made_without_memory(snapshot):
+                        return snapshot
+                saved.remove((number, meta))
         versions = sorted({int(meta["version"]) for _, meta in saved})
         raise CalibrationError(
             "there is no such version to roll back to" if version is not None else "there is no older version",
@@ -84,6 +87,11 @@ class MemoryVersions:
         return content < self.content and not any(first <= content <= last for first, last in self._left)
 
 
-def _content(meta: Mapping[str, Any]) -> int:
+def made_without_memory(snapshot: Snapshot) -> bool:
+    """Whether an earlier version saved it with the memory switched off: it says nothing of what had been learnt."""
+    return snapshot.identity.get("memory") is False
+
+
+def content_version(meta: Mapping[str, Any]) -> int:
     """The version that a snapshot's content was made in: an older one than its own after a rollback."""
     return int(meta.get("content", meta["version"]))

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from andon.calib.snapshots import SnapshotStore
 from andon.runtime.errors import CalibrationError, ConfigError
 
 from .memorystation import CONFIG, DRIFTS
@@ -162,6 +163,52 @@ def test_a_memory_that_is_switched_off_is_there_when_it_is_switched_on_again(sta
     line = station(DRIFTS)
     assert (line.memory.describe()["rows"]["a"], line.memory.version("a")) == (rows, version)
     assert line.memory.drift("cam") and "another bundle" not in caplog.text
+
+
+def save_as_before(memory, in_use):
+    """The newest snapshot becomes one of an earlier version, without rows where the memory was not in use."""
+    store = memory._store
+    newest, _ = store.latest()
+    (path,) = store.folder.glob(f"*-{newest.number:010d}.snapshot")
+    path.unlink()
+    rows = newest.part("") if in_use else {}
+    arrays = {name: array for name, array in newest.arrays.items() if name.startswith("drift.")} | rows
+    SnapshotStore(store.folder, {**store.identity, "memory": in_use}).save(arrays, newest.meta, "last")
+
+
+@pytest.mark.parametrize("switched_on", [False, True])
+def test_an_update_keeps_the_drift_warning_and_the_rows_of_a_memory_that_was_off(station, caplog, switched_on):
+    line, rng = station(DRIFTS), np.random.default_rng(0)
+    for _ in range(12):
+        line.see(int(rng.integers(100, 103)))
+    rows = line.memory.describe()["rows"]["a"]
+    line.close()
+    save_as_before(line.memory, in_use=True)
+    off = DRIFTS.model_copy(update={"enabled": False})
+    line = station(off)
+    for _ in range(12):
+        line.see(int(rng.integers(106, 109)), label="NG")
+    line.close()
+    save_as_before(line.memory, in_use=False)
+    line = station(DRIFTS if switched_on else off)
+    assert line.memory.drift("cam"), "held against the reference of before the update"
+    line.close()
+    line = station(DRIFTS)
+    assert rows and line.memory.describe()["rows"]["a"] == rows
+    assert line.memory.drift("cam") and "another bundle" not in caplog.text
+
+
+def test_no_rollback_to_what_was_saved_by_an_earlier_version_with_the_memory_off(station):
+    off = DRIFTS.model_copy(update={"enabled": False})
+    line = station(off)
+    line.see(101)
+    line.close()
+    save_as_before(line.memory, in_use=False)
+    line = station(DRIFTS)
+    for _ in range(3):
+        line.see(104)
+    with pytest.raises(CalibrationError, match="no older version"):
+        line.memory.command("rollback", {})
 
 
 def test_a_memory_that_is_switched_on_later_starts_as_enrolled(station):
