@@ -72,7 +72,7 @@ class Hooks:
 
 @dataclass(frozen=True)
 class Heavy:
-    """A message of more than HEAVY bytes that was sent; nothing says yet that the broker took it.
+    """A message of more than HEAVY bytes that was sent; nothing says yet that the broker took any so large.
 
     before: packet ids in flight when it was sent; an acknowledgement of one of them proves nothing.
     """
@@ -118,6 +118,8 @@ class Session:
         self._window = inflight
         self._packet_limit = broker.max_packet
         self._heavy: Heavy | None = None
+        self._pinged: Heavy | None = None  # the heavy one that was sent before the last ping
+        self._proved = HEAVY  # the broker takes so many bytes
         self._hooks = hooks
         self._wake = wake
         self._connack: ReasonCode | None = None
@@ -291,7 +293,7 @@ class Session:
         if self._packet_limit is not None and size > self._packet_limit:
             self._hooks.too_large(kind, size, self._packet_limit)
             return False
-        if size > (self._heavy.size if self._heavy else HEAVY):
+        if size > (self._heavy.size if self._heavy else self._proved):
             self._heavy = Heavy(kind, size, frozenset(self._flying))
         info = self._client.publish(topic, payload, qos, retain)
         if info.rc not in (paho.MQTT_ERR_SUCCESS, paho.MQTT_ERR_AGAIN):
@@ -366,7 +368,7 @@ class Session:
             return  # of QoS 0: paho has sent it, which says nothing of the broker
         origin = self._flying.pop(mid)
         if self._heavy is not None and mid not in self._heavy.before:
-            self._heavy = None  # a broker reads in order
+            self._taken(self._heavy)  # a broker reads in order
         if origin is None:
             return
         stream, message = origin
@@ -381,6 +383,9 @@ class Session:
             if stream.kind == "alarm":
                 self.announce()
 
+    def _taken(self, heavy: Heavy) -> None:
+        self._heavy, self._proved = None, heavy.size
+
     def _on_message(self, _client: Any, _data: Any, message: paho.MQTTMessage) -> None:
         self._hooks.command(message.topic.rsplit("/", 1)[1], bytes(message.payload), message.retain)
 
@@ -393,3 +398,7 @@ class Session:
     def _on_log(self, _client: Any, _data: Any, level: int, text: str) -> None:
         if level == paho.MQTT_LOG_ERR:
             self._last_error = text
+        elif text == "Sending PINGREQ":  # paho has no callback for pings
+            self._pinged = self._heavy
+        elif text == "Received PINGRESP" and self._heavy is not None and self._heavy is self._pinged:
+            self._taken(self._heavy)  # else after a shift's last picture nothing would say so

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 import threading
+from collections import deque
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from andon.runtime.broker import EmbeddedBroker
+from andon.runtime.lineconfig import BrokerConfig
 from andon.runtime.mqtt import session
-from andon.runtime.mqtt.session import packet_size
+from andon.runtime.mqtt.session import Direct, Hooks, packet_size
+from andon.runtime.outbox import Outbox
 from andon.runtime.types import Region, Verdict
 from andon.runtime.verdict import Ids
 
@@ -185,6 +190,33 @@ def test_an_outage_after_a_large_message_that_was_taken_raises_no_suspicion(
             broker.start()
             eventually(lambda turn=turn: publisher.state.connects == turn + 2)
     assert not any("max_packet" in text for text in caplog.messages)
+
+
+def test_what_a_broker_has_taken_is_not_suspected(tmp_path: Path, broker: EmbeddedBroker, eventually: Any) -> None:
+    """Nor any as large on the same connection. A picture is not acknowledged; a ping that is answered says as much."""
+    config = BrokerConfig(port=broker.port).model_copy(update={"keepalive": 1})
+    hooks = Hooks(lambda state: b"{}", lambda: None, *[lambda *_: None] * 4)
+    wake, other = os.pipe()
+    with Outbox(tmp_path / "outbox.db") as outbox:
+        connection = session.Session(config, "a", "andon/v1/a/b/c", ["cam0"], outbox, 8, hooks, wake)
+        connection.open(lambda: False)
+        direct: deque[Direct] = deque()
+        pictures = deque([Direct("evidence", bytes(60_000), qos=0)])
+
+        def sent() -> bool:
+            connection.step(0.1, direct, pictures)
+            return not pictures
+
+        eventually(sent)
+        assert connection.unproved and connection.unproved.size > 60_000
+        eventually(lambda: sent() and connection.unproved is None)
+        for size, suspect in ((60_000, False), (60_001, True)):
+            pictures.append(Direct("evidence", bytes(size), qos=0))
+            eventually(sent)
+            assert (connection.unproved is not None) is suspect
+        connection.close()
+    os.close(wake)
+    os.close(other)
 
 
 class Reluctant:
