@@ -11,6 +11,7 @@ __all__ = [
     "ConfigError",
     "DeliveryError",
     "EngineError",
+    "NotNowError",
     "ProductError",
     "SourceError",
     "quoted",
@@ -27,6 +28,10 @@ class ConfigError(AndonError):
 
 class EngineError(AndonError):
     """A backend is not available, or an engine failed to build, open or run."""
+
+
+class NotNowError(EngineError):
+    """What was asked was not begun, and may be asked again as it is."""
 
 
 class ProductError(AndonError):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .detector import AUTO
-from .errors import ConfigError
+from .errors import ConfigError, NotNowError
 from .mqtt.commands import Handler
 from .slot import Trigger
 
@@ -118,5 +118,5 @@ class Handlers:
     def _judge(self) -> Any:
         judge = self._app.worker.judge
         if judge is None:
-            raise ConfigError("the line is still starting", next_step="repeat it when its status says ready")
+            raise NotNowError("the line is still starting", next_step="repeat it when its status says ready")
         return judge

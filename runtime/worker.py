@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from .alarm import AlarmBoard, AlarmEvent
 from .bundle import Bundle
-from .errors import AndonError, EngineError
+from .errors import AndonError, EngineError, NotNowError
 from .evidence import EvidenceStore
 from .judge import Judge, Judgement, OnlineMemory, with_evidence
 from .linestate import LineState
@@ -94,21 +94,31 @@ class LineWorker:
         """Run something on this thread between two frames and return what it returns, from any other thread.
 
         Raises:
-            EngineError: the line is stopping or did not get to it in time.
+            NotNowError: the line is stopping or did not get to it in time.
+            EngineError: it was begun, and was not done in time.
         """
         future = self.post(function)
         try:
             return future.result(CALL_TIMEOUT)
         except FutureTimeout as error:
-            future.cancel()  # what was refused must not happen later
-            raise EngineError(f"the line did not get to it within {CALL_TIMEOUT:g} s", found="a busy engine") from error
+            if not future.cancel():  # what was refused must not happen later
+                raise EngineError(
+                    f"the line was not done with it after {CALL_TIMEOUT:g} s",
+                    found="a command that has begun and will be finished",
+                    next_step="see in the line's status whether it had its effect before repeating it",
+                ) from error
+            raise NotNowError(
+                f"the line did not get to it within {CALL_TIMEOUT:g} s",
+                found="a busy engine",
+                next_step="repeat it when its status says ready",
+            ) from error
 
     def post(self, function: Callable[[], T]) -> Future[T]:
         """The same without waiting."""
         future: Future[T] = Future()
         with self._closing:
             if self._closed:
-                future.set_exception(EngineError("the line is stopping", next_step="repeat it after the restart"))
+                future.set_exception(_stopping())
             else:
                 self._calls.append((function, future))
         self._slots.poke()
@@ -241,4 +251,8 @@ class LineWorker:
         while self._calls:
             future = self._calls.popleft()[1]
             if future.set_running_or_notify_cancel():
-                future.set_exception(EngineError("the line is stopping"))
+                future.set_exception(_stopping())
+
+
+def _stopping() -> NotNowError:
+    return NotNowError("the line is stopping", next_step="repeat it after the restart")

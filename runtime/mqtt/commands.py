@@ -21,7 +21,7 @@ from typing import Any
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
-from ..errors import AndonError
+from ..errors import AndonError, NotNowError
 from ..verdict import dumps, readable, timestamp
 from .session import MAX_COMMAND
 
@@ -224,26 +224,27 @@ class Commands:
 
     def _run(self, job: _Job) -> None:
         try:
-            self._finish(job, *self._execute(job))
+            outcome, answer, again = self._execute(job)
+            self._finish(job, outcome, answer, again=again)
         except Exception:  # nothing that a command brings may end the line's only command thread, or a connection
             log.exception("command %s of %s cannot be answered", job.name, job.camera)
 
-    def _execute(self, job: _Job) -> tuple[str, bytes]:
-        """Outcome and answer."""
+    def _execute(self, job: _Job) -> tuple[str, bytes, bool]:
+        """Outcome, answer and whether it was not executed and may come again."""
         where = (job.camera, job.name, job.id)
         handler = self._handlers.get(job.name)
         if handler is None:
-            return "failed", _failure(*where, "this line does not take that command", job.name)
+            return "failed", _failure(*where, "this line does not take that command", job.name), False
         try:
             result = handler(job.camera, job.arguments)
             answer = _answer(*where, ok=True, result=dict(result or {}))
         except AndonError as error:
-            return "failed", _refusal(*where, error)
+            return "failed", _refusal(*where, error), isinstance(error, NotNowError)
         except Exception as error:
             log.exception("command %s of %s failed", job.name, job.camera)
-            return "failed", _failure(*where, "internal error", f"{type(error).__name__}: {error}")
+            return "failed", _failure(*where, "internal error", f"{type(error).__name__}: {error}"), False
         log.info("command %s of %s done: %s", job.name, job.camera, job.arguments)
-        return "done", answer
+        return "done", answer, False
 
     def _finish(self, job: _Job, outcome: str, answer: bytes, *, again: bool = False) -> None:
         """Answer. again: it was not executed and may come again under its id."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from andon.runtime.broker import EmbeddedBroker
-from andon.runtime.errors import ConfigError, DeliveryError
+from andon.runtime.errors import ConfigError, DeliveryError, NotNowError
 from andon.runtime.mqtt.commands import Commands, TokenBucket
 from andon.runtime.process import resident_memory
 
@@ -104,6 +104,26 @@ def test_a_command_that_found_the_line_busy_is_executed_when_it_comes_again() ->
     assert answers.get(timeout=20)["ok"]
     commands.stop()
     assert done == [f"cam{number}" for number in range(sent)]
+
+
+def test_a_command_that_the_line_could_not_begin_is_executed_when_it_comes_again() -> None:
+    answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    problems = [
+        NotNowError("the line is still starting", next_step="repeat it when its status says ready"),
+        ConfigError("the bundle lacks a product"),
+    ]
+
+    def rebuild(camera: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        raise problems.pop(0)
+
+    commands = Commands({"rebuild": rebuild})
+    commands.start()
+    says = []
+    for _ in range(3):
+        commands.receive("cam0", "rebuild", b'{"id":"1"}', False, lambda name, answer: answers.put(json.loads(answer)))
+        says.append(answers.get(timeout=20)["error"])
+    commands.stop()
+    assert says == ["the line is still starting"] + ["the bundle lacks a product"] * 2
 
 
 @pytest.mark.parametrize(
