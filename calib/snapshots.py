@@ -258,15 +258,16 @@ class SnapshotStore:
             )
 
     def age(self, kind: Kind) -> float | None:
-        """Seconds by the wall clock since the newest of a kind was written; None where there is none.
+        """Seconds by the wall clock since this bundle's newest of a kind was written; None where there is none.
 
         Negative where the clock was set back since.
 
         Raises:
             CalibrationError: the folder cannot be read.
         """
+        own = {number for number, _ in self.metas()}
         try:
-            return next((time.time() - path.stat().st_mtime for _, path in self._files(kind)), None)
+            return next((time.time() - path.stat().st_mtime for n, path in self._files(kind) if n in own), None)
         except OSError:
             return None  # it was removed a moment ago
 

@@ -75,6 +75,17 @@ def age_snapshots(folder, seconds):
         os.utime(path, (status.st_atime, status.st_mtime - seconds))
 
 
+def test_another_bundles_ring_does_not_put_off_this_ones(tmp_path):
+    SnapshotStore(tmp_path, {"model": "another"}).save({}, {}, "ring")
+    store = SnapshotStore(tmp_path, {"model": "this"})
+    for expected in ("ring", "last"):
+        saver = Autosave(store, 3600, 3600)
+        saver.offer({"rows": np.array(expected)}, {})
+        saver.close()
+        (number, _), *_ = store.metas()
+        assert (tmp_path / f"{expected}-{number:010d}.snapshot").exists()
+
+
 MOMENTS = st.tuples(st.sampled_from(["save", "restart"]), st.integers(0, 12), st.integers(0, 2))
 
 
