@@ -35,6 +35,7 @@ RATE: tuple[float, int] = (5.0, 20)
 #: Executed in the connection's thread, ahead of those that wait; their handlers must not block.
 AT_ONCE = ("trigger",)
 _REFUSALS: tuple[float, int] = (1.0, 5)
+#: Ids that are remembered, of triggers and of all others: triggers would push the others out within seconds.
 _REMEMBERED = 256
 _WAITING = 64
 #: Characters of an id, as in configs/schema/command.json.
@@ -44,6 +45,7 @@ _ID = 64
 #: those of AT_ONCE in the connection's.
 Handler = Callable[[str, dict[str, Any]], Mapping[str, Any] | None]
 Reply = Callable[[str, bytes], None]
+_Key = tuple[str, str, str]  # camera, command, id
 
 
 class TokenBucket:
@@ -96,7 +98,8 @@ class Commands:
             self.register(name, handler)
         self._validators = _validators()
         self._buckets: dict[tuple[str, str], TokenBucket] = {}
-        self._seen: OrderedDict[tuple[str, str, str], bytes | None] = OrderedDict()
+        self._triggers: OrderedDict[_Key, bytes | None] = OrderedDict()
+        self._others: OrderedDict[_Key, bytes | None] = OrderedDict()
         self._asked: list[_Job] = []  # the commands `product` that are waited for, the latest last
         self._lock = threading.Lock()
         self._queue: queue.Queue[_Job | None] = queue.Queue(_WAITING)
@@ -206,17 +209,21 @@ class Commands:
 
     def _repeated(self, camera: str, name: str, identifier: str, reply: Reply) -> bool:
         with self._lock:
-            key = (camera, name, identifier)
-            if key not in self._seen:
-                self._seen[key] = None
-                while len(self._seen) > _REMEMBERED:
-                    self._seen.popitem(last=False)
+            key, seen = (camera, name, identifier), self._seen(name)
+            if key not in seen:
+                seen[key] = None
+                while len(seen) > _REMEMBERED:
+                    seen.popitem(last=False)
                 return False
-            answer = self._seen[key]
+            answer = seen[key]
         self._count("repeated")
         if answer is not None:  # None: the first one still runs, its answer is the answer
             reply(name, answer)
         return True
+
+    def _seen(self, name: str) -> OrderedDict[_Key, bytes | None]:
+        """Ids with their answers; None: it is still waited for."""
+        return self._triggers if name in AT_ONCE else self._others
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:
@@ -250,9 +257,9 @@ class Commands:
         """Answer. again: it was not executed and may come again under its id."""
         with self._lock:
             if again and job.id is not None:
-                self._seen.pop((job.camera, job.name, job.id), None)
+                self._seen(job.name).pop((job.camera, job.name, job.id), None)
             elif job.id is not None:
-                self._seen[job.camera, job.name, job.id] = answer
+                self._seen(job.name)[job.camera, job.name, job.id] = answer
             self._asked = [each for each in self._asked if each is not job]
         self._count(outcome)
         job.reply(job.name, answer)

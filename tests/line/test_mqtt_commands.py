@@ -76,6 +76,29 @@ def test_command_repeated_by_id_is_answered_but_not_executed(commanded: Any) -> 
     assert first == second and len(commanded.calls) == 1
 
 
+def test_triggers_do_not_make_other_commands_be_forgotten() -> None:
+    done: list[str] = []
+    answered = threading.Event()
+    handlers = {"memory": lambda *_: done.append("rollback"), "trigger": lambda *_: done.append("trigger")}
+    commands = Commands(handlers)
+    commands.start()
+
+    def send(name: str, payload: dict[str, Any]) -> None:
+        commands.receive("cam0", name, json.dumps(payload).encode(), False, lambda *_: answered.set())
+
+    def roll_back() -> None:
+        answered.clear()
+        send("memory", {"id": "1", "action": "rollback"})
+        assert answered.wait(20)
+
+    roll_back()
+    for index in range(300):
+        send("trigger", {"id": f"{index}", "part_id": "A"})
+    roll_back()
+    commands.stop()
+    assert (done.count("rollback"), done.count("trigger"), commands.counts["repeated"]) == (1, 300, 1)
+
+
 def test_a_command_that_found_the_line_busy_is_executed_when_it_comes_again() -> None:
     free, answers, done = threading.Event(), queue.SimpleQueue[dict[str, Any]](), []
 
