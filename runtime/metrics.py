@@ -129,7 +129,7 @@ def _delivery(delivery: Mapping[str, Any]) -> Iterator[Metric]:
     )
     yield CounterMetricFamily(
         "andon_mqtt_pictures_skipped",
-        "Not sent, the connection is slower than they come",
+        "Not sent, the connection is slower than they come or was lost",
         value=delivery["pictures_skipped"],
     )
     yield CounterMetricFamily("andon_mqtt_acknowledged", "Taken by the broker", value=delivery["acknowledged"])

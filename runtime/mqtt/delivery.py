@@ -64,7 +64,7 @@ class DeliveryHealth:
 
     @property
     def pictures_skipped(self) -> int:
-        """Pictures of this run that were not sent because the connection was slower than they came."""
+        """Pictures of this run that were not sent because the connection was too slow or was lost."""
         return sum(link.pictures_skipped for link in self.links.values())
 
     @property

@@ -40,7 +40,8 @@ class LinkState:
 
     refused: topic and reason, for topics whose messages the broker does not take at the moment.
     too_large: messages of this run that were not sent because they exceed what the broker takes.
-    pictures_skipped: pictures of this run that were not sent because the connection was slower than they came.
+    pictures_skipped: pictures of this run that were not sent because the connection was slower than they came, or was
+        lost while they waited.
     """
 
     connected: bool = False
@@ -86,6 +87,7 @@ class Publisher:
         self._direct: deque[Direct] = deque(maxlen=_DIRECT)
         self._pictures: deque[Direct] = deque()
         self._pictures_skipped = 0
+        self._pictures_lost = 0
         self._state = LinkState(since=time.monotonic())
         self._announce = False
         self._up_at = 0.0
@@ -101,7 +103,7 @@ class Publisher:
     @property
     def state(self) -> LinkState:
         """A snapshot."""
-        return replace(self._state, pictures_skipped=self._pictures_skipped)
+        return replace(self._state, pictures_skipped=self._pictures_skipped + self._pictures_lost)
 
     def start(self) -> None:
         """Start the thread; it connects by itself and never gives up."""
@@ -245,6 +247,8 @@ class Publisher:
             log.warning("%s: %s; verdicts wait in the outbox, retrying", self._client_id, reason)
         since = time.monotonic() if was.connected else was.since
         self._state = replace(was, connected=False, reason=reason, since=since)
+        self._pictures_lost += len(self._pictures)
+        self._pictures.clear()  # nobody wants them after the outage, ahead of what is new then
 
     def _on_refused(self, topic: str, reason: str | None) -> None:
         if reason is None:

@@ -148,6 +148,26 @@ def test_a_verdict_larger_than_the_broker_takes_is_dropped_and_said(
     assert consumer.of("status")[-1]["outbox"]["dropped"] == 1
 
 
+def test_pictures_that_wait_when_the_connection_is_lost_are_not_sent_after_the_outage(
+    line: Any, broker: EmbeddedBroker, eventually: Any
+) -> None:
+    dam = Dam(broker.port)
+    with line(dam.port) as running:
+        assert running.delivery.wait_connected(10)
+        dam.open.clear()
+        sent = 0
+        while running.delivery.health().pictures_skipped == 0:
+            running.delivery.picture("cam0", str(sent), bytes(300_000))
+            sent += 1
+            assert sent < 200, "they pile up"
+        broker.stop()
+        eventually(lambda: not running.delivery.health().connected)
+        # One or two had been handed to the connection.
+        eventually(lambda: running.delivery.health().pictures_skipped >= sent - 2)
+        dam.open.set()
+        broker.start()
+
+
 @pytest.mark.parametrize(("setting", "protocol"), [("max_packet_size", "3.1.1"), ("message_size_limit", "5")])
 def test_a_limit_that_nobody_announces_is_suspected(
     line: Any, make_consumer: Any, eventually: Any, caplog: pytest.LogCaptureFixture, setting: str, protocol: str
