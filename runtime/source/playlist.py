@@ -118,7 +118,7 @@ class Seen:
 
         Those that stay are not looked at: thousands may, and are listed several times a second.
         """
-        present = set(listing)
+        present = {path for path in listing if path.lower().endswith(IMAGE_SUFFIXES)}
         for path in [path for path in self._here if path not in present]:
             self._gone[path] = self._here.pop(path)
         for path in [path for path in self._gone if path in present]:

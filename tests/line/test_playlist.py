@@ -143,11 +143,13 @@ def test_a_folder_gives_the_images_that_fit_the_pattern(
     assert played and played == [str(path) for path in sorted(tmp_path.glob(pattern)) if on_disk(path)]
 
 
-def test_files_that_were_taken_are_not_looked_at_again(
+def test_files_that_were_taken_or_are_no_images_are_not_looked_at_again(
     tmp_path: Path, make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their number grows for ever where nobody clears them away, and the folder is listed several times a second."""
     folder = make_images(tmp_path, [10] * 8)
+    for number in range(8):
+        (folder / f"part{number:03}.json").write_text("{}")
     watch = watching(camera({"kind": "folder", "path": folder, "watch": True}).source, Seen())
     assert sum(part is not None for part in itertools.islice(watch, 10)) == 8
     looked: list[Any] = []
