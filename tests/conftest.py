@@ -12,6 +12,10 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+# torch before GStreamer, or its ONNX exporter crashes when only tests/line are run (torch 2.14).
+if find_spec("torch"):
+    import torch  # noqa: F401
+
 import cv2
 import hypothesis
 import numpy as np
