@@ -70,6 +70,16 @@ def read_overrides(folder: Path) -> Stored:
         ) from error
 
 
+def unusable_state(folder: Path, error: OSError) -> ConfigError:
+    """The refusal of a state folder that cannot be made or written."""
+    return ConfigError(
+        f"the state folder {folder} cannot be used",
+        found=error,
+        expected="a folder that this user may write",
+        next_step="set 'state' in the line configuration, or $STATE_DIRECTORY",
+    )
+
+
 class Overrides:
     """Small, written whole and atomically at each change; the audit trail is ``audit.jsonl`` beside it.
 
@@ -90,12 +100,7 @@ class Overrides:
             folder.mkdir(parents=True, exist_ok=True)
             self._audit = AuditLog(folder / "audit.jsonl")
         except OSError as error:
-            raise ConfigError(
-                f"the state folder {folder} cannot be used",
-                found=error,
-                expected="a folder that this user may write",
-                next_step="set 'state' in the line configuration, or $STATE_DIRECTORY",
-            ) from error
+            raise unusable_state(folder, error) from error
         # Replaced, never changed: other threads read them, and a change that cannot be written must not be in force.
         self._thresholds: Mapping[str, ThresholdOverride] = {}
         self._products: Mapping[str, str] = {}

@@ -20,6 +20,7 @@ from .errors import ConfigError
 from .lineconfig import AlarmConfig, BrokerConfig, LineConfig, load_line
 from .manifest import Variant
 from .memorybanks import require_memory
+from .overrides import unusable_state
 from .products import require_products
 from .wiring import wire
 
@@ -137,12 +138,7 @@ def sole_user(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "run.lock").open("w")
     except OSError as error:
-        raise ConfigError(
-            f"the state folder {folder} cannot be used",
-            found=error,
-            expected="a folder that this user may write",
-            next_step="set 'state' in the line configuration, or $STATE_DIRECTORY",
-        ) from error
+        raise unusable_state(folder, error) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -219,7 +219,7 @@ def train(request: Request) -> dict[str, Any]:
     fingerprints = {  # now: what cannot be read must not cost the training
         "fitted": pack(trainset.hashes),
         "constants": pack(calibration.hashes),
-        "thresholds": pack(image_hash(s.path) for s in split.thresholds) if show else "",
+        "thresholds": pack(contents[s.key] for s in split.thresholds),
         "skipped": pack(_hashes(skipped)),
     }
     known, former = _run_hashes(model, trainset)
