@@ -32,8 +32,9 @@ Written from the records beside this page by `andon eval --all SETS --validation
 same images with synthetic defects (pasted patch, scar, smudge, noise), on the part where its background is plain (rows
 of earlier code: anywhere in the image). In sets called _large the defects take 4 to 30 % of the image, else at most
 3 %; their models are those of the set of that name without it. elpv67 has real cells of uncertain label, in neither
-split. Rows called upright have features of the image alone, not the mean over both ways round (backbone.turned), which
-the presets of hgad and vpdm have since; rows called turned have it where the preset does not.
+split. Rows called upright have features of the image alone, not the mean over both ways round (backbone.turned), and
+of vpdm a map without align_corners; the presets of hgad and vpdm have both since. Rows called turned have the mean
+where the preset does not.
 No test image was read for this page. A number behind a set's name is the number of training images of a product.
 What was chosen stands in configs/selection.yaml and on [the results page](results.md).
 """
