@@ -1,4 +1,4 @@
-"""Small synthetic bundles: stages written as ONNX text, all else derived from them; and stations with a memory."""
+"""Small synthetic bundles: stages as ONNX text, all else derived; stations with a memory; a data set; commands."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
+from andon.cli import main
 from andon.runtime.bundle import hash_file, write_manifest
 from andon.runtime.manifest import Manifest
 from andon.runtime.memoryconfig import MemoryConfig
 
 from .memorystation import CONFIG, Station, memory_parts  # type: ignore[import-not-found]
+from .parts import level, write  # type: ignore[import-not-found]
 
 _DTYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 9: "bool", 10: "float16"}
 
@@ -33,6 +35,8 @@ SCORE = """score (float[1,3] u) => (float[1,1,1,3] map, float[1] score) {
     map = Reshape(u, shape)
     score = ReduceMax<axes=[1], keepdims=0>(u)
 }"""
+#: Options of every command that judges.
+ENGINE = ("--backend", "onnxruntime", "--threads", 1)
 
 
 def parse(text: str) -> onnx.ModelProto:
@@ -173,3 +177,28 @@ def station(memory_bundle: Callable[..., Path], tmp_path: Path) -> Iterator[Call
     for each in opened:
         if each.detector.program._engines:
             each.close()
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Good parts 1..40 of brightness, defects 61..64, in MVTec layout; masks cover the left half."""
+    root = tmp_path / "data"
+    for product in "ab":
+        for i in range(40):
+            write(root / product / "train" / "good" / f"{i:03}.png", level(i + 1, product))
+        for i in range(8):
+            write(root / product / "test" / "good" / f"{i:03}.png", level(5 * i + 3, product))
+        for i in range(4):
+            write(root / product / "test" / "bright" / f"{i:03}.png", level(i + 61, product))
+            mask = np.zeros((8, 8), np.uint8)
+            mask[:, :4] = 255
+            write(root / product / "ground_truth" / "bright" / f"{i:03}_mask.png", mask)
+    return root
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict[str, Any], str]:
+    """Exit status, JSON object and all output of a command."""
+    capsys.readouterr()
+    code = main([str(a) for a in arguments] + ["--json"])
+    captured = capsys.readouterr()
+    return code, json.loads(captured.out.splitlines()[-1]), captured.out + captured.err

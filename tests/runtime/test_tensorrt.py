@@ -31,7 +31,7 @@ from andon.runtime.program import Program
 from ..device import test_on_device as device  # type: ignore[import-not-found]
 from . import trtdouble
 from .conftest import ENCODE, SCORE  # type: ignore[import-not-found]
-from .test_commands import gate, golden  # type: ignore[import-not-found]
+from .parts import gate, golden  # type: ignore[import-not-found]
 from .test_program import looped  # type: ignore[import-not-found]
 
 MakeBundle = Callable[..., Path]

@@ -1,0 +1,44 @@
+"""andon bench: stages, overhead, and what is compared with torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from andon.runtime.commands import bench
+
+from .conftest import ENGINE, run  # type: ignore[import-not-found]
+from .parts import golden
+
+MakeBundle = Callable[..., Path]
+
+
+def test_bench_reports_stages_overhead_and_why_there_is_no_torch(
+    make_bundle: MakeBundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_bundle(npz={"golden/golden.npz": golden([10, 40])})
+    code, result, text = run(capsys, "bench", "--bundle", root, "--frames", 5, "--warmup", 2, *ENGINE)
+    assert code == 0 and set(result["latency_ms"]) == {"encode", "score", "total"}
+    assert result["threads"] == 1 and result["executor_overhead"] > 0 and result["peak_rss_mb"] > 10
+    assert result["torch_ms"] is None and "enrolled without a checkpoint" in text
+
+
+def test_bench_compares_no_other_program_with_torch(
+    make_bundle: MakeBundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The torch model computes the default program: of a shorter one the engines' speed-up would be the sampler's."""
+    torch_side = SimpleNamespace(load=lambda: lambda *_: nullcontext(lambda frame, product: 0.0))
+    monkeypatch.setattr(bench, "entry_points", lambda group: [torch_side])
+    root = make_bundle(
+        alternatives={"short": [{"run": "encode"}, {"run": "score"}]},
+        checkpoint_sha256="0" * 64,
+        npz={"golden/golden.npz": golden([10, 40])},
+    )
+    for program, compared in (("default", True), ("short", False)):
+        arguments = ("--program", program, "--frames", 3, "--warmup", 0)
+        code, result, text = run(capsys, "bench", "--bundle", root, *arguments, *ENGINE)
+        assert code == 0 and (result["speedup_over_torch"] is not None) == compared
+        assert compared or "computes the default program, not short" in text

@@ -1,0 +1,174 @@
+"""andon eval: figures, what they leave out or warn of, its report, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from andon.runtime.dataset import open_dataset
+from andon.runtime.fingerprint import image_hash, pack
+
+from .conftest import ENCODE, ENGINE, SCORE, run  # type: ignore[import-not-found]
+from .parts import contents, held, level, write
+
+MakeBundle = Callable[..., Path]
+#: The same score, twice as large: an alternative program with thresholds of its own.
+DOUBLE = """double (float[1,3] u) => (float[1,3] twice) {
+    twice = Add(u, u)
+}"""
+
+
+def test_eval_says_when_good_images_are_unlike_those_of_the_calibration(
+    make_bundle: MakeBundle, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another lamp over the test's good parts: their alarms are no chance, and the promise was not for them."""
+    root = make_bundle(report={"holdout": held()})
+    assert run(capsys, "calibrate", "--bundle", root, "--data", data, "--false-alarm-rate", 0.05, *ENGINE)[0] == 0
+    arguments = ("eval", "--bundle", root, "--data", data, "--report", tmp_path / "r.html", *ENGINE)
+    code, result, text = run(capsys, *arguments)
+    assert code == 0 and result["unlike"] == [] and "unlike them" not in text  # 4 of 8 may happen: once in 250
+    for image in (data / "a/test/good").iterdir():
+        write(image, level(41, "a"))
+    code, result, text = run(capsys, *arguments)
+    assert code == 0 and result["unlike"] == ["a"] and "andon calibrate --bundle" in text
+    assert "a: 8 of 8 good images are called NG where 5.0% were promised" in text and "b: 8 of 8" not in text
+    assert "8 of 8 good images are called NG" in (tmp_path / "r.html").read_text()
+    # What a line recorded was judged with that line's thresholds, so the bundle's promise has no say in it.
+    recorded = [
+        {
+            "id": s.key,
+            "part_id": s.key.removesuffix(".png"),
+            "product": s.product,
+            "label": "NG",
+            "score": 1.0,
+            "threshold": 0.1,
+            "ts_judged": "2026-01-01T00:00:00.000Z",
+            "latency_ms": {"total": 1.0},
+        }
+        for s in open_dataset(str(data)).samples
+        if s.split == "test"
+    ]
+    (tmp_path / "line.jsonl").write_text("".join(json.dumps(v) + "\n" for v in recorded))
+    code, result, text = run(capsys, *arguments, "--verdicts", tmp_path / "line.jsonl")
+    assert code == 0 and result["products"]["a"]["false_alarm_rate"] == 1
+    assert result["unlike"] == [] and "would do that" not in text + (tmp_path / "r.html").read_text()
+
+
+def test_eval_of_a_line_that_was_overloaded_by_defects_says_so_everywhere(
+    make_bundle: MakeBundle, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_bundle(report={"holdout": held()})
+    judged = {"label": "OK", "score": 0.1, "threshold": 0.2, "latency_ms": {"total": 1.0}}
+    dropped = {"label": "UNKNOWN", "score": None, "threshold": None, "latency_ms": {}}
+    lines = [
+        {"id": s.key, "part_id": s.key.removesuffix(".png"), "product": s.product, "ts_judged": "2026-01-01T00:00:00Z"}
+        | (judged if s.good else dropped)
+        for s in open_dataset(str(data)).select(split="test").samples
+    ]
+    recorded, report = tmp_path / "line.jsonl", tmp_path / "r.html"
+    recorded.write_text("".join(json.dumps(v) + "\n" for v in lines))
+    arguments = ("--bundle", root, "--data", data, "--verdicts", recorded, "--report", report, *ENGINE)
+    code, result, text = run(capsys, "eval", *arguments)
+    assert code == 0 and result["unknown"] == 8
+    figures = result["products"]["a"]
+    assert (figures["image_AUROC"], figures["miss_rate"], figures["false_alarm_rate"]) == (None, None, 0)
+    assert (figures["unknown_rate_good"], figures["unknown_rate_defective"]) == (0, 1)
+    said = "4 of 12 images are UNKNOWN (0.0% of the good and 100.0% of the defective)"
+    assert f"warning: a: {said}" in text and "UNKNOWN 0.3333" in text
+    page = report.read_text()
+    assert said in page and "unknown rate defective" in page
+    recorded.write_text("".join(json.dumps(v | dropped) + "\n" for v in lines))
+    assert run(capsys, "eval", *arguments)[0] == 0, "nothing judged at all: no gallery, no latency, no figure"
+
+
+def test_eval_leaves_out_test_images_that_the_model_has_seen(
+    make_bundle: MakeBundle, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The test's good parts are of brightness 3, 8, ..., 38: the same files as some of the training's."""
+    seen = {"fitted": contents(data, 20, 40), "constants": contents(data, 10, 19), "thresholds": contents(data, 5, 9)}
+    root, page = make_bundle(report={"fingerprints": seen}), tmp_path / "r.html"
+    code, result, text = run(capsys, "eval", "--bundle", root, "--data", data, "--report", page, *ENGINE)
+    assert code == 0 and result["images"] == 24 - 14 and result["products"]["a"]["good"] == 1
+    assert result["seen"] == {"fitted": 8, "constants": 4, "thresholds": 2}
+    said = "test images left out of the figures: 8 trained on, 4 that set constants, 2 held out for thresholds"
+    assert said in text and said in page.read_text()
+    code, result, _ = run(capsys, "eval", "--bundle", root, "--data", data, "--split", "train", *ENGINE)
+    assert code == 0 and result["images"] == 80, "who asks for the training images gets them"
+    code, result, text = run(capsys, "eval", "--bundle", make_bundle(), "--data", data, *ENGINE)
+    assert code == 0 and result["images"] == 24 and result["seen"] is None, "a bundle without a record"
+    everything = pack(image_hash(s.path) for s in open_dataset(data).samples)
+    root = make_bundle(report={"fingerprints": {"fitted": everything}})
+    code, result, _ = run(capsys, "eval", "--bundle", root, "--data", data, *ENGINE)
+    assert code == 1 and result["found"] == "24 trained on"
+
+
+def test_auto_product_and_every_program(
+    make_bundle: MakeBundle, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_bundle(
+        stages={
+            "encode": (ENCODE, {"image": "frame"}),
+            "double": (DOUBLE, {"u": "encode.u"}),
+            "score": (SCORE, {"u": "encode.u"}),
+        },
+        program=[{"run": "encode"}, {"run": "double"}, {"run": "score"}],
+        alternatives={"short": [{"run": "encode"}, {"run": "score"}]},
+        report={"holdout": held()},
+    )
+    code, result, _ = run(capsys, "calibrate", "--bundle", root, "--data", data, "--false-alarm-rate", 0.05, *ENGINE)
+    assert code == 0 and set(result["thresholds"]["a"]) == {"default", "short"}
+    # A dark part of product b that looks like a: the classifier is asked, and is right for all others.
+    write(data / "b/test/good/000.png", level(3, "a"))
+    arguments = ("--product", "auto", "--samplers", "--limit", 6)
+    code, result, text = run(capsys, "eval", "--bundle", root, "--data", data, *arguments, *ENGINE)
+    assert code == 0 and result["images"] == 12 and set(result["samplers"]) == {"default", "short"}
+    assert result["right_product"] == {"a": 1.0, "b": pytest.approx(2 / 3)}
+    assert "double" not in result["samplers"]["short"]["latency_ms"] and "program  image_AUROC" in text
+
+
+def test_eval_refuses_a_product_it_does_not_know(
+    make_bundle: MakeBundle, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (data / "b").rename(data / "c")
+    code, _, text = run(capsys, "eval", "--bundle", make_bundle(), "--data", data, *ENGINE)
+    assert code == 1 and "unknown product 'c'" in text and "Traceback" not in text
+
+
+def test_eval_puts_the_figures_of_its_own_checkpoint_beside_and_refuses_another_models(
+    make_bundle: MakeBundle, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "provenance.json").write_text(json.dumps({"weights_sha256": "1" * 64}))
+    (tmp_path / "metrics.json").write_text(json.dumps({"products": {"a": {"image_AUROC": 0.5}}}))
+    arguments = ("eval", "--data", data, "--checkpoint", tmp_path, *ENGINE)
+    code, result, text = run(capsys, *arguments, "--bundle", make_bundle(checkpoint_sha256="1" * 64))
+    assert code == 0 and result["torch"] == {"a": 0.5, "b": None} and "torch 0.5000, engines 1.0000" in text
+    for sha256, expected in (("2" * 64, "2" * 12), ("", "no checkpoint: the bundle was enrolled")):
+        code, result, text = run(capsys, *arguments, "--bundle", make_bundle(checkpoint_sha256=sha256))
+        assert code == 1 and "is not the checkpoint the bundle was made from" in result["error"]
+        assert (result["found"], result["expected"]) == ("1" * 12, expected) and "image AUROC" not in text
+
+
+def test_eval_writes_a_report(
+    make_bundle: MakeBundle, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "out" / "report.html"
+    code, result, _ = run(capsys, "eval", "--bundle", make_bundle(), "--data", data, "--report", page, *ENGINE)
+    assert code == 0 and result["report"] == str(page)
+    assert "image AUROC" in page.read_text() and "http://" not in page.read_text().replace("http://www.w3.org", "")
+
+
+@pytest.mark.parametrize("report", ["folder", "file/report.html"])
+def test_eval_refuses_a_report_that_cannot_be_written_before_the_work(
+    report: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    arguments = ("--bundle", "nosuch", "--data", "nosuch", "--report", tmp_path / report)
+    for more in ((), ("--few-shot", "1")):
+        code, result, text = run(capsys, "eval", *arguments, *more, "--threads", 1)
+        assert code == 1 and f"--report {tmp_path / report} cannot be written" in result["error"], text
+    assert {p.name for p in tmp_path.iterdir()} == {"folder", "file"}
+    assert run(capsys, "eval", *arguments[:-1], tmp_path / "r.html")[1]["error"] == "there is no bundle at nosuch"
+    assert not (tmp_path / "r.html").exists(), "what was refused later leaves no empty report"
