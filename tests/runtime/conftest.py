@@ -16,6 +16,7 @@ from andon.runtime.bundle import hash_file, write_manifest
 from andon.runtime.manifest import Manifest
 from andon.runtime.memoryconfig import MemoryConfig
 
+from . import trtdouble
 from .memorystation import CONFIG, Station, memory_parts  # type: ignore[import-not-found]
 from .parts import level, write  # type: ignore[import-not-found]
 
@@ -202,3 +203,15 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, di
     code = main([str(a) for a in arguments] + ["--json"])
     captured = capsys.readouterr()
     return code, json.loads(captured.out.splitlines()[-1]), captured.out + captured.err
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> trtdouble.World:
+    """TensorRT and CUDA are doubles."""
+    return trtdouble.install(monkeypatch)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """Where TensorRT's plans are kept."""
+    return tmp_path / "plans"
