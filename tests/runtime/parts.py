@@ -1,4 +1,4 @@
-"""Parts told apart by colour and judged by brightness: their pictures, data set, golden set and gate."""
+"""Parts told apart by colour and judged by brightness: their pictures, data set, golden set and gate; and a disc."""
 
 from __future__ import annotations
 
@@ -58,3 +58,13 @@ def gate(brightness: list[int], threshold: float) -> dict[str, np.ndarray]:
     labels = np.array([0, 0, 1, 1], np.int32)
     limits = np.full(2, threshold, np.float32)
     return {k: data[k] for k in ("frames", "class_ids", "score")} | {"labels": labels, "threshold": limits}
+
+
+def part(size: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    """A bright disc on a dark ground, and where it is."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(20, 40, (size, size, 3), np.uint8)
+    cv2.circle(image, (size // 2, size // 2), size // 4, (200, 180, 160), -1)
+    truth = np.zeros((size, size), np.uint8)
+    cv2.circle(truth, (size // 2, size // 2), size // 4, 1, -1)
+    return image, truth > 0
