@@ -1,4 +1,4 @@
-"""Real brokers, a consumer, bundles and configurations for the tests of the line."""
+"""Real brokers, a consumer, bundles, judges and configurations for the tests of the line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,12 @@ import paho.mqtt.client as paho
 import pytest
 from andon.runtime.app import LineApp
 from andon.runtime.broker import EmbeddedBroker
-from andon.runtime.lineconfig import BrokerConfig
+from andon.runtime.detector import Detector
+from andon.runtime.judge import Judge
+from andon.runtime.lineconfig import BrokerConfig, CameraConfig, JudgeConfig
+from andon.runtime.overrides import Overrides
 from andon.runtime.startup import Options
+from andon.runtime.verdict import Ids
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
@@ -238,6 +242,23 @@ def bundle(tmp_path: Path) -> Path:
 @pytest.fixture
 def make_bundle() -> Callable[..., Path]:
     return write_bundle
+
+
+@pytest.fixture
+def make_judge(tmp_path: Path, bundle: Path) -> Iterator[Callable[..., Judge]]:
+    """Judges of one camera, cam, that share a state folder; settings of the camera are given by name."""
+    opened: list[Detector] = []
+
+    def make(path: Path = bundle, memory: Any = None, judge: Mapping[str, Any] | None = None, **settings: Any) -> Judge:
+        detector = Detector.open(path, backend="onnxruntime", threads=1)
+        opened.append(detector)
+        overrides = Overrides(tmp_path / "state")
+        camera = CameraConfig.model_validate({"source": {"kind": "test"}, **settings})
+        return Judge(detector, {"cam": camera}, JudgeConfig(**judge or {}), overrides, Ids().next, memory)
+
+    yield make
+    for detector in opened:
+        detector.close()
 
 
 @pytest.fixture

@@ -1,0 +1,90 @@
+"""Evidence: pictures of NG parts under their quota, the overlay, and pictures that cannot be kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from andon.runtime.evidence import EvidenceStore, overlay
+from andon.runtime.judge import Judge, Judgement
+from andon.runtime.lineconfig import EvidenceConfig
+
+from .judging import frame, picture
+
+
+def test_evidence_is_kept_under_its_quota(
+    make_judge: Callable[..., Judge], tmp_path: Path, eventually: Callable[..., None]
+) -> None:
+    judge = make_judge()
+    config = EvidenceConfig(max_bytes=2**16)
+
+    def judged(shade: int) -> Judgement:
+        noise = np.random.default_rng(shade).integers(0, 255, (200, 200, 3), np.uint8)
+        return judge.judge(frame(noise if shade else picture(0)))
+
+    with EvidenceStore(config, tmp_path / "evidence") as store:
+        ok = judged(0)
+        assert store.keep(ok.verdict, picture(0), ok.scored.map, ok.box, 0.5) is None, "only NG is kept"
+        paths = []
+        for shade in range(1, 9):
+            bad = judged(shade)
+            image = np.random.default_rng(shade).integers(0, 255, (200, 200, 3), np.uint8)
+            paths.append(store.keep(bad.verdict, image, bad.scored.map, bad.box, 0.5))
+            eventually(lambda shade=shade: store.written == shade)
+    assert all(paths)
+    left = list((tmp_path / "evidence").rglob("*.jpg"))
+    assert sum(path.stat().st_size for path in left) <= config.max_bytes
+    assert 0 < len(left) < 8 and Path(paths[-1]) in left and Path(paths[0]) not in left
+    assert store.removed == 8 - len(left)
+    assert cv2.imread(paths[-1]).shape == (200, 200, 3)
+    with EvidenceStore(config, tmp_path / "evidence") as store:
+        assert store.removed == 0, "pictures of an earlier run count towards the quota and stay"
+
+
+def test_the_overlay_touches_only_the_region_of_interest() -> None:
+    image = picture(100)
+    anomaly_map = np.zeros((8, 8), np.float32)
+    anomaly_map[2, 2] = 5
+    drawn = overlay(image, anomaly_map, (16, 16, 32, 32), 1.0)
+    changed = (drawn != image).any(axis=2)
+    assert changed[26, 26] and not changed[:16].any() and not changed[48:].any()
+    assert not changed[40:48, 40:48].any(), "what is normal is left as the camera saw it"
+    assert drawn.shape == image.shape and image.min() == 100
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_end_the_others(
+    make_judge: Callable[..., Judge], tmp_path: Path
+) -> None:
+    bad = make_judge().judge(frame(picture(250)))
+    assert bad.verdict.label == "NG"
+    with EvidenceStore(EvidenceConfig(), tmp_path / "evidence") as store:
+        store.keep(bad.verdict, "no picture at all", bad.scored.map, bad.box, 0.5)  # type: ignore[arg-type]
+        kept = store.keep(bad.verdict, picture(250), bad.scored.map, bad.box, 0.5)
+    assert (store.failed, store.written) == (1, 1)
+    assert kept is not None and Path(kept).is_file()
+
+
+def test_a_picture_that_cannot_be_stored_leaves_nothing_behind(
+    make_judge: Callable[..., Judge], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(path: Path, data: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(data[: len(data) // 2])
+        raise OSError("No space left on device")
+
+    bad = make_judge().judge(frame(picture(250)))
+    folder = tmp_path / "evidence"
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_bytes", half)
+        with EvidenceStore(EvidenceConfig(), folder) as store:
+            path = store.keep(bad.verdict, picture(250), bad.scored.map, bad.box, 0.5)
+    assert (store.failed, store.written) == (1, 0) and path is not None
+    assert [left for left in folder.rglob("*") if left.is_file()] == []
+    killed, foreign = Path(path).with_suffix(".part"), folder / "download.part"
+    killed.write_bytes(b"half a picture")
+    foreign.write_bytes(b"not ours")
+    with EvidenceStore(EvidenceConfig(), folder):
+        assert not killed.exists() and foreign.exists(), "what a killed process left is removed at the start"

@@ -1,0 +1,173 @@
+"""Thresholds and products set by command: kept over a restart, audited, and for the model they were set for."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from andon.runtime.bundle import Bundle
+from andon.runtime.errors import ConfigError, ProductError
+from andon.runtime.judge import Judge
+from andon.runtime.overrides import Overrides
+
+from .judging import frame, picture
+
+
+def test_overrides_outlive_a_restart_and_are_audited(make_judge: Callable[..., Judge], tmp_path: Path) -> None:
+    judge = make_judge(judge={"thresholds": {"mono": 0.7}}, product="poly")
+    assert judge.threshold("mono") == 0.7, "the configuration's stands before the bundle's"
+    assert judge.set_threshold("mono", 0.2, by="shift lead") == {"before": 0.7, "now": 0.2}
+    assert judge.set_product("cam", "mono") == {"before": "poly", "now": "mono"}
+    assert judge.judge(frame(picture(60), product=None)).verdict.label == "NG"
+    again = make_judge(product="poly")
+    assert again.threshold("mono") == 0.2 and again.product_of("cam") == "mono"
+    assert again.set_threshold("mono", None) == {"before": 0.2, "now": 0.5}
+    assert again.set_product("cam", None) == {"before": "mono", "now": "poly"}
+    audit = [json.loads(line) for line in (tmp_path / "state/audit.jsonl").read_text().splitlines()]
+    assert [(entry["what"], entry["of"], entry["before"], entry["now"], entry["by"]) for entry in audit] == [
+        ("threshold", "mono", 0.7, 0.2, "shift lead"),
+        ("product", "cam", "poly", "mono", None),
+        ("threshold", "mono", 0.2, None, None),
+        ("product", "cam", "mono", None, None),
+    ]
+    for call in (lambda: judge.set_threshold("nut", 1.0), lambda: judge.set_product("cam", "nut")):
+        with pytest.raises(ProductError):
+            call()
+    with pytest.raises(ConfigError):
+        judge.set_product("cam9", "mono")
+
+
+def test_auto_by_command_is_refused_where_nothing_tells_the_products_apart(
+    make_judge: Callable[..., Judge], make_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    judge = make_judge(product="poly")
+    with pytest.raises(ConfigError, match="product auto of cam: the bundle has no classifier") as refused:
+        judge.set_product("cam", "auto")
+    assert refused.value.expected == "one of mono, poly" and judge.product_of("cam") == "poly"
+    data = make_judge(product="poly", source={"kind": "dataset", "data": "elpv"})
+    assert data.set_product("cam", "auto")["now"] == "auto", "a data set says each image's product"
+
+
+def test_a_product_by_command_that_cannot_be_judged_is_said_at_the_start(
+    make_judge: Callable[..., Judge], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Kept by an earlier version, or set for another bundle."""
+    Overrides(tmp_path / "state").set_product("cam", "nut", "mono", None)
+    caplog.clear()
+    judge = make_judge(product="mono")
+    (told,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert "product nut of cam by command cannot be judged" in told and "send the command product" in told
+    assert judge.judge(frame(picture(60), product=None)).verdict.label == "UNKNOWN", "not judged as another product"
+
+
+def test_a_threshold_by_command_is_for_the_model_it_was_set_for(
+    make_judge: Callable[..., Judge],
+    make_bundle: Callable[..., Path],
+    dim: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """On another scale of scores the old number would call every part OK."""
+    defect = frame(picture(250))
+    make_judge().set_threshold("mono", 0.6, by="ann")
+    caplog.clear()
+    other = make_judge(make_bundle(tmp_path / "other", dim, thresholds=0.005))
+    assert other.threshold("mono") == 0.005 and other.judge(defect).verdict.label == "NG"
+    (told,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    model = other.detector.bundle.model_id
+    assert "0.6 of mono by command is ignored" in told and f"this is model {model}, program default" in told
+    ignored = json.loads((tmp_path / "state/audit.jsonl").read_text().splitlines()[-1])
+    assert (ignored["what"], ignored["of"], ignored["before"]) == ("threshold ignored", "mono", 0.6)
+    assert make_judge().threshold("mono") == 0.6, "with the model back it is in force again"
+    assert other.set_threshold("mono", None) == {"before": 0.005, "now": 0.005}
+    assert make_judge(other.detector.bundle.path).set_threshold("mono", None)["now"] == 0.005
+    assert make_judge().threshold("mono") == 0.5, "and it can be forgotten under another model, too"
+
+
+def test_a_threshold_by_command_outlives_a_new_calibration_and_says_so(
+    make_judge: Callable[..., Judge], bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_judge().set_threshold("mono", 0.6)
+    with Bundle.load(bundle) as loaded:
+        entry = loaded.manifest.thresholds["mono"]["default"].model_copy(update={"value": 0.25})
+        loaded.save_thresholds({"mono": {"default": entry}})
+    caplog.clear()
+    assert make_judge().threshold("mono") == 0.6
+    assert "overridden by an earlier command: 0.6 (calibrated: 0.25)" in caplog.text and "with null" in caplog.text
+
+
+def test_a_threshold_by_command_is_for_one_program(make_judge: Callable[..., Judge], tmp_path: Path) -> None:
+    judge = make_judge()
+    judge.set_threshold("mono", 0.6)
+    overrides = Overrides(tmp_path / "state")
+    overrides.use(judge.detector.bundle, "default")
+    assert dict(overrides.thresholds) == {"mono": 0.6}
+    overrides.use(judge.detector.bundle, "fast")
+    assert dict(overrides.thresholds) == {}
+    described = overrides.describe()["thresholds"]["mono"]
+    model = judge.detector.bundle.model_id
+    assert described == {"value": 0.6, "model": model, "program": "default", "in_force": False}
+
+
+def test_a_threshold_of_an_earlier_version_names_no_model_and_is_ignored(
+    make_judge: Callable[..., Judge], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state/overrides.json").write_text('{"thresholds": {"mono": 0.9}, "products": {"cam": "poly"}}')
+    judge = make_judge(product="mono")
+    assert judge.threshold("mono") == 0.5 and "set for no named model" in caplog.text
+    assert judge.product_of("cam") == "poly", "a product means the same under every model"
+    judge.set_product("cam", None)
+    assert Overrides(tmp_path / "state").describe()["thresholds"]["mono"]["model"] is None, "kept as it was"
+    judge.set_threshold("mono", 0.9)
+    assert make_judge().threshold("mono") == 0.9
+
+
+def test_what_cannot_be_written_is_not_in_force(
+    make_judge: Callable[..., Judge], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = make_judge(product="mono")
+    judge.set_threshold("mono", 0.6)
+    written = (tmp_path / "state/overrides.json").read_bytes()
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("andon.runtime.overrides.write_atomic", full)
+    changes = (
+        lambda: judge.set_threshold("mono", 0.9),
+        lambda: judge.set_threshold("poly", 0.9),
+        lambda: judge.set_threshold("mono", None),
+        lambda: judge.set_product("cam", "poly"),
+    )
+    for change in changes:
+        with pytest.raises(ConfigError, match="stays as it was"):
+            change()
+    assert (judge.threshold("mono"), judge.threshold("poly"), judge.product_of("cam")) == (0.6, 0.5, "mono")
+    assert judge.judge(frame(picture(180), product=None)).verdict.threshold == 0.6
+    assert (tmp_path / "state/overrides.json").read_bytes() == written
+    assert len((tmp_path / "state/audit.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_change_that_cannot_be_audited_is_answered_as_it_is(
+    make_judge: Callable[..., Judge], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    judge = make_judge()
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("andon.calib.snapshots.AuditLog.write", full)
+    assert judge.set_threshold("mono", 0.6) == {"before": 0.5, "now": 0.6}
+    assert "audit.jsonl cannot be written" in caplog.text
+
+
+@pytest.mark.parametrize("threshold", ['"hi', "NaN}", '{"value": Infinity, "model": "m", "program": "p"}}'])
+def test_damaged_overrides_are_set_aside(tmp_path: Path, threshold: str) -> None:
+    (tmp_path / "overrides.json").write_text(f'{{"products": {{}}, "thresholds": {{"mono": {threshold}}}')
+    overrides = Overrides(tmp_path)
+    assert dict(overrides.thresholds) == {} and (tmp_path / "overrides.damaged").exists()
