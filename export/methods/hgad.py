@@ -125,7 +125,8 @@ class ClassHead(nn.Module):
 
 
 class Flows(nn.Module):
-    """Features of every level -> z_1, log_det_1, z_2, ..., then entropies if scored, then logits if several classes."""
+    """Features of every level -> z_1, log_det_1, z_2, ... (log-determinants and entropies if scored), entropies, and
+    logits if several classes."""
 
     def __init__(self, model: Hgad) -> None:
         super().__init__()
@@ -133,10 +134,11 @@ class Flows(nn.Module):
         several = len(model.classes) > 1
         self.heads = nn.ModuleList(ClassHead(level.mixture) for level in model.each_level if several)
         self.entropy = model.scoring.delta is not None
+        self.log_det = model.config.score.log_det > 0
 
     def forward(self, *features: Tensor) -> tuple[Tensor, ...]:
         latent = [flow(x) for flow, x in zip(self.flows, features, strict=True)]
-        out = [tensor for pair in latent for tensor in pair]
+        out = [tensor for pair in latent for tensor in pair[: 1 + self.log_det]]
         if not self.heads:
             return tuple(out)
         heads = [head(*pair) for head, pair in zip(self.heads, latent, strict=True)]
@@ -154,11 +156,18 @@ class Flows(nn.Module):
 
 
 class Density(nn.Module):
-    """Per level (z, log_det, mu_y [M, d], log weights [M]) -> log-likelihood per dimension [N]."""
+    """Per level (z, log_det if scored, mu_y [M, d], log weights [M]) -> log-likelihood per dimension [N]."""
+
+    def __init__(self, model: Hgad) -> None:
+        super().__init__()
+        self.weight = model.config.score.log_det
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        if not self.weight:
+            latent = zip(*(iter(inputs),) * 3, strict=True)
+            return tuple(intra_density(z, 0.0, centres, weights) for z, centres, weights in latent)
         groups = zip(*(iter(inputs),) * 4, strict=True)
-        return tuple(intra_density(z, log_det, centres, weights) for z, log_det, centres, weights in groups)
+        return tuple(intra_density(z, self.weight * det, centres, weights) for z, det, centres, weights in groups)
 
 
 class Score(nn.Module):
@@ -206,11 +215,11 @@ def _stages(model: Hgad) -> tuple[StageDef, ...]:
     numbers = range(1, len(model.levels) + 1)
     features, flows = Features(model), Flows(model)
     entropies = [f"nh{n}" for n in numbers] if flows.entropy else []
-    latent = [name for n in numbers for name in (f"z{n}", f"log_det{n}")]
+    latent = [name for n in numbers for name in (f"z{n}", f"log_det{n}")[: 1 + flows.log_det]]
     logits = ["logits"] if flows.heads else []
     density: dict[str, str] = {}
     for n in numbers:
-        density |= {f"z{n}": f"hgad_flow.z{n}", f"log_det{n}": f"hgad_flow.log_det{n}"}
+        density |= {f"z{n}": f"hgad_flow.z{n}"} | ({f"log_det{n}": f"hgad_flow.log_det{n}"} if flows.log_det else {})
         density |= {f"centres{n}": f"class:centres{n}", f"log_weights{n}": f"class:log_weights{n}"}
     score = {f"lp{n}": f"hgad_density.lp{n}" for n in numbers} | {name: f"hgad_flow.{name}" for name in entropies}
     kinds = ("ceiling", "gain") if model.gains else ("ceiling",)
@@ -232,7 +241,7 @@ def _stages(model: Hgad) -> tuple[StageDef, ...]:
             fp32=flows.islands(),
             int8=False,
         ),
-        StageDef("hgad_density", Density(), density, tuple(f"lp{n}" for n in numbers), fp32=("",), int8=False),
+        StageDef("hgad_density", Density(model), density, tuple(f"lp{n}" for n in numbers), fp32=("",), int8=False),
         StageDef(
             "hgad_score",
             Score(model),

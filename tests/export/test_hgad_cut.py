@@ -21,7 +21,9 @@ def _one_thread() -> None:
     torch.manual_seed(0)
 
 
-def small_model(classes: int, delta: float | None, by_position: bool = False, sigma: float = 1.0) -> Hgad:
+def small_model(
+    classes: int, delta: float | None, by_position: bool = False, sigma: float = 1.0, log_det: float = 1.0
+) -> Hgad:
     config = HgadConfig.model_validate(
         {
             "method": "hgad",
@@ -32,7 +34,7 @@ def small_model(classes: int, delta: float | None, by_position: bool = False, si
             "standardize": True,
             "centres": 3,
             "flow": {"blocks": 3, "position": 16},
-            "score": {"map": 16, "sigma": sigma, "delta": delta, "by_position": by_position},
+            "score": {"map": 16, "sigma": sigma, "delta": delta, "by_position": by_position, "log_det": log_det},
             "schedule": {"steps": 1},
         }
     )
@@ -64,11 +66,13 @@ def test_folding_is_exact(dtype: torch.dtype, tolerance: float, channels: int) -
     assert (folded_det - log_det[0]).abs().max() <= tolerance * log_det.abs().max().clamp_min(1)
 
 
+@pytest.mark.parametrize("log_det", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("by_position", [False, True])
 @pytest.mark.parametrize(("classes", "delta"), [(1, None), (1, 0.03), (3, None), (3, 0.03)])
-def test_stages_are_the_model(classes: int, delta: float | None, by_position: bool) -> None:
-    model = small_model(classes, delta, by_position, sigma=0.0 if by_position else 1.0)
+def test_stages_are_the_model(classes: int, delta: float | None, by_position: bool, log_det: float) -> None:
+    model = small_model(classes, delta, by_position, sigma=0.0 if by_position else 1.0, log_det=log_det)
     staged = cut(model, {})
+    assert ("log_det1" in staged.stages[1].outputs) == (log_det > 0)  # nothing is computed that no stage reads
     assert ("gain1" in staged.state) == by_position  # one product needs no entropy, one gain everywhere no constants
     assert (staged.outputs.logits is None) == (classes == 1)
     frame = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
@@ -90,9 +94,10 @@ def test_only_the_density_and_the_score_know_the_class() -> None:
     assert all(len(staged.state[name]) == 3 for name in staged.class_bound)
 
 
+@pytest.mark.parametrize("log_det", [0.0, 1.0])
 @pytest.mark.parametrize("by_position", [False, True])
-def test_stages_export_and_match(by_position: bool) -> None:
-    staged = cut(small_model(3, 0.03, by_position, sigma=0.0 if by_position else 1.0), {})
+def test_stages_export_and_match(by_position: bool, log_det: float) -> None:
+    staged = cut(small_model(3, 0.03, by_position, sigma=0.0 if by_position else 1.0, log_det=log_det), {})
     frame = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
     seen = examples(staged, frame)
     for stage in staged.stages:

@@ -354,6 +354,27 @@ def test_the_score_uses_the_gains_that_finalize_found(delta: float | None) -> No
     torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_scored_log_determinant_has_its_weight() -> None:
+    whole = Hgad(small_config(), ("a", "b")).eval()
+    data = feature_data(whole, 4, 2)
+    fit(whole, data, 5)  # before, every log-determinant is 0
+    features = [data.features[n] for n in whole.features.names]
+    scored = []
+    for weight in (1.0, 0.5, 0.0):
+        model = Hgad(small_config(score={"map": 16, "sigma": 1.0, "log_det": weight}), ("a", "b")).eval()
+        model.load_state_dict(whole.state_dict())
+        with torch.no_grad():
+            scored.append(model.densities(features, data.class_ids))
+    full, half, latent = (densities.likelihood for densities, _ in scored)
+    for level, x, a, b, c in zip(whole.each_level, features, full, half, latent, strict=True):
+        log_det = level(x)[1].detach()
+        assert log_det.std() > 0
+        torch.testing.assert_close(a - c, log_det / x.shape[1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(b, (a + c) / 2, rtol=1e-4, atol=1e-5)
+    for _, logits in scored:  # the product is told by the whole density
+        assert torch.equal(logits, scored[0][1])
+
+
 def test_noise_is_for_training_alone() -> None:
     plain, noisy = (Hgad(small_config(noise=noise), ("a", "b")) for noise in (0.0, 0.5))
     noisy.load_state_dict(plain.state_dict())

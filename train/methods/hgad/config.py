@@ -53,6 +53,15 @@ class ScoreConfig(Config):
     )
     prior: float = Field(default=10.0, ge=0, description="by_position: images that the mean over positions counts for")
     spread_prior: float = Field(default=1.0, ge=0, description="by_position: the same for the spread")
+    log_det: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="Weight of the flow's log-determinant in the scored log-likelihood: 1 is the published density, 0 "
+        "the likelihood in latent space alone, as CS-Flow localises (Rudolph et al. 2022, arXiv:2110.02855). The "
+        "volume term prefers what varies little (Nalisnick et al. 2019, arXiv:1810.09136), the plain inside of a large "
+        "defect too",
+    )
     delta: float | None = Field(
         default=0.03,
         ge=0,

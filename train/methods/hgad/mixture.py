@@ -24,10 +24,11 @@ def squared_distance(z: Tensor, centres: Tensor) -> Tensor:
     return ((z * z).sum(-1, keepdim=True) + square - 2 * product).clamp_min(0)
 
 
-def intra_density(z: Tensor, log_det: Tensor, centres: Tensor, log_weights: Tensor) -> Tensor:
+def intra_density(z: Tensor, log_det: Tensor | float, centres: Tensor, log_weights: Tensor) -> Tensor:
     """Log-likelihood per dimension under one class's mixture.
 
-    z: [..., N, d]; log_det: [..., N]; centres: [..., M, d]; log_weights: [..., M] (log-softmaxed); returns [..., N].
+    z: [..., N, d]; log_det: [..., N], or 0 for the likelihood in latent space; centres: [..., M, d]; log_weights:
+    [..., M] (log-softmaxed); returns [..., N].
     """
     d = z.shape[-1]
     mixture = log_sum_exp(log_weights.unsqueeze(-2) - 0.5 * squared_distance(z, centres))

@@ -64,7 +64,8 @@ def class_likelihood(z: Tensor, log_det: Tensor, centres: Tensor, log_weights: T
 
 @dataclass(frozen=True)
 class Densities:
-    """Per level: log-likelihood per dimension under the given class, and negative class entropy, both [B, N]."""
+    """Per level: what is scored, log-likelihood per dimension under the given class (its log-determinant weighted by
+    `score.log_det`), and negative class entropy, both [B, N]."""
 
     likelihood: list[Tensor]
     entropy: list[Tensor]
@@ -126,13 +127,13 @@ class Hgad(AnomalyModel):
 
         features: levels of [B, d, h, w]; class_ids: [B] int64.
         """
-        out = Densities([], [])
+        out, weight = Densities([], []), self.config.score.log_det
         logits: list[Tensor] = []
         for level, x in zip(self.each_level, features, strict=True):
             z, log_det = level(x)
             mixture = level.mixture
             centres, weights = mixture.centres(), mixture.log_weights()
-            out.likelihood.append(intra_density(z, log_det, centres[class_ids], weights[class_ids]))
+            out.likelihood.append(intra_density(z, weight * log_det, centres[class_ids], weights[class_ids]))
             out.entropy.append(negative_entropy(z, mixture.main))
             logits.append(class_likelihood(z, log_det, centres, weights))
         return out, torch.stack(logits).sum(0)
