@@ -34,7 +34,8 @@ of earlier code: anywhere in the image). In sets called _large the defects take 
 3 %; their models are those of the set of that name without it. elpv67 has real cells of uncertain label, in neither
 split. Rows called upright have features of the image alone, not the mean over both ways round (backbone.turned), and
 of vpdm a map without align_corners; the presets of hgad and vpdm have both since. Rows called turned have the mean
-where the preset does not.
+where the preset does not. Rows of hgad called whole density, upright or earlier code are scored with the flow's
+log-determinant (score.log_det 1), which its preset has no longer.
 No test image was read for this page. A number behind a set's name is the number of training images of a product.
 What was chosen stands in configs/selection.yaml and on [the results page](results.md).
 """
