@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import SourceError
+from .ages import Ages
 from .base import Array, EndOfSource, Shot, utc_now
 
 SINK = "andon_sink"
-#: A buffer's age is believed up to this; beyond it the source's clock is not the pipeline's, and arrival time counts.
-MAX_AGE = 5.0
 APT = (
     "apt-get install gstreamer1.0-plugins-base gstreamer1.0-plugins-good gir1.2-gst-plugins-base-1.0 "
     "gir1.2-gstreamer-1.0 python3-gi python3-gst-1.0, and make gi visible in the environment (see README)"
@@ -128,6 +127,7 @@ class Pipeline:
         self._pipeline: Any = None
         self._sink: Any = None
         self._broken: SourceError | None = None
+        self._ages = Ages(0.0)
 
     def check(self) -> str:
         """Parse it, start nothing; SourceError when GStreamer refuses."""
@@ -147,6 +147,7 @@ class Pipeline:
             error = self._error() or SourceError("the pipeline does not start", found=self._text)
             self.close()
             raise error
+        self._ages = Ages(time.monotonic())
 
     def element(self, name: str) -> Any:
         """An element of the opened pipeline."""
@@ -154,7 +155,12 @@ class Pipeline:
 
     def pull(self, timeout: float) -> Any | None:
         """The next sample, or None; EndOfSource and SourceError as in Source.read."""
-        sample = self._sink.try_pull_sample(int(timeout * self._modules.Gst.SECOND))
+        asked = time.monotonic()
+        sample = self._sink.try_pull_sample(0)
+        waited = sample is None
+        if waited:
+            sample = self._sink.try_pull_sample(int(timeout * self._modules.Gst.SECOND))
+        self._ages.pulled(asked, time.monotonic(), waited=waited)
         # With every sample, or the bus would keep the elements' messages for as long as frames come without a pause.
         error = self._error()
         self._broken = self._broken or error
@@ -166,7 +172,7 @@ class Pipeline:
         return sample
 
     def shot(self, sample: Any) -> Shot:
-        """A sample as a shot, dated by the pipeline's clock where the source is live."""
+        """The sample pulled last as a shot, dated by the pipeline's clock where the source is live."""
         modules, age = self._modules, self._age(sample)
         return Shot(
             load=lambda: to_array(modules, sample),
@@ -181,13 +187,14 @@ class Pipeline:
         self._pipeline = self._sink = None
 
     def _age(self, sample: Any) -> float:
-        pts = sample.get_buffer().pts
-        clock = self._pipeline.get_clock() if self._live else None
-        if clock is None or pts == self._modules.Gst.CLOCK_TIME_NONE:
+        if not self._live:  # a recording is as old as it is shown
             return 0.0
+        clock, pts = self._pipeline.get_clock(), sample.get_buffer().pts
+        if clock is None or pts == self._modules.Gst.CLOCK_TIME_NONE:
+            return self._ages.age(None)
         running = sample.get_segment().to_running_time(self._modules.Gst.Format.TIME, pts)
         age = (clock.get_time() - self._pipeline.get_base_time() - running) / self._modules.Gst.SECOND
-        return float(age) if 0 <= age <= MAX_AGE else 0.0
+        return self._ages.age(float(age))
 
     def _error(self) -> SourceError | None:
         """The next error on the bus, which is emptied up to there."""
