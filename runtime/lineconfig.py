@@ -188,7 +188,8 @@ class CameraConfig(Settings):
     stale_after: Seconds | None = Field(
         default=5,
         description="Seconds without a frame, beyond the pause that a playback rate makes, until the source is "
-        "rebuilt; null: it may be silent, as a watched folder may unless this is set",
+        "rebuilt, or said to be down where it does not come back (a connection without an answer); null: it may be "
+        "silent, as a watched folder may unless this is set",
     )
     stale_verdict_every: Seconds = Field(default=30, description="Seconds between camera_stale verdicts while down")
     retry_max: Seconds = Field(

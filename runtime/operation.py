@@ -109,6 +109,9 @@ class Operation:
             with self._surviving("the line"):
                 self._tell_systemd()
                 self._ask_memory()
+            with self._surviving("its cameras"):
+                for camera in list(self._app.cameras.values()):
+                    camera.look()
 
     @contextmanager
     def _surviving(self, what: str) -> Iterator[None]:

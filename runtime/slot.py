@@ -111,14 +111,15 @@ class Slots:
         with self._lock:
             return bool(lane.triggers) and monotonic >= lane.triggers[0].at
 
-    def put(self, item: Frame | Missed) -> bool:
+    def put(self, item: Frame | Missed, *, wait: bool = True) -> bool:
         """Hand over a frame or a missed one; waits for room with drop: block. False once the slots are closed.
 
+        wait: False for a missed one that another thread than the camera's hands over, which is not to be held up.
         The item's sequence number is set here: one series per camera, from 1, in the order in which items are taken.
         """
         lane = self._lanes[item.camera]
         with self._lock:
-            while not self._closed and lane.policy.drop == "block" and lane.frames() >= lane.policy.queue:
+            while wait and not self._closed and lane.policy.drop == "block" and lane.frames() >= lane.policy.queue:
                 lane.space.wait()
             if self._closed:
                 return False

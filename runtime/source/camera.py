@@ -6,7 +6,8 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +28,8 @@ RETRY_MIN = 0.25
 STEADY = 5.0
 #: Without a stale_after of its own, a source that broke is reported stale after this.
 STALE_DEFAULT = 5.0
+#: And so long one call of it may take: a look at a large folder on a slow share is no trouble.
+CALL_DEFAULT = 30.0
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class Camera:
         self._said_stale: float | None = None  # in this outage
         self._next_wanted = 0.0
         self._retry = RETRY_MIN
+        self._lock = threading.Lock()  # of the end of a call of the source, and of what others say about one
+        self._call: tuple[str, float] | None = None  # what the source was asked to do, and when
 
     @property
     def state(self) -> CameraState:
@@ -94,15 +99,43 @@ class Camera:
         """Ask the thread to end; it does within the time of one look at the source."""
         self._stop.set()
 
+    def look(self) -> None:
+        """Say what the camera's own thread cannot while a call of its source does not return: a connection that gets
+        no answer, a share that hangs. For another thread, every second or so; never waits."""
+        with self._lock:
+            if self._call is None or self.finished or self._stop.is_set():
+                return
+            (call, since), now = self._call, time.monotonic()
+            limit = self._config.silence or CALL_DEFAULT
+            if now - since < limit:
+                return
+            if self._state.state != "down":
+                self._move("down", f"its source has not come back from '{call}' for {limit:g} s")
+            again = self._config.stale_verdict_every
+            if self._config.endless and (self._said_stale is None or now - self._said_stale >= again):
+                self._said_stale = now
+                self._miss("camera_stale", self._state.detail, wait=False)
+
     def join(self, timeout: float) -> bool:
         """Wait for the thread. False if a source did not let go of it in time."""
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
+    @contextmanager
+    def _calling(self, call: str) -> Iterator[None]:
+        """Around every call of the source, which may not return: see `look`."""
+        self._call = call, time.monotonic()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._call = None
+
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
-                self._source.open()
+                with self._calling("open"):
+                    self._source.open()
                 self._pump()
             except EndOfSource:
                 if not self._config.endless:
@@ -118,7 +151,8 @@ class Camera:
                     break
                 self._down(str(error))
             finally:
-                self._source.close()
+                with self._calling("close"):
+                    self._source.close()
             self._pause()
         if self._stop.is_set() and not self.finished:
             self._move("stopped")
@@ -126,7 +160,8 @@ class Camera:
     def _pump(self) -> None:
         self._last_seen = max(self._last_seen, time.monotonic())
         while not self._stop.is_set():
-            shot = self._source.read(SLICE)
+            with self._calling("read"):
+                shot = self._source.read(SLICE)
             now = time.monotonic()
             if shot is None:
                 limit = self._config.silence
@@ -163,7 +198,8 @@ class Camera:
         if not self._slots.wanted(self.name, shot.monotonic):
             return
         try:
-            image = shot.load()
+            with self._calling("load"):
+                image = shot.load()
         except SourceError as error:
             self._miss("bad_frame", str(error), shot)
             return
@@ -181,7 +217,7 @@ class Camera:
         self._update(last_frame=shot.monotonic)
         self._slots.put(frame)
 
-    def _miss(self, reason: str, detail: str, shot: Shot | None = None) -> None:
+    def _miss(self, reason: str, detail: str, shot: Shot | None = None, *, wait: bool = True) -> None:
         item = Missed(
             camera=self.name,
             seq=0,
@@ -193,7 +229,7 @@ class Camera:
             path=shot.path if shot else None,
             detail=detail,
         )
-        self._slots.put(item)
+        self._slots.put(item, wait=wait)
 
     def _down(self, detail: str) -> None:
         if not self._stop.is_set():

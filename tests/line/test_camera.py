@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -261,3 +262,81 @@ def test_a_file_that_breaks_is_failed_not_played_again() -> None:
         items = running.items(0.5)
     assert source.opened == 1 and running.camera.state.state == "failed"
     assert [item.reason for item in items] == ["bad_frame"]
+
+
+class Hanging(Flaky):
+    """A source of which one call does not come back until it is let go."""
+
+    def __init__(self, call: str):
+        super().__init__(["once", "deliver"])
+        self.call, self.entered, self.free = call, threading.Event(), threading.Event()
+
+    def hang(self, call: str) -> None:
+        if call == self.call:
+            self.entered.set()
+            assert self.free.wait(60)
+
+    def open(self) -> None:
+        super().open()
+        self.hang("open")
+
+    def read(self, timeout: float) -> Shot | None:
+        shot = super().read(timeout)
+        self.hang("read")
+        return None if shot is None else Shot(load=self.load)
+
+    def load(self) -> Any:
+        self.hang("load")
+        return np.zeros((4, 4, 3), np.uint8)
+
+    def close(self) -> None:
+        super().close()
+        self.hang("close")
+
+
+@pytest.mark.parametrize("call", ["open", "read", "load", "close"])
+def test_a_source_that_does_not_come_back_is_down_and_stale(call: str, eventually: Callable[..., None]) -> None:
+    source = Hanging(call)
+    config = camera({"kind": "test"}, stale_after=0.2, stale_verdict_every=3600, retry_max=0.3, drop="block")
+    try:
+        with Running(source, config) as running:
+            assert source.entered.wait(60)
+            missed: list[Missed] = []
+
+            def stale() -> bool:
+                running.camera.look()
+                item = running.slots.take(0.05)
+                missed.extend([item] if isinstance(item, Missed) else [])
+                return bool(missed)
+
+            eventually(stale)
+            assert running.camera.state.state == "down"
+            if call != "close":  # before that one the camera said so itself
+                assert f"not come back from '{call}' for 0.2 s" in running.camera.state.detail
+            assert [stale() for _ in range(5)] and [item.reason for item in missed] == ["camera_stale"], "once"
+            source.free.set()
+            source.call = ""
+            eventually(lambda: running.slots.take(0.1) is not None and running.camera.state.state == "live")
+            running.camera.look()
+            assert running.camera.state.state == "live"
+    finally:
+        source.free.set()
+
+
+def test_who_says_that_a_source_hangs_waits_for_nothing(eventually: Callable[..., None]) -> None:
+    """It feeds systemd's watchdog, too. A frame waits here for engines that are not open yet."""
+    source = Hanging("close")
+    with Running(source, camera({"kind": "test"}, stale_after=0.2, drop="block")) as running:
+        assert source.entered.wait(60)
+        assert running.slots.waiting("cam") == 1
+        eventually(lambda: running.camera.look() or running.slots.waiting("cam") == 2)
+        source.free.set()
+
+
+def test_a_file_that_opens_slowly_gives_no_verdict_of_its_own(eventually: Callable[..., None]) -> None:
+    source = Hanging("open")
+    with Running(source, camera({"kind": "gstreamer", "pipeline": "x", "live": False}, stale_after=0.2)) as running:
+        eventually(lambda: running.camera.look() or running.camera.state.state == "down")
+        assert not running.slots.waiting("cam")
+        source.free.set()
+        eventually(lambda: running.camera.state.state == "live")

@@ -209,8 +209,8 @@ class Told:
         return "".join(text)
 
 
-def operated(describe: Callable[[], dict[str, Any]], state: Callable[[], dict[str, Any]]) -> Any:
-    """A line for Operation that judges and has a memory."""
+def operated(describe: Callable[[], Any], state: Callable[[], Any], look: Callable[[], Any]) -> Any:
+    """A line for Operation that judges and has a memory and a camera."""
 
     def post(function: Callable[[], Any]) -> Future[Any]:
         future: Future[Any] = Future()
@@ -222,10 +222,11 @@ def operated(describe: Callable[[], dict[str, Any]], state: Callable[[], dict[st
 
     worker = SimpleNamespace(judge=object(), memory=SimpleNamespace(describe=describe), post=post)
     line_state = SimpleNamespace(snapshot=state, section=lambda *_: None)
-    return SimpleNamespace(worker=worker, state=line_state, slots=Slots({}), config=SimpleNamespace(web=None))
+    parts = {"config": SimpleNamespace(web=None), "cameras": {"cam": SimpleNamespace(look=look)}}
+    return SimpleNamespace(worker=worker, state=line_state, slots=Slots({}), **parts)
 
 
-@pytest.mark.parametrize("broken", ["memory", "state"])
+@pytest.mark.parametrize("broken", ["memory", "state", "cameras"])
 def test_a_look_that_fails_does_not_starve_the_watchdog(broken: str, caplog: pytest.LogCaptureFixture) -> None:
     failing = threading.Event()
 
@@ -236,8 +237,9 @@ def test_a_look_that_fails_does_not_starve_the_watchdog(broken: str, caplog: pyt
 
     describe = (lambda: gone({"rows": {}})) if broken == "memory" else dict
     snapshot = (lambda: gone({"ready": True})) if broken == "state" else lambda: {"ready": True}
+    look = (lambda: gone({})) if broken == "cameras" else dict
     told = Told()
-    with Operation(operated(describe, snapshot), told):  # type: ignore[arg-type]
+    with Operation(operated(describe, snapshot, look), told):  # type: ignore[arg-type]
         assert told.wait("feed") == "judging"
         failing.set()
         told.wait("feed", 20)
