@@ -182,7 +182,8 @@ class CameraConfig(Settings):
     drop: Literal["latest", "block"] | None = Field(
         default=None,
         description="latest: newer frames replace waiting ones (counted); block: the source waits; "
-        "null: block for a folder or data set without fps, whose pictures come as fast as they are taken, else latest",
+        "null: block where pictures come as fast as they are taken (a folder or data set without fps, a file with "
+        "realtime: false, a pipeline with live: false), else latest",
     )
     queue: int = Field(default=1, ge=1, le=64, description="Frames that may wait for judgement")
     stale_after: Seconds | None = Field(
@@ -234,7 +235,13 @@ class CameraConfig(Settings):
         """What happens to a frame that finds the queue full."""
         if self.drop is not None:
             return self.drop
-        return "block" if isinstance(self.source, PlaybackSource) and self.source.fps is None else "latest"
+        source = self.source
+        unhurried = (
+            (isinstance(source, PlaybackSource) and source.fps is None)
+            or (isinstance(source, FileSource) and not source.realtime)
+            or (isinstance(source, GstreamerSource) and not source.live)
+        )
+        return "block" if unhurried else "latest"
 
     @property
     def endless(self) -> bool:

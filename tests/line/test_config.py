@@ -200,7 +200,7 @@ def test_a_watched_folder_may_be_silent_unless_the_user_says_otherwise() -> None
     assert silence(source={**folder, "fps": 0.1}, stale_after=None) is None
 
 
-def test_a_folder_waits_for_the_judge_unless_it_has_a_rate() -> None:
+def test_what_plays_as_fast_as_it_is_taken_waits_for_the_judge() -> None:
     def policy(**camera: object) -> str:
         return CameraConfig.model_validate(camera).drop_policy
 
@@ -208,4 +208,8 @@ def test_a_folder_waits_for_the_judge_unless_it_has_a_rate() -> None:
     assert policy(source=folder) == "block"
     assert policy(source={**folder, "fps": 5}) == "latest"
     assert policy(source={"kind": "test"}) == "latest"
+    assert policy(source={"kind": "file", "path": "a.mp4"}) == "latest"
+    assert policy(source={"kind": "file", "path": "a.mp4", "realtime": False}) == "block"
+    assert policy(source={"kind": "gstreamer", "pipeline": "x"}) == "latest"
+    assert policy(source={"kind": "gstreamer", "pipeline": "x", "live": False}) == "block"
     assert policy(source=folder, drop="latest") == "latest"
