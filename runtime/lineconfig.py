@@ -383,7 +383,9 @@ class LineConfig(Settings):
     line: TopicLevel = Field(description="Second level")
     station: TopicLevel = Field(description="Third level")
     bundle: LocalPath | None = Field(
-        default=None, description="Bundle folder or .tar; with a * the newest match; null: given by --bundle"
+        default=None,
+        description="Bundle folder or .tar; with a * the newest export that matches, by its "
+        "manifest; null: given by --bundle",
     )
     backend: Literal["auto", "onnxruntime", "tensorrt"] = Field(default="auto", description="Engine backend")
     variant: Variant | Literal["auto"] = Field(

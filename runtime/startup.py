@@ -20,6 +20,7 @@ from .errors import ConfigError
 from .lineconfig import AlarmConfig, BrokerConfig, LineConfig, load_line
 from .manifest import Variant
 from .memorybanks import require_memory
+from .newest import newest
 from .overrides import unusable_state
 from .products import require_products
 from .wiring import wire
@@ -87,7 +88,7 @@ def broker_at(address: str, settings: BrokerConfig | None = None) -> BrokerConfi
 
 
 def bundle_path(config: LineConfig) -> Path:
-    """The bundle that is meant; with a * in its name the newest match.
+    """The bundle that is meant; with a * in its name the newest export that matches.
 
     Links are followed here, at every look: what is loaded and opened then is one bundle, wherever they point next.
 
@@ -101,7 +102,7 @@ def bundle_path(config: LineConfig) -> Path:
     matches = [path for path in config.bundle.parent.glob(config.bundle.name) if not path.name.startswith(".")]
     if not matches:
         raise ConfigError(f"no bundle matches {config.bundle}", next_step="andon export --method METHOD")
-    return max(matches, key=lambda path: path.stat().st_mtime).resolve()
+    return newest(matches).resolve()
 
 
 def open_bundle(config: LineConfig) -> Bundle:

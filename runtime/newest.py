@@ -1,0 +1,44 @@
+"""Which of several bundles was exported last: by its manifest, whatever touched the files since."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from pathlib import Path
+
+from .bundle import MANIFEST, MAX_MANIFEST_BYTES
+
+
+def newest(bundles: Iterable[Path]) -> Path:
+    """The bundle (folder or .tar) that was exported last; at least one must be given.
+
+    A calibration writes to an old bundle and a copy makes new files, so times of files count only where there is no
+    manifest that can be read, and between exports of the same second.
+    """
+    return max(bundles, key=lambda path: (_exported(path), path.stat().st_mtime, path.name))
+
+
+def _exported(path: Path) -> float:
+    """Seconds since 1970."""
+    try:
+        created = datetime.fromisoformat(json.loads(_manifest(path))["created"].replace("Z", "+00:00"))
+    except (OSError, tarfile.TarError, EOFError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return path.stat().st_mtime
+    return (created if created.tzinfo else created.replace(tzinfo=timezone.utc)).timestamp()
+
+
+def _manifest(path: Path) -> bytes:
+    if path.is_dir():
+        with (path / MANIFEST).open("rb") as file:
+            return file.read(MAX_MANIFEST_BYTES)
+    with tarfile.open(path) as archive:
+        for member in archive:
+            folder, _, name = member.name.removeprefix("./").rpartition("/")
+            if member.isreg() and name == MANIFEST and "/" not in folder and member.size <= MAX_MANIFEST_BYTES:
+                file_in_tar = archive.extractfile(member)
+                if file_in_tar is not None:
+                    with file_in_tar:
+                        return file_in_tar.read()
+    raise KeyError(MANIFEST)

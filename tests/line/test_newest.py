@@ -1,0 +1,67 @@
+"""Which bundle a `*` in the configuration means."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+from andon.runtime.bundle import MANIFEST
+from andon.runtime.errors import ConfigError
+from andon.runtime.newest import newest
+from andon.runtime.startup import Options, bundle_path, effective
+
+LINE = "site: s\nline: l\nstation: p\nbundle: hvq-*\ncameras: {cam0: {source: {kind: test}, product: mono}}\n"
+
+
+def exported(path: Path, created: object, touched: float) -> Path:
+    path.mkdir()
+    (path / MANIFEST).write_text(json.dumps({"created": created}))
+    os.utime(path, (touched, touched))
+    return path
+
+
+def packed(folder: Path, top: str, touched: float) -> Path:
+    path = folder.with_name(folder.name + ".tar")
+    with tarfile.open(path, "w") as archive:
+        archive.add(folder, top)
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    os.utime(path, (touched, touched))
+    return path
+
+
+def test_the_newest_export_counts_not_the_one_touched_last(tmp_path: Path) -> None:
+    path = tmp_path / "line.yaml"
+    path.write_text(LINE)
+    config = effective(Options(config=path))
+    with pytest.raises(ConfigError, match="no bundle matches"):
+        bundle_path(config)
+    exported(tmp_path / "hvq-a", "2026-01-01T00:00:00Z", touched=4e9)  # calibrated again
+    new = exported(tmp_path / "hvq-b", "2026-03-01T01:00:00+02:00", touched=1e9)
+    exported(tmp_path / "hvq-c", "2026-02-28T22:30:00Z", touched=3e9)
+    exported(tmp_path / ".hvq-d", "2027-01-01T00:00:00Z", touched=5e9)  # being written
+    assert bundle_path(config) == new
+
+
+@pytest.mark.parametrize("top", ["", "hvq-b", "./"])
+def test_the_manifest_of_an_archive_is_read_in_it(top: str, tmp_path: Path) -> None:
+    old = exported(tmp_path / "hvq-a", "2026-01-01T00:00:00Z", touched=3e9)
+    new = packed(exported(tmp_path / "hvq-b", "2026-01-02T00:00:00Z", touched=0), top, touched=1e9)
+    assert newest([old, new]) == new
+
+
+@pytest.mark.parametrize("created", [None, "yesterday", 7, "2026-01-02"])
+def test_without_a_manifest_that_says_when_the_time_of_the_file_counts(created: object, tmp_path: Path) -> None:
+    before = exported(tmp_path / "a", "2026-01-01T00:00:00Z", touched=3e9)
+    other = exported(tmp_path / "b", created, touched=1.8e9)  # 2027
+    assert newest([before, other]) == other
+    empty, broken = tmp_path / "c", tmp_path / "d.tar"
+    empty.mkdir()
+    broken.write_bytes(b"no archive")
+    os.utime(empty, (1.9e9, 1.9e9))
+    os.utime(broken, (2e9, 2e9))
+    assert newest([before, empty]) == empty and newest([before, empty, broken]) == broken
