@@ -62,7 +62,8 @@ class FolderSource(PlaybackSource):
     watch: bool = Field(
         default=False,
         description="Hot folder: wait for new files instead of ending; a restart judges again what lies there. "
-        "Move files in whole: one that is written there is taken once it rests between two looks, 0.2 s apart",
+        "Move files in whole: one that is written there is taken once it rests between two looks, 0.2 s apart. A name "
+        "that is written again is judged again, but only what lies there at a look: better give each part its own",
     )
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import os
 import re
 import time
@@ -99,6 +100,9 @@ def playing(config: FolderSource | DatasetSource) -> Iterator[Part]:
 #: Size in bytes, time of the last change of content and of the last change at all (it also tells a file that was moved
 #: away and back), in ns.
 _Mark = tuple[int, int, int]
+#: Files that stay which one look compares with what was taken: the latest, and so many others in turn. Thousands may
+#: lie there, on a share that answers slowly, and are listed several times a second.
+_LATEST, _IN_TURN = 64, 512
 
 
 class Seen:
@@ -112,12 +116,10 @@ class Seen:
         self._remembered = remembered
         self._here: dict[str, _Mark] = {}
         self._gone: dict[str, _Mark] = {}
+        self._turn: list[str] = []
 
     def new(self, listing: Iterable[str]) -> list[Path]:
-        """The image files of a listing that were not taken, by name. A file that stays is not new when it changes.
-
-        Those that stay are not looked at: thousands may, and are listed several times a second.
-        """
+        """The image files of a listing that were not taken, by name, and those that were written anew since."""
         present = {path for path in listing if path.lower().endswith(IMAGE_SUFFIXES)}
         for path in [path for path in self._here if path not in present]:
             self._gone[path] = self._here.pop(path)
@@ -125,11 +127,26 @@ class Seen:
             again = _mark(Path(path))
             if self._gone.pop(path) == again:
                 self._here[path] = again
+        self._forget_rewritten()
         fresh = sorted(path for path in map(Path, present - self._here.keys()) if on_disk(path))
         if self._here or fresh:
             for path in list(self._gone)[: max(0, len(self._gone) - self._remembered)]:
                 del self._gone[path]
         return fresh
+
+    def _forget_rewritten(self) -> None:
+        """A file of other size or time of content is another picture: many cameras write one name again and again.
+
+        Not by its inode, which some shares make up anew, nor by the time of the last change at all: a backup sets it.
+        """
+        if not self._turn:
+            self._turn = list(self._here)
+        looked = {*itertools.islice(reversed(self._here), _LATEST), *self._turn[-_IN_TURN:]}
+        del self._turn[-_IN_TURN:]
+        for path in looked & self._here.keys():
+            mark = _mark(Path(path))
+            if mark is not None and mark[:2] != self._here[path][:2]:
+                del self._here[path]
 
     def take(self, path: Path, mark: _Mark) -> None:
         """This file is taken."""
