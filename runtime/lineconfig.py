@@ -395,7 +395,8 @@ class LineConfig(Settings):
     program: str = Field(default="default", description="Program of the bundle: default or one of its alternatives")
     state: LocalPath | None = Field(
         default=None,
-        description="Folder for outbox, overrides, memory; null: $STATE_DIRECTORY, else 'state' beside this file",
+        description="Folder for outbox, overrides, memory; null: $STATE_DIRECTORY (only a service is told it: name the "
+        "folder for andon check and watch), else 'state' beside this file",
     )
     cameras: dict[TopicLevel, CameraConfig] = Field(min_length=1, description="Cameras by name")
     judge: JudgeConfig = Field(default=JudgeConfig(), description="From scores to verdicts")

@@ -16,7 +16,7 @@ from typing import Any
 from .alarm import AlarmRule
 from .bundle import Bundle
 from .engine.probe import require_tensorrt, tensorrt_missing
-from .errors import ConfigError
+from .errors import ConfigError, quoted
 from .lineconfig import AlarmConfig, BrokerConfig, LineConfig, load_line
 from .manifest import Variant
 from .memorybanks import require_memory
@@ -126,6 +126,17 @@ def state_folder(config: LineConfig, file: Path) -> Path:
     """Where outbox, overrides and memory live."""
     named = config.state or os.environ.get("STATE_DIRECTORY")
     return Path(named) if named else file.absolute().parent / "state"
+
+
+def state_elsewhere(config: LineConfig, file: Path, command: str) -> str:
+    """Where a service may keep this line's state, and how `command` looks there; empty where the configuration or the
+    environment says which folder it is. systemd tells $STATE_DIRECTORY to the service alone."""
+    if config.state or os.environ.get("STATE_DIRECTORY"):
+        return ""
+    return (
+        "a service keeps its state elsewhere unless 'state' names the folder; to look there: "
+        f"STATE_DIRECTORY=/var/lib/andon/{quoted(file.stem)} andon {command} --config {quoted(file)}"
+    )
 
 
 @contextmanager

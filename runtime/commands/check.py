@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         ConfigError: the configuration itself is refused.
     """
     from ..overrides import Stored, read_overrides
-    from ..startup import Options, effective, state_folder
+    from ..startup import Options, effective, state_elsewhere, state_folder
 
     config = effective(Options(config=args.config, bundle=args.bundle, broker=args.broker))
     findings = [Finding("configuration", True, f"{config.topic}, {len(config.cameras)} cameras")]
@@ -61,7 +61,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if config.web is not None:
         findings.append(_guard("live page", lambda: _page(config.web)))
     state = state_folder(config, args.config)
-    findings.append(_guard("state folder", lambda: _writable("state", state)))
+    elsewhere = state_elsewhere(config, args.config, "check")
+    remark = f"\n{elsewhere}" if elsewhere else ""
+    findings.append(_guard("state folder", lambda: _writable("state", state) + remark))
     if config.evidence is not None:
         pictures = config.evidence.path or state / "evidence"
         findings.append(_guard("evidence folder", lambda: _writable("evidence.path", pictures)))

@@ -21,7 +21,7 @@ from ..configfile import load
 from ..errors import ConfigError, DeliveryError
 from ..lineconfig import BrokerConfig, LineConfig
 from ..mqtt.client import explain, explain_connack, make_client, tls_context
-from ..startup import broker_at, state_folder
+from ..startup import broker_at, state_elsewhere, state_folder
 from . import numbers
 
 _REMEMBERED = 100_000
@@ -265,7 +265,8 @@ def _where(args: argparse.Namespace) -> tuple[BrokerConfig, str]:
     elif line is None:
         raise ConfigError("which broker?", next_step="andon watch --broker HOST:PORT, or --config line.yaml")
     elif broker.port == 0:
-        host, port = _announced(announcement(state_folder(line, args.config)), args.wait)
+        elsewhere = state_elsewhere(line, args.config, "watch")
+        host, port = _announced(announcement(state_folder(line, args.config)), args.wait, elsewhere)
         broker = broker.model_copy(update={"host": host, "port": port})
     return broker, _filter(args.topic or (line.topic if line is not None else "andon/v1"))
 
@@ -287,8 +288,10 @@ def _filter(topic: str) -> str:
     return f"{base}/#" if base else "#"
 
 
-def _announced(path: Path, wait: float) -> tuple[str, int]:
+def _announced(path: Path, wait: float, elsewhere: str) -> tuple[str, int]:
     """Address of the broker that a running line started on a free port; it is written when the broker runs.
+
+    elsewhere: where else it could be, for the one who asks.
 
     Raises:
         ConfigError: no line of this configuration runs after `wait` seconds.
@@ -300,10 +303,11 @@ def _announced(path: Path, wait: float) -> tuple[str, int]:
             return host, int(port)
         except OSError as error:
             if time.monotonic() >= deadline:
+                step = "start it with `andon run --config ...`, or give --wait SECONDS or --broker HOST:PORT"
                 raise ConfigError(
                     "no line of this configuration is running: its embedded broker's port is open until it does",
                     found=f"no {path.name} in {path.parent}",
-                    next_step="start it with `andon run --config ...`, or give --wait SECONDS or --broker HOST:PORT",
+                    next_step=f"{step}; {elsewhere}" if elsewhere else step,
                 ) from error
             time.sleep(0.1)
 

@@ -183,6 +183,22 @@ def test_what_commands_have_set_stands_before_the_configuration(
     assert "poly 0.5 (0.6 by command is ignored" in found["thresholds"]["found"]
 
 
+def test_it_is_said_that_a_service_may_keep_its_state_elsewhere(
+    check: Any, make_line: Any, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """systemd tells it to the service alone, so what its commands have set would be missed in silence."""
+    monkeypatch.delenv("STATE_DIRECTORY", raising=False)
+    line = make_line({"cam0": PATTERN}, bundle=str(bundle), broker=None)
+    _, found = check(line)
+    command = f"STATE_DIRECTORY=/var/lib/andon/{line.stem} andon check --config {line}"
+    assert found["state folder"]["found"].endswith(command) and found["state folder"]["ok"]
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path / "var"))
+    Overrides(tmp_path / "var").set_product("cam0", "poly", "mono", None)
+    _, found = check(line)
+    assert found["state folder"]["found"] == str(tmp_path / "var")
+    assert found["products"]["found"] == "cam0: poly (by command; configuration: mono)"
+
+
 @pytest.mark.parametrize("product", ["auto", "nut"])
 def test_a_product_by_command_that_cannot_be_judged_is_found(
     check: Any, make_line: Any, bundle: Path, tmp_path: Path, product: str

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from andon.cli import main
 from andon.runtime.broker import EmbeddedBroker
 from andon.runtime.commands.watch import Watch, verdict_line
 from andon.runtime.errors import DeliveryError
@@ -165,6 +166,22 @@ def test_a_subscription_that_the_broker_refuses_is_said() -> None:
         with pytest.raises(DeliveryError, match="refuses the subscription to andon/v1/#") as caught:
             watch.follow(BrokerConfig(host="127.0.0.1", port=listener.getsockname()[1]), "andon/v1/#", None, 30)
     assert "Not authorized" in str(caught.value.found)
+
+
+def test_where_the_port_of_a_service_is_found_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("STATE_DIRECTORY", raising=False)
+    path = tmp_path / "line3.yaml"
+    camera = "cameras: {c: {source: {kind: test}}}"
+    path.write_text(f"site: s\nline: l\nstation: p\n{camera}\nbroker: {{embedded: true, port: 0}}\n")
+    command = f"STATE_DIRECTORY=/var/lib/andon/line3 andon watch --config {path}"
+    assert main(["watch", "--config", str(path)]) != 0
+    assert command in capsys.readouterr().err
+    path.write_text(f"{path.read_text()}state: {tmp_path}\n")
+    assert main(["watch", "--config", str(path)]) != 0
+    told = capsys.readouterr().err
+    assert f"no broker.address in {tmp_path}" in told and "STATE_DIRECTORY" not in told
 
 
 def test_delivery_benchmark_counts_what_it_says(tmp_path: Path) -> None:
