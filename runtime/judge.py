@@ -248,12 +248,14 @@ class Judge:
     def judge(self, frame: Frame) -> Judgement:
         """Judge one frame. Never raises for anything that is wrong with this frame, its product or an engine."""
         started = time.monotonic()
-        box = clip_roi(self._cameras[frame.camera].roi, frame.image.shape[1], frame.image.shape[0])
+        roi, (height, width) = self._cameras[frame.camera].roi, frame.image.shape[:2]
+        box = clip_roi(roi, width, height)
         scored: Scored | None = None
         name = self._new_id()
         try:
             if box is None:
-                raise _Refusal("bad_frame", f"the region of interest lies outside the picture {frame.image.shape[:2]}")
+                told = f"the region of interest {roi} does not lie in the picture of {width} x {height} pixels"
+                raise _Refusal("bad_frame", told)
             scored = self._score(frame, box)
             if self._memory is not None and self._memory.teaches_first:
                 scored = self._taught(self._memory, frame, scored, box, name)

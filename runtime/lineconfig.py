@@ -175,7 +175,9 @@ class CameraConfig(Settings):
         default="auto", description="Product (class of the bundle) or auto: by the bundle's classifier"
     )
     roi: tuple[int, int, int, int] | None = Field(
-        default=None, description="Region of interest [x, y, width, height] in camera pixels; null: the whole picture"
+        default=None,
+        description="Region of interest [x, y, width, height] in camera pixels; null: the whole picture. A picture "
+        "that it leaves by more than 2 pixels is of another size than meant: UNKNOWN, bad_frame",
     )
     max_fps: float | None = Field(
         default=None, gt=0, description="Frames above this rate are skipped, but for those of triggers"

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from .types import Region
 
 Box = tuple[int, int, int, int]
+#: Pixels by which a region of interest may end outside the picture; more of it means a picture of another size.
+ROUNDING = 2
 
 
 def find_regions(
@@ -45,9 +47,13 @@ def find_regions(
 
 
 def clip_roi(roi: Box | None, width: int, height: int) -> Box | None:
-    """The region of interest within a picture of this size; the whole picture for None, None when it lies outside."""
+    """The region of interest in a picture of this size, or None where it does not lie in it; without one all of it.
+
+    What ends up to ROUNDING pixels outside is cut off.
+    """
     if roi is None:
         return (0, 0, width, height)
-    x, y = min(roi[0], width), min(roi[1], height)
+    x, y = roi[:2]
     clipped = (x, y, min(roi[2], width - x), min(roi[3], height - y))
-    return clipped if clipped[2] > 0 and clipped[3] > 0 else None
+    whole = clipped[2] >= roi[2] - ROUNDING and clipped[3] >= roi[3] - ROUNDING
+    return clipped if whole and clipped[2] > 0 and clipped[3] > 0 else None

@@ -37,8 +37,10 @@ def test_the_region_of_interest_is_all_that_is_judged(make_judge: Callable[..., 
     assert outside.verdict.label == "OK" and outside.box == (32, 0, 32, 32)
     inside = judge.judge(frame(picture(10, (40, 8, 4, 6)))).verdict
     assert inside.label == "NG" and inside.regions[0].bbox == (40, 8, 4, 6)
-    small = judge.judge(frame(picture(10, size=(20, 20)))).verdict
-    assert (small.label, small.reason) == ("UNKNOWN", "bad_frame"), "a camera of another resolution is not guessed at"
+    for size in ((20, 20), (48, 48)):  # the second has a part of the region
+        small = judge.judge(frame(picture(10, size=size)))
+        assert (small.verdict.label, small.verdict.reason) == ("UNKNOWN", "bad_frame"), "another resolution: no guess"
+        assert small.detail.endswith(f"(32, 0, 32, 32) does not lie in the picture of {size[0]} x {size[1]} pixels")
 
 
 def test_not_a_number_is_unknown_and_the_next_frame_is_judged(

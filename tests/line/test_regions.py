@@ -45,7 +45,9 @@ def test_regions_cover_every_cell_above_the_threshold_and_stay_in_the_box(
     assert max(region.peak for region in found) == anomaly_map.max()
 
 
-def test_a_roi_is_clipped_or_lies_outside() -> None:
+def test_a_roi_lies_in_the_picture_or_the_picture_is_of_another_size() -> None:
     assert clip_roi(None, 40, 30) == (0, 0, 40, 30)
-    assert clip_roi((10, 10, 100, 5), 40, 30) == (10, 10, 30, 5)
-    assert clip_roi((40, 0, 5, 5), 40, 30) is None
+    assert clip_roi((10, 10, 30, 20), 40, 30) == (10, 10, 30, 20)
+    assert clip_roi((10, 10, 32, 21), 40, 30) == (10, 10, 30, 20), "rounding"
+    for roi in ((10, 10, 33, 5), (10, 10, 5, 23), (10, 10, 100, 100), (40, 0, 2, 5), (0, 30, 5, 1), (50, 50, 5, 5)):
+        assert clip_roi(roi, 40, 30) is None, roi
