@@ -131,14 +131,16 @@ class SnapshotStore:
         folder: created if missing; left-over temporary files of a killed process are removed.
         identity: what the running bundle is; snapshots of anything else are refused. One may say more of itself, as
             those of earlier versions do.
+        former: what earlier versions called the same bundle.
 
     Raises:
         CalibrationError: the folder cannot be made or written.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], keep: int = 8) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, Any], *former: Mapping[str, Any], keep: int = 8) -> None:
         self.folder = folder
         self.identity: dict[str, Any] = json.loads(json.dumps(dict(identity), sort_keys=True))
+        self._accepted: list[dict[str, Any]] = json.loads(json.dumps([self.identity, *map(dict, former)]))
         self.keep = keep
         self._headers: dict[str, dict[str, Any] | None] = {}
         try:
@@ -246,7 +248,9 @@ class SnapshotStore:
         )
 
     def _owns(self, identity: Any) -> bool:
-        return isinstance(identity, Mapping) and all(identity.get(key) == value for key, value in self.identity.items())
+        return isinstance(identity, Mapping) and any(
+            all(identity.get(key) == value for key, value in own.items()) for own in self._accepted
+        )
 
     def _check_identity(self, path: Path, snapshot: Snapshot) -> None:
         if not self._owns(snapshot.identity):

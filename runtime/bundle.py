@@ -46,7 +46,8 @@ class Bundle:
         root: directory the files are in.
         manifest: the validated manifest.
         id: first 12 hex digits of the manifest's SHA-256; what verdicts carry.
-        model_id: the same without thresholds; equal before and after `andon calibrate`.
+        model_id: what the manifest says but thresholds; equal before and after `andon calibrate`, and for every Andon.
+        former_ids: what earlier versions of Andon took for it: state that they wrote is this bundle's.
     """
 
     def __init__(self, path: Path, root: Path, manifest: Manifest, digest: str, unpacked: Any = None):
@@ -55,6 +56,7 @@ class Bundle:
         self.manifest = manifest
         self.id = digest[:12]
         self.model_id = _model_id(manifest)
+        self.former_ids = _former_ids(manifest)
         self._unpacked = unpacked
 
     @classmethod
@@ -279,8 +281,30 @@ def schema() -> dict[str, Any]:
 
 
 def _model_id(manifest: Manifest) -> str:
+    """Identity of the model: of all that the manifest says but thresholds.
+
+    Without what is as it is by default: a field that a later Andon adds, or that `andon calibrate` of one writes into
+    the file, must not make another model of it, whose memory and overrides would not be taken any more.
+    """
+    said = manifest.model_dump(mode="json", by_alias=True, exclude={"thresholds"}, exclude_defaults=True)
+    return _short_hash(json.dumps(said, sort_keys=True))
+
+
+#: Fields that the manifest got after the first and after the second of the former ids; one that it gets now is added
+#: to both. Not all steps run a stage, and a program is a step deep in `program`, two in `alternatives`.
+_NO_RUN_INPUTS = {"program": {"__all__": {"inputs"}}, "alternatives": {"__all__": {"__all__": {"inputs"}}}}
+_LATER_FIELDS: tuple[dict[str, Any], ...] = (_NO_RUN_INPUTS, {})
+
+
+def _former_ids(manifest: Manifest) -> tuple[str, ...]:
+    """The model's ids of earlier versions: hashes of the whole manifest, fields as they are by default included."""
     bare = manifest.model_copy(update={"thresholds": {}})
-    return hashlib.sha256(bare.model_dump_json(by_alias=True).encode()).hexdigest()[:12]
+    texts = [bare.model_dump_json(by_alias=True, exclude=later) for later in _LATER_FIELDS]
+    return tuple(dict.fromkeys(_short_hash(text) for text in texts))
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @contextmanager

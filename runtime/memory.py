@@ -79,7 +79,7 @@ class LineMemory:
         self._warm_start = WarmStart(program)
         self._clock = clock
         self._save_due = clock() + config.save_every
-        self._store = SnapshotStore(folder, _identity(program.bundle), config.snapshots)
+        self._store = SnapshotStore(folder, *_identities(program.bundle), keep=config.snapshots)
         self._audit = AuditLog(folder / "audit.jsonl")
         self._audit_failing = False
         self._restore_last()
@@ -323,6 +323,10 @@ class LineMemory:
                 self._audit.close()
 
 
-def _identity(bundle: Bundle) -> dict[str, Any]:
-    """What a snapshot must have been made with: the model (thresholds aside), whether its memory was in use or not."""
-    return {"model": bundle.model_id, "classes": list(bundle.manifest.classes)}
+def _identities(bundle: Bundle) -> list[dict[str, Any]]:
+    """What a snapshot must have been made with: the model (thresholds aside), whether its memory was in use or not.
+
+    First as it is written now, then as earlier versions wrote it.
+    """
+    classes = list(bundle.manifest.classes)
+    return [{"model": model, "classes": classes} for model in (bundle.model_id, *bundle.former_ids)]

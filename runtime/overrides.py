@@ -26,17 +26,17 @@ FILE = "overrides.json"
 class ThresholdOverride:
     """A threshold and whose scores it is about.
 
-    model: :attr:`Bundle.model_id`, which a new calibration keeps. program: its name. Both None in files of earlier
-    versions, which say neither: such a number fits no model.
+    model: :attr:`Bundle.model_id`, which a new calibration keeps; of earlier versions one of its former ids. program:
+    its name. Both None in files of still earlier versions, which say neither: such a number fits no model.
     """
 
     value: float
     model: str | None = None
     program: str | None = None
 
-    def fits(self, model: str | None, program: str | None) -> bool:
-        """Whether it is about the scores of this model and program."""
-        return self.model is not None and (self.model, self.program) == (model, program)
+    def fits(self, bundle: Bundle, program: str) -> bool:
+        """Whether it is about the scores of this bundle's model under this program."""
+        return self.model in (bundle.model_id, *bundle.former_ids) and self.program == program
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,7 @@ class Overrides:
         # Replaced, never changed: other threads read them, and a change that cannot be written must not be in force.
         self._thresholds: Mapping[str, ThresholdOverride] = {}
         self._products: Mapping[str, str] = {}
-        self._model: str | None = None
-        self._program: str | None = None
+        self._used: tuple[Bundle, str] | None = None
         self._load()
 
     @property
@@ -124,7 +123,7 @@ class Overrides:
         Thresholds that were set for another model or program rest until those run again, or until the command
         `threshold` replaces them or takes them back. Each is logged as an error and audited.
         """
-        self._model, self._program = bundle.model_id, program
+        self._used = bundle, program
         for product, override in self._thresholds.items():
             if self._fits(override):
                 entry = bundle.threshold(product, program)
@@ -161,11 +160,12 @@ class Overrides:
             ConfigError: it cannot be written; then nothing has changed.
         """
         thresholds = {name: each for name, each in self._thresholds.items() if name != product}
+        model, program = (None, None) if self._used is None else (self._used[0].model_id, self._used[1])
         if value is not None:
-            thresholds[product] = ThresholdOverride(value, self._model, self._program)
+            thresholds[product] = ThresholdOverride(value, model, program)
         self._save(f"threshold of {product}", thresholds, self._products)
         log.warning("threshold of %s: %s -> %s (by %s)", product, before, value, by or "unknown")
-        self._note("threshold", product, before, value, by, model=self._model, program=self._program)
+        self._note("threshold", product, before, value, by, model=model, program=program)
 
     def set_product(self, camera: str, product: str | None, before: str, by: str | None) -> None:
         """Change the product a camera expects; None goes back to the configuration's.
@@ -189,7 +189,7 @@ class Overrides:
             log.error("the audit trail %s is not complete: %s", self._audit.path, error)
 
     def _fits(self, override: ThresholdOverride) -> bool:
-        return override.fits(self._model, self._program)
+        return self._used is not None and override.fits(*self._used)
 
     def _save(self, what: str, thresholds: Mapping[str, ThresholdOverride], products: Mapping[str, str]) -> None:
         content = {"thresholds": {name: asdict(each) for name, each in thresholds.items()}, "products": products}

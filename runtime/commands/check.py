@@ -207,7 +207,7 @@ def _thresholds(config: Any, commanded: Stored, bundle: Any) -> str:
         if (override := commanded.thresholds.get(product)) is None:
             continue
         shown = "none" if own is None else f"{own:.4g}"
-        if override.fits(bundle.model_id, config.program):
+        if override.fits(bundle, config.program):
             values[product], remarks[product] = override.value, f" (by command; without it: {shown})"
         else:
             remarks[product] = f" ({override.value:.4g} by command is ignored: set for another model or program)"

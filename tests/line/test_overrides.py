@@ -113,6 +113,20 @@ def test_a_threshold_by_command_is_for_one_program(make_judge: Callable[..., Jud
     assert described == {"value": 0.6, "model": model, "program": "default", "in_force": False}
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_threshold_set_under_a_former_name_of_the_model_stays_in_force(
+    make_judge: Callable[..., Judge], bundle: Path, tmp_path: Path, which: int
+) -> None:
+    with Bundle.load(bundle) as loaded:
+        override = {"value": 0.6, "model": loaded.former_ids[which], "program": "default"}
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state/overrides.json").write_text(json.dumps({"thresholds": {"mono": override}, "products": {}}))
+    judge = make_judge()
+    assert judge.threshold("mono") == 0.6
+    judge.set_product("cam", "poly")  # the file is written whole
+    assert make_judge().threshold("mono") == 0.6
+
+
 def test_a_threshold_of_an_earlier_version_names_no_model_and_is_ignored(
     make_judge: Callable[..., Judge], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -99,7 +99,7 @@ def test_neither_restarts_nor_standing_still_push_history_out(tmp_path_factory, 
     folder, every, keep, now = tmp_path_factory.mktemp("s"), 1000.0, 3, 0.0
 
     def start():
-        return Autosave(SnapshotStore(folder, {}, keep), 3600, every, lambda: now, lambda a: {"rows": a["rows"]})
+        return Autosave(SnapshotStore(folder, {}, keep=keep), 3600, every, lambda: now, lambda a: {"rows": a["rows"]})
 
     saver, expected, taken = start(), [], None
     for frames, (what, hundreds, value) in enumerate(moments):
@@ -113,7 +113,7 @@ def test_neither_restarts_nor_standing_still_push_history_out(tmp_path_factory, 
             saver = start()
         if (taken is None or now - taken >= every) and expected[-1:] != [value]:
             expected, taken = [*expected, value], now
-        store = SnapshotStore(folder, {}, keep)
+        store = SnapshotStore(folder, {}, keep=keep)
         assert [int(kept.arrays["rows"][0]) for kept in store.usable("ring")] == expected[: -keep - 1 : -1]
         assert store.latest()[0].meta == {"frames": frames}, "whatever the ring takes, what was offered is saved"
     saver.close()

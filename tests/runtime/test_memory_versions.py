@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from andon.calib.snapshots import SnapshotStore
+from andon.calib.snapshots import Snapshot, SnapshotStore, _encode
 from andon.runtime.errors import CalibrationError, ConfigError
 
 from .memorystation import CONFIG, DRIFTS
@@ -141,6 +142,25 @@ def test_state_of_another_bundle_is_refused(station, memory_bundle, caplog):
     assert other.memory.describe()["rows"] == {"x": 0, "y": 0}
     assert other.memory.version("x") == 2, "the numbers of a state folder go on, whatever is in them"
     assert "another bundle" in caplog.text
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_what_was_learnt_under_a_former_name_of_the_bundle_is_taken(station, caplog, which):
+    line, rng = station(DRIFTS), np.random.default_rng(0)
+    for _ in range(12):
+        line.see(int(rng.integers(100, 103)))
+    line.close()
+    store, rows = line.memory._store, line.memory.describe()["rows"]["a"]
+    for newest in [item for item in store.usable() if isinstance(item, Snapshot)]:
+        (path,) = store.folder.glob(f"*-{newest.number:010d}.snapshot")
+        identity = {**newest.identity, "model": line.bundle.former_ids[which]}
+        path.write_bytes(_encode(replace(newest, identity=identity)))
+    line = station(DRIFTS)
+    assert rows and line.memory.describe()["rows"]["a"] == rows and "another bundle" not in caplog.text
+    assert line.memory.describe()["snapshots"], "rollback finds them, the ring counts them"
+    for _ in range(12):
+        line.see(int(rng.integers(106, 109)), label="NG")
+    assert line.memory.drift("cam"), "held against the reference of before the update"
 
 
 def test_a_memory_that_is_switched_off_is_there_when_it_is_switched_on_again(station, caplog):
