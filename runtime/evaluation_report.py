@@ -11,6 +11,7 @@ from .dataset import Dataset
 from .detector import Detector
 from .evaluation import Array, Evaluated
 from .images import read_mask, read_rgb
+from .recorded import Origin
 from .report.evaluation import Evaluation, Part, write
 
 
@@ -21,10 +22,11 @@ def write_report(
     evaluated: Evaluated,
     remarks: Mapping[str, str],
     remark: str = "",
+    whose: Origin | None = None,
 ) -> Path:
     """Write the report; pictures are judged once more, with the product they were judged as.
 
-    remarks: by product; remark: on the whole.
+    remarks: by product; remark: on the whole; whose: where the verdicts were recorded; None: judged here.
     """
     manifest = detector.bundle.manifest
     samples = {j.sample.key: j for j in evaluated.judged}
@@ -44,10 +46,12 @@ def write_report(
         found = empty if result.map is None else result.map.copy()
         return image, found, None if mask is None else read_mask(mask, image.shape[:2])
 
+    here = "" if whose is None else ", of the anomaly maps alone"
     facts = {
-        "bundle": f"{manifest.name} ({detector.bundle.id})",
+        **({} if whose is None else {"verdicts": str(whose)}),
+        "bundle": f"{manifest.name} ({detector.bundle.id}){here}",
         "method": manifest.method,
-        "engine": f"{detector.backend.name}, {detector.program.variant}, program {detector.program_name}",
+        "engine": f"{detector.backend.name}, {detector.program.variant}, program {detector.program_name}{here}",
         "backbone": f"{manifest.backbone.id}, {manifest.backbone.weights}",
         "data": f"{dataset.spec} {dataset.license}".strip(),
     }
@@ -59,10 +63,12 @@ def write_report(
         (f"{len(parts) / evaluated.seconds:.0f}", "images a second"),
         *([] if total is None else [(f"{np.median(total):.1f} ms", "median per image")]),
     ]
-    lead = f"{len(parts)} images of {dataset.spec}, judged by the engines of this machine."
+    lead = f"{len(parts)} images of {dataset.spec}, {whose or 'judged by the engines of this machine'}."
+    if whose is not None and (unlike := whose.unlike(detector.bundle)):
+        lead += f" Warning: {unlike}."
     said = [*evaluated.unknown().items(), *remarks.items()]
     lead = " ".join([lead, *([f"{remark}."] if remark else []), *(f"{product}: {text}." for product, text in said)])
-    title = f"{manifest.name}: {manifest.method}"
+    title = f"{manifest.name if whose is None else whose.file.name}: {manifest.method}"
     return write(
         Evaluation(title, lead, parts, evaluated.products, thresholds, stages, tiles, list(facts.items())), path, look
     )

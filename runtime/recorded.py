@@ -5,16 +5,44 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
+from .bundle import Bundle
 from .dataset import Sample
 from .errors import ConfigError, quoted
 from .evaluation import Evaluated, Judged
 from .quality import Metrics, mean_metrics, summarize
+
+#: What is read of a verdict.
+_FIELDS = ("id", "part_id", "product", "label", "score", "threshold", "method", "bundle", "ts_judged", "latency_ms")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Whose verdicts are evaluated. bundles: ids, in order of their first verdict; several after a new calibration."""
+
+    file: Path
+    method: str
+    bundles: tuple[str, ...]
+
+    def __str__(self) -> str:
+        noun = "bundle" if len(self.bundles) == 1 else "bundles"
+        return f"verdicts recorded in {self.file} by {noun} {', '.join(self.bundles)} ({self.method})"
+
+    def unlike(self, bundle: Bundle) -> str:
+        """What to say where they are not of the bundle that is given beside them; empty where they are."""
+        others = [other for other in self.bundles if other != bundle.id]
+        if not others:
+            return ""
+        return (
+            f"the verdicts are of bundle {', '.join(others)}, not of the given {bundle.id}: it was calibrated anew "
+            "since, or is another model"
+        )
 
 
 def read_verdicts(path: Path) -> list[dict[str, Any]]:
@@ -29,7 +57,7 @@ def read_verdicts(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             verdict = json.loads(line)
-            verdicts.setdefault(verdict["id"], verdict)
+            verdicts.setdefault(verdict["id"], {field: verdict[field] for field in _FIELDS})
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{path} line {number} is not a verdict", found=line[:80], expected="one andon.verdict/1 object a line"
@@ -48,6 +76,44 @@ def from_verdicts(verdicts: Sequence[dict[str, Any]], samples: Sequence[Sample])
 
     A sample without a verdict is an error: a part that nobody judged must not look like a good result. Map figures are
     not there, since verdicts carry regions, not maps.
+
+    Raises:
+        ConfigError: see :func:`join`.
+    """
+    chosen = join(verdicts, samples)
+    judged = [_judged(sample, verdict) for sample, verdict in zip(samples, chosen, strict=True)]
+    thresholds = {product: _threshold(product, chosen) for product in sorted({s.product for s in samples})}
+    products = {
+        product: _metrics([j for j in judged if j.sample.product == product], threshold)
+        for product, threshold in thresholds.items()
+    }
+    timed = [v["latency_ms"] for v in chosen if v["latency_ms"]]
+    names = dict.fromkeys(name for t in timed for name in t)
+    latency = {name: np.array([t[name] for t in timed if name in t]) for name in names}
+    without = frozenset(product for product, threshold in thresholds.items() if threshold is None)
+    return Evaluated(tuple(judged), products, mean_metrics(products), {}, latency, _seconds(chosen), without)
+
+
+def origin(verdicts: Sequence[dict[str, Any]], samples: Sequence[Sample], file: Path, bundle: Bundle) -> Origin:
+    """Whose verdicts those of the samples are.
+
+    Raises:
+        ConfigError: they are of another method than the bundle, or see :func:`join`.
+    """
+    chosen = join(verdicts, samples)
+    methods = sorted({str(v["method"]) for v in chosen})
+    if methods != [bundle.manifest.method]:
+        raise ConfigError(
+            f"the verdicts in {file} are not of the bundle's method",
+            found=", ".join(methods),
+            expected=f"{bundle.manifest.method} (bundle {bundle.id})",
+            next_step="give the bundle that the line ran with --bundle",
+        )
+    return Origin(file, bundle.manifest.method, tuple(dict.fromkeys(str(v["bundle"]) for v in chosen)))
+
+
+def join(verdicts: Sequence[dict[str, Any]], samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """The verdict of each sample, in their order.
 
     Raises:
         ConfigError: samples and verdicts do not belong together, or not one to one.
@@ -72,18 +138,7 @@ def from_verdicts(verdicts: Sequence[dict[str, Any]], samples: Sequence[Sample])
             expected="a verdict for every image, with its key without suffix as part id",
             next_step="run the line to its end with the same data set and watch it from the start",
         )
-    judged = [_judged(s, by_part[_part_id(s)]) for s in samples]
-    chosen = [by_part[_part_id(s)] for s in samples]
-    thresholds = {product: _threshold(product, chosen) for product in sorted({s.product for s in samples})}
-    products = {
-        product: _metrics([j for j in judged if j.sample.product == product], threshold)
-        for product, threshold in thresholds.items()
-    }
-    timed = [v["latency_ms"] for v in chosen if v["latency_ms"]]
-    names = dict.fromkeys(name for t in timed for name in t)
-    latency = {name: np.array([t[name] for t in timed if name in t]) for name in names}
-    without = frozenset(product for product, threshold in thresholds.items() if threshold is None)
-    return Evaluated(tuple(judged), products, mean_metrics(products), {}, latency, _seconds(chosen), without)
+    return [by_part[_part_id(s)] for s in samples]
 
 
 def _part_id(sample: Sample) -> str:

@@ -18,7 +18,7 @@ from ..errors import ConfigError, quoted
 from ..evaluation import Evaluated, confusion_table, evaluate, latency_table, percentiles
 from ..fingerprint import Seen, counted, tally
 from ..quality import mean_metrics, table
-from ..recorded import from_verdicts, read_verdicts
+from ..recorded import Origin, from_verdicts, origin, read_verdicts
 from ..unlike import unlike_calibration
 from . import fewshot, numbers, options
 
@@ -70,13 +70,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         options.require_writable(args.report, "--report")
     if args.few_shot is not None:
         return fewshot.main(args)
-    if args.bundle is None or args.data is None:
-        raise ConfigError(
-            "what shall be evaluated?",
-            found=f"--bundle {args.bundle}, --data {args.data}",
-            expected="a bundle and a data set",
-            next_step="andon eval --bundle DIR --data elpv, or andon eval --all elpv (every method)",
-        )
+    _require_sense(args)
     with Bundle.load(args.bundle) as bundle, open_backend(args.backend, threads=args.threads) as backend:
         torch = None if args.checkpoint is None else torch_figures(args.checkpoint, bundle)  # refused before the work
         dataset = open_dataset(args.data)
@@ -85,17 +79,15 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         options.say_skipped(skipped)
         samples, seen = unseen_tests(bundle, samples, dataset.spec)
         remark = _print_seen(seen)
+        recorded, whose = _recorded(args.verdicts, samples, bundle)
         names = [args.program] + [n for n in options.program_names(bundle) if args.samplers and n != args.program]
         results: dict[str, Any] = {}
         for name in names:
             with options.open_detector(bundle, backend, args, program=name) as detector:
-                if args.verdicts:
-                    evaluated = from_verdicts(read_verdicts(args.verdicts), samples)
-                else:
-                    evaluated = _run(detector, samples, auto=args.product == "auto")
-                _print(detector, evaluated, auto=args.product == "auto")
+                evaluated = recorded or _run(detector, samples, auto=args.product == "auto")
+                _print(detector, evaluated, whose, auto=args.product == "auto")
                 # Recorded verdicts were judged with the thresholds of their line, not with the bundle's.
-                unlike = {} if args.verdicts else unlike_calibration(detector, evaluated.judged)
+                unlike = {} if recorded else unlike_calibration(detector, evaluated.judged)
                 _print_unlike(detector, unlike)
                 results[name] = as_dict(evaluated) | {
                     "unlike": list(unlike),
@@ -105,14 +97,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                 if torch is not None and name == args.program:
                     results[name]["torch"] = _beside_torch(torch, evaluated)
                 if args.report and name == args.program:
-                    results[name]["report"] = str(_report(args.report, detector, dataset, evaluated, unlike, remark))
+                    made = _report(args.report, detector, dataset, evaluated, unlike, remark, whose)
+                    results[name]["report"] = str(made)
         if args.samplers:
             print(_samplers(results))
         variant = options.choose_variant(args.variant, bundle, backend.name)
         return {
             "ok": True,
-            **_about(bundle, backend, variant, args),
-            "program": args.program,
+            **_about(bundle, backend, variant, args, whose),
             **results[args.program],
             **({"samplers": results} if args.samplers else {}),
         }
@@ -185,15 +177,50 @@ def as_dict(evaluated: Evaluated) -> dict[str, Any]:
     }
 
 
-def _about(bundle: Bundle, backend: Backend, variant: str, args: argparse.Namespace) -> dict[str, Any]:
+def _require_sense(args: argparse.Namespace) -> None:
+    """Refuse what lacks bundle or data, and what asks for judging where nothing is judged."""
+    if args.bundle is None or args.data is None:
+        raise ConfigError(
+            "what shall be evaluated?",
+            found=f"--bundle {args.bundle}, --data {args.data}",
+            expected="a bundle and a data set",
+            next_step="andon eval --bundle DIR --data elpv, or andon eval --all elpv (every method)",
+        )
+    asked = "--samplers" if args.samplers else "--product auto" if args.product == "auto" else None
+    if args.verdicts is not None and asked is not None:
+        raise ConfigError(
+            f"{asked} and --verdicts exclude each other",
+            found=f"{asked} with --verdicts {args.verdicts}",
+            expected="recorded verdicts, which are of one program and of the products that the line judged",
+            next_step=f"leave {asked} out to evaluate the verdicts, or --verdicts to evaluate the bundle",
+        )
+
+
+def _recorded(
+    file: Path | None, samples: Sequence[Sample], bundle: Bundle
+) -> tuple[Evaluated, Origin] | tuple[None, None]:
+    """The recorded verdicts of the samples and whose they are; nothing where none are given."""
+    if file is None:
+        return None, None
+    verdicts = read_verdicts(file)
+    whose = origin(verdicts, samples, file, bundle)
+    return from_verdicts(verdicts, samples), whose
+
+
+def _about(
+    bundle: Bundle, backend: Backend, variant: str, args: argparse.Namespace, whose: Origin | None
+) -> dict[str, Any]:
+    """What was evaluated, on what. Verdicts say neither engine nor program of the line that published them."""
     return {
         "bundle": bundle.id,
         "method": bundle.manifest.method,
-        "backend": backend.name,
-        "variant": variant,
+        "backend": backend.name if whose is None else None,
+        "variant": variant if whose is None else None,
         "data": args.data,
         "split": args.split,
         "product_mode": args.product,
+        "program": args.program if whose is None else None,
+        "verdicts": None if whose is None else {"file": str(whose.file), "bundles": list(whose.bundles)},
     }
 
 
@@ -202,13 +229,16 @@ def _run(detector: Detector, samples: Sequence[Sample], *, auto: bool) -> Evalua
         return evaluate(detector, samples, auto=auto, step=bar.update)
 
 
-def _print(detector: Detector, evaluated: Evaluated, *, auto: bool) -> None:
+def _print(detector: Detector, evaluated: Evaluated, whose: Origin | None, *, auto: bool) -> None:
     bundle, program = detector.bundle.manifest, detector.program
-    mode = "chosen by the classifier" if auto else "given"
-    print(
-        f"{bundle.name}: {bundle.method}, {detector.backend.name} {program.variant}, program {program.name}, ", end=""
-    )
-    print(f"product {mode}, {len(evaluated.judged)} images")
+    if whose is not None:
+        print(f"{whose}, {len(evaluated.judged)} images")
+        if unlike := whose.unlike(detector.bundle):
+            print(f"warning: {unlike}")
+    else:
+        mode = "chosen by the classifier" if auto else "given"
+        engine = f"{detector.backend.name} {program.variant}, program {program.name}"
+        print(f"{bundle.name}: {bundle.method}, {engine}, product {mode}, {len(evaluated.judged)} images")
     print(table(evaluated.products))
     print(confusion_table(evaluated))
     rates = {"threshold": "threshold", "F1": "F1", "false_alarm_rate": "false alarms", "miss_rate": "missed"}
@@ -301,7 +331,8 @@ def _report(
     evaluated: Evaluated,
     remarks: Mapping[str, str],
     remark: str,
+    whose: Origin | None,
 ) -> Path:
     from ..evaluation_report import write_report
 
-    return write_report(path, detector, dataset, evaluated, remarks, remark)
+    return write_report(path, detector, dataset, evaluated, remarks, remark, whose)

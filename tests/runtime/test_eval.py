@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from andon.runtime.bundle import Bundle
 from andon.runtime.dataset import open_dataset
 from andon.runtime.fingerprint import image_hash, pack
 
@@ -44,6 +45,8 @@ def test_eval_says_when_good_images_are_unlike_those_of_the_calibration(
             "label": "NG",
             "score": 1.0,
             "threshold": 0.1,
+            "method": "synthetic",
+            "bundle": "0123456789ab",
             "ts_judged": "2026-01-01T00:00:00.000Z",
             "latency_ms": {"total": 1.0},
         }
@@ -60,10 +63,12 @@ def test_eval_of_a_line_that_was_overloaded_by_defects_says_so_everywhere(
     make_bundle: MakeBundle, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = make_bundle(report={"holdout": held()})
+    line = {"ts_judged": "2026-01-01T00:00:00Z", "method": "synthetic", "bundle": "0123456789ab"}
     judged = {"label": "OK", "score": 0.1, "threshold": 0.2, "latency_ms": {"total": 1.0}}
     dropped = {"label": "UNKNOWN", "score": None, "threshold": None, "latency_ms": {}}
     lines = [
-        {"id": s.key, "part_id": s.key.removesuffix(".png"), "product": s.product, "ts_judged": "2026-01-01T00:00:00Z"}
+        {"id": s.key, "part_id": s.key.removesuffix(".png"), "product": s.product}
+        | line
         | (judged if s.good else dropped)
         for s in open_dataset(str(data)).select(split="test").samples
     ]
@@ -81,6 +86,42 @@ def test_eval_of_a_line_that_was_overloaded_by_defects_says_so_everywhere(
     assert said in page and "unknown rate defective" in page
     recorded.write_text("".join(json.dumps(v | dropped) + "\n" for v in lines))
     assert run(capsys, "eval", *arguments)[0] == 0, "nothing judged at all: no gallery, no latency, no figure"
+
+
+def test_eval_says_whose_verdicts_it_takes_and_refuses_those_of_another_method(
+    make_bundle: MakeBundle, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, file, page = make_bundle(), tmp_path / "line.jsonl", tmp_path / "r.html"
+    with Bundle.load(root) as loaded:
+        own = loaded.id
+    arguments = ("eval", "--bundle", root, "--data", data, "--verdicts", file, *ENGINE)
+
+    def record(**of: str) -> None:
+        rest = {"label": "OK", "score": 0.1, "threshold": 0.2, "latency_ms": {}, "ts_judged": "2026-01-01T00:00:00Z"}
+        samples = open_dataset(str(data)).select(split="test").samples
+        parts = [{"id": s.key, "part_id": s.key.removesuffix(".png"), "product": s.product, **rest} for s in samples]
+        file.write_text("".join(json.dumps(part | of) + "\n" for part in parts))
+
+    record(method="synthetic", bundle=own)
+    code, result, text = run(capsys, *arguments, "--report", page)
+    said = f"verdicts recorded in {file} by bundle {own} (synthetic)"
+    assert code == 0 and f"{said}, 24 images" in text and "warning: the verdicts" not in text
+    assert said in page.read_text() and "of this machine" not in page.read_text()
+    assert result["verdicts"] == {"file": str(file), "bundles": [own]}
+    assert [result[name] for name in ("backend", "variant", "program")] == [None] * 3
+
+    record(method="synthetic", bundle="0123456789ab")
+    code, result, text = run(capsys, *arguments, "--report", page)
+    warning = f"the verdicts are of bundle 0123456789ab, not of the given {own}"
+    assert code == 0 and f"warning: {warning}" in text and warning in page.read_text()
+    assert result["verdicts"]["bundles"] == ["0123456789ab"]
+
+    record(method="knn", bundle="0123456789ab")
+    code, result, _ = run(capsys, *arguments)
+    assert code == 1 and result["found"] == "knn" and result["expected"] == f"synthetic (bundle {own})"
+    for more in (["--samplers"], ["--product", "auto"]):
+        code, result, _ = run(capsys, *arguments, *more)
+        assert code == 1 and result["error"] == f"{' '.join(more)} and --verdicts exclude each other"
 
 
 def test_eval_leaves_out_test_images_that_the_model_has_seen(

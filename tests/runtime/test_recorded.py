@@ -27,6 +27,8 @@ def _verdict(sample: Sample, label: str, score: float | None, second: int) -> di
         "label": label,
         "score": score,
         "threshold": 2.0,
+        "method": "knn",
+        "bundle": "0123456789ab",
         "ts_judged": f"2026-01-01T00:00:{second:02d}.000Z",
         "latency_ms": {"encode": 3.0, "total": 4.0},
     }
@@ -115,6 +117,12 @@ def test_images_and_verdicts_that_share_a_part_id_are_refused() -> None:
     twice = [*VERDICTS, {**VERDICTS[0], "id": "another", "label": "NG"}]
     with pytest.raises(ConfigError, match="part test/good/a has several verdicts"):
         from_verdicts(twice, SAMPLES)
+
+
+def test_a_verdict_that_lacks_something_is_none(tmp_path: Path) -> None:
+    (tmp_path / "v.jsonl").write_text(json.dumps({k: v for k, v in VERDICTS[0].items() if k != "part_id"}) + "\n")
+    with pytest.raises(ConfigError, match="line 1 is not a verdict"):
+        read_verdicts(tmp_path / "v.jsonl")
 
 
 @pytest.mark.parametrize(("text", "message"), [("", "holds no verdict"), ("{}\n", "line 1"), ("nonsense\n", "line 1")])
