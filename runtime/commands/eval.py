@@ -55,6 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     fewshot.configure(parser)
     for point in entry_points(group=STUDY):
         point.load().configure(parser)
+    fewshot.add_results(parser)
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -64,11 +65,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         AndonError: bundle, data set, product or engine cannot be used.
     """
     if getattr(args, "all", None) is not None:
+        args.results = args.results or args.study_results
         study: dict[str, Any] = next(iter(entry_points(group=STUDY))).load().main(args)
         return study
     if args.report is not None:
         options.require_writable(args.report, "--report")
     if args.few_shot is not None:
+        if args.results is not None:
+            options.require_writable(args.results, "--results")
         return fewshot.main(args)
     _require_sense(args)
     with Bundle.load(args.bundle) as bundle, open_backend(args.backend, threads=args.threads) as backend:

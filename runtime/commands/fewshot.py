@@ -1,4 +1,4 @@
-"""`andon eval --few-shot`: support draws, frozen and online, as tables and as records of docs/results.json."""
+"""`andon eval --few-shot`: support draws, frozen and online, as tables and, with --results, as records."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle
-from ..dataset import open_dataset, split_readable
+from ..dataset import Dataset, open_dataset, split_readable
 from ..engine.select import open_backend
 from ..enrolment.fewshot import FeatureCache, Steps, draw_support, enroll_draw, frozen
 from ..enrolment.foreground import choose
@@ -22,9 +22,10 @@ from ..report.memory import write_memory_report
 from ..results import merge_results
 from . import numbers, options
 
-RESULTS = Path("docs/results.json")
 #: What --settings measures.
 CHOICES = {"default": SETTINGS[:1], "others": SETTINGS[1:], "all": SETTINGS, "quantiles": QUANTILES}
+#: Share of anomalies in the report's streams where --online says none.
+SHOWN = 0.1
 Record = dict[str, Any]
 
 
@@ -56,6 +57,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--foreground", default="auto", metavar="HOW", help="as in andon enroll (auto)")
 
 
+def add_results(parser: argparse.ArgumentParser) -> None:
+    """--results, unless the study of all methods has brought it: its default is for the study alone."""
+    if (study := parser.get_default("results")) is None:
+        parser.add_argument("--results", type=Path, metavar="FILE", help="--few-shot: also merge the records into FILE")
+    parser.set_defaults(results=None, study_results=study)
+
+
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Run it.
 
@@ -74,11 +82,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         samples, skipped = split_readable(dataset.samples, args.on_corrupt)
         options.say_skipped(skipped)
         dataset = replace(dataset, samples=tuple(samples))
+        products, left_out = _measurable(dataset, args)
         with options.progress(len(dataset), "features") as bar:
             cache = FeatureCache(bundle, backend, dataset, bar.update)
     name = "elpv" if args.data == "elpv" else Path(args.data).resolve().name
     base = {"set": name, "command": _command(args, name)}
-    products = args.products or dataset.products
     records: list[Record] = []
     with options.progress(0, "scores") as bar:
         for product in products:
@@ -89,17 +97,57 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     means = _means(records)
     _print(means)
     report = _report(cache, args, products, means) if args.report else None
-    target = getattr(args, "results", RESULTS)
-    if target.parent.is_dir():
-        merge_results(target, records)
-        print(f"{len(records)} records merged into {target}")
+    if args.results is not None:
+        merge_results(args.results, records)
+        print(f"{len(records)} records merged into {args.results}")
     return {
         "ok": True,
         "records": records,
         "means": means,
+        "left_out": left_out,
         "skipped": [s.key for s in skipped],
         "report": None if report is None else str(report),
     }
+
+
+def _measurable(dataset: Dataset, args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
+    """The products that can be measured, and of the others why not; these are warned of.
+
+    Raises:
+        ConfigError: none can be.
+    """
+    found = {product: _lacks(dataset, product, args) for product in args.products or dataset.products}
+    left_out = {product: why for product, why in found.items() if why}
+    products = [product for product in found if product not in left_out]
+    if not products:
+        raise ConfigError(
+            f"no product of {dataset.spec} can be measured",
+            found="; ".join(f"{product}: {why}" for product, why in left_out.items()),
+            expected="good training images, and good and defective test images",
+            next_step="add images of what is missing, or name another --data",
+        )
+    for product, why in left_out.items():
+        print(f"warning: {product} is left out: {why}")
+    return products, left_out
+
+
+def _lacks(dataset: Dataset, product: str, args: argparse.Namespace) -> str:
+    """Of which images the product has too few for what is asked; empty: it has enough."""
+    rates = _shares(args)
+    support = max(args.few_shot) + (1 if any(rate < 1 for rate in rates) else 0)
+    defects = 2 if any(rate > 0 for rate in rates) else 1  # half of them for the stream, the rest is held out
+    mine = [s for s in dataset.samples if s.product == product]
+    needs = (
+        ("good training images", sum(s.split == "train" and s.good for s in mine), support),
+        ("good test images", sum(s.split == "test" and s.good for s in mine), 1),
+        ("defective test images", sum(s.split == "test" and not s.good for s in mine), defects),
+    )
+    return ", ".join(f"{count} {what} where {least} are needed" for what, count, least in needs if count < least)
+
+
+def _shares(args: argparse.Namespace) -> tuple[float, ...]:
+    """Shares of anomalies of the streams that are run."""
+    return tuple(args.online or ((SHOWN,) if args.report else ()))
 
 
 def _command(args: argparse.Namespace, data: str) -> str:
@@ -149,7 +197,7 @@ def _report(cache: FeatureCache, args: argparse.Namespace, products: Iterable[st
     """The memory page: the default rule on draw 0 of every product, and all means."""
     views = []
     for product in products:
-        for rate in args.online or (0.1,):
+        for rate in _shares(args):
             support = draw_support(cache, product, args.few_shot[0], 0)
             memory = enroll_draw(cache, support, choose(args.foreground), 0)
             plan = plan_stream(cache, product, support, rate, 0, 0)

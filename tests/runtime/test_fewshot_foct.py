@@ -216,10 +216,58 @@ def test_an_undecodable_image_is_left_out_on_request(small, synthetic_data, tmp_
     broken.write_bytes(broken.read_bytes()[:40])
     arguments = ["eval", "--bundle", str(small), "--data", str(data), "--few-shot", "1", "--seeds", "1"]
     arguments += ["--orders", "1", "--ct-steps", "0", "--foreground", "all", "--threads", "1", "--json"]
-    arguments += ["--results", str(tmp_path / "none" / "results.json")]
     assert main(arguments) == 1
     assert "--on-corrupt skip" in capsys.readouterr().err
     assert main([*arguments, "--on-corrupt", "skip"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["skipped"] == [f"grid/test/good/{broken.name}"]
     assert all(r["command"].endswith("--on-corrupt skip") for r in result["records"])
+
+
+def copied(synthetic_data, data, defects):
+    """The synthetic set's product with so many defective test images."""
+    for split in ("train", "test"):
+        shutil.copytree(synthetic_data / "grid" / split, data / "grid" / split)
+    bad = sorted(p for p in (data / "grid/test").rglob("*.png") if p.parent.name != "good")
+    for path in bad[defects:]:
+        path.unlink()
+    return data
+
+
+@pytest.mark.parametrize(
+    ("defects", "more", "why"),
+    [
+        (0, (), "0 defective test images where 1 are needed"),
+        (1, ("--online", "0,0.1"), "1 defective test images where 2 are needed"),
+        (1, ("--report", "page.html"), "1 defective test images where 2 are needed"),
+    ],
+)
+def test_a_product_that_cannot_be_measured_is_refused_before_the_work(
+    small, synthetic_data, tmp_path, monkeypatch, capsys, defects, more, why
+):
+    monkeypatch.chdir(tmp_path)
+    data = copied(synthetic_data, tmp_path / "data", defects)
+    monkeypatch.setattr("andon.runtime.commands.fewshot.FeatureCache", None)  # never reached
+    arguments = ["eval", "--bundle", str(small), "--data", str(data), "--few-shot", "1", "--threads", "1", "--json"]
+    assert main([*arguments, *more]) == 1
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["found"] == f"grid: {why}"
+
+
+def test_a_product_that_cannot_be_measured_is_left_out_and_nothing_is_written_unasked(
+    small, synthetic_data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    data = copied(synthetic_data, tmp_path / "data", 2)
+    shutil.copytree(data / "grid" / "train", data / "plain" / "train")
+    shutil.copytree(data / "grid" / "test" / "good", data / "plain" / "test" / "good")
+    arguments = ["eval", "--bundle", str(small), "--data", str(data), "--few-shot", "1", "--seeds", "1"]
+    arguments += ["--orders", "1", "--ct-steps", "0", "--foreground", "all", "--threads", "1", "--json"]
+    assert main([*arguments, "--online", "0,0.2"]) == 0
+    out = capsys.readouterr().out
+    why = "0 defective test images where 2 are needed"
+    assert f"warning: plain is left out: {why}" in out
+    result = json.loads(out.splitlines()[-1])
+    assert result["left_out"] == {"plain": why} and {r["product"] for r in result["records"]} == {"grid"}
+    assert any(r["setting"].startswith("online") for r in result["records"])
+    assert list((tmp_path / "docs").iterdir()) == []
