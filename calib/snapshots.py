@@ -299,9 +299,10 @@ class SnapshotStore:
 class AuditLog:
     """What entered the memory, from which frame, and why: JSON lines, the older half dropped at `limit` bytes.
 
-    Lines are flushed to the operating system at once and synced before a snapshot is saved (:meth:`sync`). Every method
-    raises OSError where the disk refuses. That costs lines, not the log: it goes on when the disk does, a file that was
-    removed is made again, and where there is no room for its younger half it stays whole and grows.
+    Opened with the first line, or by :meth:`open`. Lines are flushed to the operating system at once and synced before
+    a snapshot is saved (:meth:`sync`). Every method raises OSError where the disk refuses. That costs lines, not the
+    log: it goes on when the disk does, a file that was removed is made again, and where there is no room for its
+    younger half it stays whole and grows.
     """
 
     def __init__(self, path: Path, limit: int = 16 * 2**20) -> None:
@@ -309,7 +310,10 @@ class AuditLog:
         self.limit = limit
         self._put_off = 0
         self._file: BinaryIO | None = None
-        for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed while it rotated
+
+    def open(self) -> None:
+        """Open the file, or make it, and remove what a process that was killed while it rotated has left."""
+        for leftover in self.path.parent.glob(f".{self.path.name}.*.tmp"):
             leftover.unlink(missing_ok=True)
         self._opened()
 

@@ -82,6 +82,8 @@ class LineMemory:
         self._store = SnapshotStore(folder, *_identities(program.bundle), keep=config.snapshots)
         self._audit = AuditLog(folder / "audit.jsonl")
         self._audit_failing = False
+        with self._auditing():
+            self._audit.open()
         self._restore_last()
         every = config.save_every, config.snapshot_every
         self._saver = Autosave(self._store, *every, clock, content=learnt_rows, before=self._sync_audit)
@@ -273,7 +275,9 @@ class LineMemory:
 
     def _restore_last(self) -> None:
         """Take the newest snapshot that fits; what cannot be used is logged and passed over."""
-        last = max((int(e["version"]) for e in self._audit.entries() if "version" in e), default=0)
+        last = 0
+        with self._auditing():
+            last = max((int(e["version"]) for e in self._audit.entries() if "version" in e), default=0)
         for item in self._store.usable():
             if isinstance(item, Refusal):
                 log.warning("snapshot %s is not used: %s", item.path.name, item.reason)

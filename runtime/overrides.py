@@ -99,6 +99,7 @@ class Overrides:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._audit = AuditLog(folder / "audit.jsonl")
+            self._audit.open()
         except OSError as error:
             raise unusable_state(folder, error) from error
         # Replaced, never changed: other threads read them, and a change that cannot be written must not be in force.

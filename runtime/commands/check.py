@@ -63,7 +63,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     state = state_folder(config, args.config)
     elsewhere = state_elsewhere(config, args.config, "check")
     remark = f"\n{elsewhere}" if elsewhere else ""
-    findings.append(_guard("state folder", lambda: _writable("state", state) + remark))
+    findings.append(_guard("state folder", lambda: _state(config, state) + remark))
     if config.evidence is not None:
         pictures = config.evidence.path or state / "evidence"
         findings.append(_guard("evidence folder", lambda: _writable("evidence.path", pictures)))
@@ -274,4 +274,18 @@ def _writable(key: str, folder: Path) -> str:
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
         what = f"{folder} cannot be written by this user" if nearest.is_dir() else f"{nearest} is not a folder"
         raise ConfigError(what, next_step=f"set '{key}' to a folder that can be written")
+    return str(folder)
+
+
+def _state(config: Any, folder: Path) -> str:
+    """The state folder, and of what an earlier run has left there what this one opens to write."""
+    used = [folder, folder / "memory"] if config.memory.enabled or config.memory.drift.enabled else [folder]
+    for part in used:
+        _writable("state", part)
+        audit = part / "audit.jsonl"
+        if audit.exists() and not (audit.is_file() and os.access(audit, os.R_OK | os.W_OK)):
+            raise ConfigError(
+                f"{audit} cannot be read and written by this user",
+                next_step=f"give it to the user that runs the line, or set 'state' to another folder than {folder}",
+            )
     return str(folder)

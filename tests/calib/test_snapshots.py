@@ -260,7 +260,9 @@ def test_half_a_rotated_audit_log_does_not_stay(tmp_path):
     """A kill -9 while the older half is dropped leaves the other half beside the log."""
     for name in (".audit.jsonl.123.tmp", ".audit.jsonl.45.tmp", ".other.jsonl.123.tmp"):
         (tmp_path / name).write_bytes(b"half")
-    AuditLog(tmp_path / "audit.jsonl").close()
+    log = AuditLog(tmp_path / "audit.jsonl")
+    log.open()
+    log.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other.jsonl.123.tmp", "audit.jsonl"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +128,22 @@ def test_a_memory_that_could_not_learn_is_found_and_refused_at_the_start(
             open_bundle(effective(Options(config=line)))
     else:
         open_bundle(effective(Options(config=line))).close()
+
+
+@pytest.mark.parametrize("left", ["audit.jsonl", "memory/audit.jsonl", "memory"])
+def test_what_an_earlier_run_left_and_this_user_cannot_write_is_found(
+    check: Any, make_line: Any, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    """As after a run by root. Tests may run as root, who may write everything."""
+    line = make_line({"cam0": PATTERN}, bundle=str(bundle), broker=None)
+    (tmp_path / "state" / "memory").mkdir(parents=True)
+    for name in ("audit.jsonl", "memory/audit.jsonl"):
+        (tmp_path / "state" / name).touch()
+    assert check(line)[0] == 0
+    real, obstacle = os.access, tmp_path / "state" / left
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != obstacle and real(path, mode))
+    code, found = check(line)
+    assert code == 1 and not found["state folder"]["ok"] and str(obstacle) in found["state folder"]["found"]
 
 
 #: Not a number for any frame.

@@ -39,6 +39,23 @@ def test_an_audit_log_that_cannot_be_written_costs_nothing_but_its_lines(station
     assert station().memory.version("a") == 4
 
 
+def test_an_audit_log_that_cannot_be_opened_does_not_stop_the_line_and_is_said_once(station, tmp_path, caplog):
+    """Another user's, say; a folder in its place cannot be opened by root either."""
+    obstacle = tmp_path / "state" / "audit.jsonl"
+    obstacle.mkdir(parents=True)
+    line = station()
+    for value in (104, 104, 104):
+        line.see(value)
+    version = line.memory.version("a")
+    assert version and line.memory.command("snapshot", {})["version"] == version
+    line.close()
+    said = [r.message for r in caplog.records if "audit log" in r.message and r.levelname == "ERROR"]
+    assert len(said) == 1 and str(obstacle) in said[0]
+    obstacle.rmdir()
+    again = station()
+    assert again.memory.version("a") == version and again.memory._audit.entries()[-1]["action"] == "restore"
+
+
 @pytest.mark.parametrize("method", ["write", "sync", "close"])
 def test_no_trouble_of_the_audit_log_reaches_the_line(station, monkeypatch, caplog, method):
     line = station(DRIFTS)
