@@ -112,7 +112,8 @@ class LineMemory:
         scored = judgement.scored
         if scored is None or scored.score is None or not np.isfinite(scored.score):
             return
-        self._watch(frame.camera, scored.product or "", scored.score)
+        if not self.teaches_first:
+            self._watch(frame.camera, scored.product or "", scored.score)
         if scored.class_index is None:
             return
         self._warm_start.after_frame(program, scored.class_index)
@@ -124,7 +125,11 @@ class LineMemory:
 
         label: what it was judged by that score; verdict: identifier of its verdict, for the audit log.
         """
-        if scored.class_index is None or scored.score is None or not np.isfinite(scored.score):
+        if scored.score is None or not np.isfinite(scored.score):
+            return False
+        if self.teaches_first:  # the second score is against its own patches: a freeze would look like drift
+            self._watch(frame.camera, scored.product or "", scored.score)
+        if scored.class_index is None:
             return False
         outcome = self._banks.learn(program, scored.class_index, scored.score, trusted=label == "OK")
         if outcome is None or outcome.change is None:
@@ -271,6 +276,7 @@ class LineMemory:
             "saved": timestamp(),
             "program": self._program.name,
             "drift": sorted(self._drift.monitors),
+            "watched": "first score",
         }
 
     def _restore_last(self) -> None:
@@ -312,7 +318,9 @@ class LineMemory:
         self._versions.take(snapshot.meta)
         # Programs of a bundle score on scales of their own: what one has seen is no reference for another.
         same = snapshot.meta.get("program", self._program.name) == self._program.name
-        if self._config.drift.enabled and same:
+        # Earlier versions watched the score of after the update: held against that, every first score has drifted.
+        comparable = not self.teaches_first or "watched" in snapshot.meta
+        if self._config.drift.enabled and same and comparable:
             self._drift.take(snapshot)
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from andon.runtime.memoryconfig import GuardConfig, MemoryConfig
 from andon.runtime.overrides import Overrides
 from andon.runtime.types import Frame
 
-from .memorystation import CONFIG, Station
+from .memorystation import CONFIG, DRIFTS, Station
 
 PAPER = CONFIG.model_copy(update={"order": "update_first"})
 
@@ -107,6 +107,40 @@ def test_a_frozen_memory_scores_once(judged):
         line.see(104)
     line.memory.command("freeze", {})
     assert (line.see(104).score, line.runs) == (12, 3)
+
+
+@pytest.mark.parametrize("order", ["score_first", "update_first"])
+def test_the_drift_watch_takes_the_score_of_before_the_update(judged, order):
+    """Else what has taught would be at no distance in the reference, and the first frames after a freeze a warning."""
+    line = judged(DRIFTS.model_copy(update={"order": order}))
+    for _ in range(4):
+        line.see(104)
+    assert line.memory._drift.arrays()["drift.cam/a.reference"].tolist() == [12, 12, 12, 0]
+    line.memory.command("freeze", {})
+    for _ in range(20):
+        line.see(104)
+    assert line.memory.drift("cam") is None
+
+
+def test_a_drift_reference_of_second_scores_is_not_taken_over(judged):
+    """Versions before the watch took the first score; their snapshots do not say which it was."""
+    config = DRIFTS.model_copy(update={"order": "update_first"})
+    line = judged(config)
+    for _ in range(4):
+        line.see(104)
+    line.close()
+    newest, _ = line.memory._store.latest()
+    for path in line.memory._store.folder.glob("*.snapshot"):
+        path.unlink()
+    meta = {key: value for key, value in newest.meta.items() if key != "watched"}
+    line.memory._store.save(newest.arrays, meta, "last")
+    again = Station(line.bundle.path, line.memory._store.folder, config)
+    assert again.memory.describe()["rows"]["a"] > 0 and again.memory._drift.monitors == {}
+    again.close()
+    line.memory._store.save(newest.arrays, newest.meta, "last")
+    again = Station(line.bundle.path, line.memory._store.folder, config)
+    assert list(again.memory._drift.monitors) == ["cam/a"]
+    again.close()
 
 
 def test_smoothing_counts_a_frame_once(judged):
