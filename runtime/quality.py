@@ -115,7 +115,8 @@ def decisions(scores: ArrayLike, defective: ArrayLike, threshold: float) -> Metr
 def error_rates(ng: ArrayLike, defective: ArrayLike) -> Metrics:
     """F1, balanced_accuracy, false_alarm_rate (good parts NG), miss_rate (defective OK) of parts that are OK or NG.
 
-    ng, defective: bool [N]; a figure of a kind of parts that is not there is None.
+    ng, defective: bool [N]; a figure of a kind of parts that is not there is None, and F1 without a defective part: it
+    would be 0 after a single false alarm, whatever the model can find.
     """
     truth, ng = np.asarray(defective, bool).ravel(), np.asarray(ng, bool).ravel()
     false_alarm = float(ng[~truth].mean()) if (~truth).any() else None
@@ -123,7 +124,7 @@ def error_rates(ng: ArrayLike, defective: ArrayLike) -> Metrics:
     hits = int((ng & truth).sum())
     both = int(ng.sum() + truth.sum())
     return {
-        "F1": 2 * hits / both if both else None,
+        "F1": 2 * hits / both if truth.any() else None,
         "balanced_accuracy": None if false_alarm is None or miss is None else 1 - (false_alarm + miss) / 2,
         "false_alarm_rate": false_alarm,
         "miss_rate": miss,

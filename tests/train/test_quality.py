@@ -116,6 +116,9 @@ def test_decisions_at_a_threshold() -> None:
     assert decisions([2.5], [True], 2.5)["miss_rate"] == 1.0, "a score on the threshold is not above it"
     only_good = decisions([1.0, 2.0], [0, 0], 1.5)
     assert only_good["miss_rate"] is None and only_good["balanced_accuracy"] is None
+    for threshold in (1.5, 3.0):
+        f1 = decisions([1.0, 2.0], [0, 0], threshold)["F1"]
+        assert f1 is None, "without a defective part, with a false alarm or without"
 
 
 def test_summary_mean_and_table() -> None:
