@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .bundle import Bundle
 from .dataset import Dataset, Sample
@@ -27,8 +27,10 @@ class Unseen:
     remark: str = ""
 
 
-def unseen_good(bundle: Bundle, dataset: Dataset) -> Unseen:
+def unseen_good(bundle: Bundle, dataset: Dataset, only: Sequence[str] | None = None) -> Unseen:
     """Good images that the model has not been fitted to, new ones never from a test split.
+
+    only: of these products of the bundle; None: of all.
 
     Images are known by content: those that training held out are used wherever they lie, those that it fitted, that
     set constants or that were enrolled from are left out, all others are new. So are those that the present thresholds
@@ -41,17 +43,20 @@ def unseen_good(bundle: Bundle, dataset: Dataset) -> Unseen:
             set has some of the held-out images but not all.
         SourceError: an image cannot be read.
     """
-    products = [p for p in bundle.manifest.classes if p in dataset.products]
-    if missing := [p for p in bundle.manifest.classes if p not in products]:
+    wanted = bundle.manifest.classes if only is None else only
+    if missing := [p for p in wanted if p not in dataset.products]:
         raise CalibrationError(
             f"{dataset.spec} has no images of {', '.join(missing)}",
             found=", ".join(dataset.products),
-            expected=", ".join(bundle.manifest.classes),
-            next_step="give a data set with every product of the bundle",
+            expected=", ".join(wanted),
+            next_step="give a data set with every product of the bundle, or name with --products those that it has",
         )
-    good = dataset.select(products=products, good=True)
-    seen = Seen.of(bundle)
-    return _by_key(bundle, good) if seen is None else _by_content(bundle, good, seen)
+    if (seen := Seen.of(bundle)) is not None:
+        return _by_content(bundle, dataset.select(products=wanted, good=True), seen)
+    # A key does not say of which product an image is: whether all are there can be told of the whole set only.
+    present = [p for p in bundle.manifest.classes if p in dataset.products]
+    found = _by_key(bundle, dataset.select(products=present, good=True))
+    return replace(found, samples=[s for s in found.samples if s.product in wanted])
 
 
 def _by_content(bundle: Bundle, good: Dataset, seen: Seen) -> Unseen:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-from ...calib.threshold import conformal_threshold, pixel_threshold
+from ...calib.threshold import conformal_threshold, pixel_threshold, rank
 from ..bundle import Bundle
 from ..dataset import Sample, open_dataset, split_readable
 from ..detector import Detector
 from ..engine.select import open_backend
-from ..errors import ConfigError, quoted
+from ..errors import CalibrationError, ConfigError, quoted
 from ..fingerprint import counted, image_hash, pack
 from ..images import read_rgb
 from ..manifest import Threshold
@@ -41,13 +41,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="make the bound hold for these thresholds with this probability, not only on average; needs more images",
     )
+    parser.add_argument(
+        "--products", nargs="+", metavar="NAME", help="only these products; the others keep the thresholds they have"
+    )
     parser.add_argument("--programs", nargs="+", metavar="NAME", help="only these programs; default: all of the bundle")
     options.add_on_corrupt(parser)
     options.add_engine(parser, program=False)
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Run it; nothing is written unless every product and program can keep the promise.
+    """Run it; nothing is written unless every product and program that is asked for can keep the promise.
 
     Raises:
         CalibrationError: too few images for the promise; the message names how many are needed.
@@ -61,7 +64,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 def _calibrate(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
     with open_backend(args.backend, threads=args.threads) as backend:
         dataset = open_dataset(args.data)
-        unseen = unseen_good(bundle, dataset)
+        products = list(dict.fromkeys(args.products or bundle.manifest.classes))
+        for product in products:
+            bundle.class_index(product)
+        unseen = unseen_good(bundle, dataset, products)
         samples, skipped = split_readable(unseen.samples, args.on_corrupt)
         origin = unseen.origin
         print(f"{len(samples)} good images: {origin}")
@@ -70,19 +76,17 @@ def _calibrate(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
         if unseen.remark:
             print(unseen.remark)
         options.say_skipped(skipped)
-        for product in bundle.manifest.classes:  # before the work, too
-            count = sum(s.product == product for s in samples)
-            conformal_threshold([0.0] * count, args.false_alarm_rate, args.confidence, product)
+        _require_promise(products, samples, args)
         known = options.program_names(bundle)
         names = args.programs or known
         if unknown := [n for n in names if n not in known]:
             raise ConfigError(f"the bundle has no program {unknown[0]}", found=unknown[0], expected=", ".join(known))
         source = f"{origin} of {dataset.spec}, {datetime.now(timezone.utc):%Y-%m-%d}, andon calibrate"
-        found: dict[str, dict[str, Threshold]] = {product: {} for product in bundle.manifest.classes}
+        found: dict[str, dict[str, Threshold]] = {product: {} for product in products}
         with options.progress(len(samples) * len(names), "calibrate") as bar:
             for name in names:
                 with options.open_detector(bundle, backend, args, program=name) as detector:
-                    for product in bundle.manifest.classes:
+                    for product in products:
                         mine = [s for s in samples if s.product == product]
                         found[product][name] = _threshold(detector, product, mine, args, source, bar)
         updated = bundle.save_thresholds(found)
@@ -98,6 +102,29 @@ def _calibrate(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
             "skipped": [s.key for s in skipped],
             "thresholds": thresholds,
         }
+
+
+def _require_promise(products: Sequence[str], samples: Sequence[Sample], args: argparse.Namespace) -> None:
+    """Refuse before the work what its end would refuse.
+
+    Raises:
+        CalibrationError: a product has too few images for the promise.
+    """
+    counts = {product: sum(s.product == product for s in samples) for product in products}
+    for product, count in counts.items():
+        try:
+            conformal_threshold([0.0] * count, args.false_alarm_rate, args.confidence, product)
+        except CalibrationError as error:
+            able = [p for p, n in counts.items() if rank(n, args.false_alarm_rate, args.confidence) is not None]
+            if not able:
+                raise
+            raise CalibrationError(
+                error.what,
+                found=error.found,
+                expected=error.expected,
+                next_step=f"{error.next_step}; --products {' '.join(map(quoted, able))} calibrates those that have "
+                f"enough with this rate, then --products {quoted(product)} gives this one a rate of its own",
+            ) from error
 
 
 def _threshold(

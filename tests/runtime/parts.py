@@ -26,9 +26,9 @@ def held(products: str = "ab", count: int = 19) -> list[str]:
     return [f"{p}/train/good/{i:03}.png" for p in products for i in range(count)]
 
 
-def contents(root: Path, first: int, last: int) -> str:
+def contents(root: Path, first: int, last: int, products: str = "ab") -> str:
     """Fingerprints of the training images of brightness `first` to `last` of both products."""
-    paths = [root / p / "train" / "good" / f"{i - 1:03}.png" for p in "ab" for i in range(first, last + 1)]
+    paths = [root / p / "train" / "good" / f"{i - 1:03}.png" for p in products for i in range(first, last + 1)]
     return pack(image_hash(p) for p in paths)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable
@@ -55,6 +56,45 @@ def test_calibrate_refuses_before_it_works_and_says_how_many_images_it_takes(
     (data / "a/train/good/000.png").unlink()
     code, _, text = run(capsys, "calibrate", "--bundle", root, "--data", data, *ENGINE)
     assert code == 1 and "only some of the images that training held out" in text
+
+
+def test_calibrate_takes_products_one_by_one_each_with_a_rate_of_its_own(
+    make_bundle: MakeBundle, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(24, 40):
+        (data / f"b/train/good/{i:03}.png").unlink()
+    root = make_bundle(report={"fingerprints": {"fitted": "0" * 16}})
+    calibrate = ("calibrate", "--bundle", root, "--data", data, *ENGINE)
+    code, result, _ = run(capsys, *calibrate, "--false-alarm-rate", 0.03)
+    assert code == 1 and "product b: too few good images" in result["error"] and "0.04" in result["next"]
+    assert "--products a calibrates those that have enough" in result["next"] and "--products b gives" in result["next"]
+    code, result, text = run(capsys, *calibrate, "--false-alarm-rate", 0.03, "--products", "a")
+    assert code == 0 and result["images"] == 40 and list(result["thresholds"]) == ["a"], text
+    bundle = Bundle.load(root)
+    assert bundle.threshold("b") is None and (first := bundle.threshold("a")) is not None
+    code, result, text = run(capsys, *calibrate, "--false-alarm-rate", 0.04, "--products", "b")
+    assert code == 0 and result["images"] == 24, text
+    bundle = Bundle.load(root)
+    assert bundle.threshold("a") == first and (second := bundle.threshold("b")) is not None
+    assert (first.false_alarm_rate, second.false_alarm_rate) == (0.03, 0.04)
+    code, result, _ = run(capsys, *calibrate, "--products", "c")
+    assert code == 1 and "unknown product 'c'" in result["error"]
+
+
+def test_calibrate_of_one_product_needs_images_of_no_other(
+    make_bundle: MakeBundle, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a record of contents, and with one of names alone."""
+    arguments = ("--data", data, "--false-alarm-rate", 0.05, *ENGINE)
+    root = make_bundle(report={"holdout": held()})
+    code, result, text = run(capsys, "calibrate", "--bundle", root, *arguments, "--products", "a")
+    assert code == 0 and result["images"] == 19 and result["origin"] == "held out by training", text
+    shutil.rmtree(data / "b")
+    root = make_bundle(report={"fingerprints": {"fitted": contents(data, 1, 5, "a")}})
+    code, result, _ = run(capsys, "calibrate", "--bundle", root, *arguments)
+    assert code == 1 and "has no images of b" in result["error"] and "--products" in result["next"]
+    code, result, text = run(capsys, "calibrate", "--bundle", root, *arguments, "--products", "a")
+    assert code == 0 and result["images"] == 35 and result["left_out"] == {"fitted": 5}, text
 
 
 @pytest.mark.parametrize("top", ["bundle", ""], ids=["in a folder", "bare"])
