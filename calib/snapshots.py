@@ -14,6 +14,7 @@ import re
 import time
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -92,12 +93,16 @@ def read_snapshot(path: Path) -> Snapshot:
 
 
 def _read_header(path: Path) -> dict[str, Any] | None:
-    """number, identity and meta of a snapshot without its arrays, unchecked; None where they cannot be read."""
+    """number, identity and meta of a snapshot without its arrays, unchecked; None where the file is damaged.
+
+    Raises:
+        OSError: it could not be read this time.
+    """
     try:
         with zipfile.ZipFile(path) as archive, archive.open(f"{_META}.npy") as entry:
             header = json.loads(np.lib.format.read_array(entry, allow_pickle=False).tobytes())
         return header if {"number", "identity", "meta"} <= header.keys() else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile):
+    except (ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile):
         return None
 
 
@@ -224,9 +229,12 @@ class SnapshotStore:
             CalibrationError: the folder cannot be read.
         """
         files, known = self._files(), self._headers
-        headers = {p.name: known[p.name] if p.name in known else _read_header(p) for _, p in files}
+        headers: dict[str, dict[str, Any] | None] = {}
+        for _, path in files:
+            with suppress(OSError):  # too many open files, a network share: the next time may do better
+                headers[path.name] = known[path.name] if path.name in known else _read_header(path)
         self._headers = headers
-        own = ((number, headers[p.name]) for number, p in files)
+        own = ((number, headers.get(p.name)) for number, p in files)
         return [(number, header["meta"]) for number, header in own if header and self._owns(header["identity"])]
 
     def load(self, number: int) -> Snapshot:

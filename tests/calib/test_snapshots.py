@@ -77,6 +77,21 @@ def test_usable_goes_from_the_newest_back(tmp_path):
     assert SnapshotStore(tmp_path / "empty", IDENTITY).latest() == (None, [])
 
 
+def test_a_header_that_could_not_be_read_once_is_read_the_next_time(tmp_path, monkeypatch):
+    store = SnapshotStore(tmp_path, IDENTITY)
+    for k in range(2):
+        store.save(arrays(k), {"k": k})
+
+    def too_many(*_):
+        raise OSError(24, "Too many open files")
+
+    again = SnapshotStore(tmp_path, IDENTITY)
+    with monkeypatch.context() as process:
+        process.setattr("andon.calib.snapshots.zipfile.ZipFile", too_many)
+        assert again.metas() == []
+    assert [number for number, _ in again.metas()] == [2, 1]
+
+
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "foreign"])
 def test_damage_is_refused_and_the_last_good_one_used(tmp_path, damage):
     store = SnapshotStore(tmp_path, IDENTITY)
