@@ -10,6 +10,19 @@ from pathlib import Path
 
 from .bundle import MANIFEST, MAX_MANIFEST_BYTES
 
+#: What an export (.tmp) and copying programs call a file that is not whole.
+_PARTS = (".tmp", ".part", ".partial", ".filepart")
+
+
+def may_be_bundle(path: Path) -> bool:
+    """Whether what a pattern matches is to be looked at: not what is still being written, and no link to nothing.
+
+    A folder gets its manifest last from an export, and may lack it while it is copied here.
+    """
+    if path.name.startswith(".") or path.suffix in _PARTS:
+        return False
+    return (path / MANIFEST).is_file() if path.is_dir() else path.is_file()
+
 
 def newest(bundles: Iterable[Path]) -> Path:
     """The bundle (folder or .tar) that was exported last; at least one must be given.

@@ -20,7 +20,7 @@ from .errors import ConfigError, quoted
 from .lineconfig import AlarmConfig, BrokerConfig, LineConfig, load_line
 from .manifest import Variant
 from .memorybanks import require_memory
-from .newest import newest
+from .newest import may_be_bundle, newest
 from .overrides import unusable_state
 from .products import require_products
 from .wiring import wire
@@ -99,10 +99,16 @@ def bundle_path(config: LineConfig) -> Path:
         raise ConfigError("no bundle is named", next_step="set 'bundle' in the configuration, or give --bundle")
     if "*" not in config.bundle.name:
         return config.bundle.resolve()
-    matches = [path for path in config.bundle.parent.glob(config.bundle.name) if not path.name.startswith(".")]
-    if not matches:
-        raise ConfigError(f"no bundle matches {config.bundle}", next_step="andon export --method METHOD")
-    return newest(matches).resolve()
+    matches = list(config.bundle.parent.glob(config.bundle.name))
+    bundles = [path for path in matches if may_be_bundle(path)]
+    if not bundles:
+        raise ConfigError(
+            f"no bundle matches {config.bundle}",
+            found=", ".join(sorted(path.name for path in matches)[:5]) or None,
+            expected="a folder with a manifest.json, or a .tar of one" if matches else None,
+            next_step="andon export --method METHOD",
+        )
+    return newest(bundles).resolve()
 
 
 def open_bundle(config: LineConfig) -> Bundle:

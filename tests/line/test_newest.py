@@ -47,6 +47,20 @@ def test_the_newest_export_counts_not_the_one_touched_last(tmp_path: Path) -> No
     assert bundle_path(config) == new
 
 
+def test_what_is_no_bundle_yet_is_not_the_newest(tmp_path: Path) -> None:
+    path = tmp_path / "line.yaml"
+    path.write_text(LINE)
+    config = effective(Options(config=path))
+    (tmp_path / "hvq-copying").mkdir()
+    (tmp_path / "hvq-x.tar.tmp").write_bytes(b"half")
+    (tmp_path / "hvq-link").symlink_to(tmp_path / "gone")
+    with pytest.raises(ConfigError, match="no bundle matches") as caught:
+        bundle_path(config)
+    assert "hvq-copying, hvq-link, hvq-x.tar.tmp" in str(caught.value.found)
+    old = exported(tmp_path / "hvq-a", "2020-01-01T00:00:00Z", touched=1e9)
+    assert bundle_path(config) == old
+
+
 @pytest.mark.parametrize("top", ["", "hvq-b", "./"])
 def test_the_manifest_of_an_archive_is_read_in_it(top: str, tmp_path: Path) -> None:
     old = exported(tmp_path / "hvq-a", "2026-01-01T00:00:00Z", touched=3e9)
