@@ -12,7 +12,8 @@ from typing import Any
 from ..broker import EmbeddedBroker
 from ..errors import DeliveryError
 from ..lineconfig import BrokerConfig
-from ..outbox import Outbox, Stored
+from ..outbox import Outbox
+from ..stored import Stored
 from ..types import Region, Verdict
 from ..verdict import Ids
 from .delivery import Delivery

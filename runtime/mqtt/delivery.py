@@ -21,7 +21,8 @@ from ... import __version__
 from ..alarm import AlarmBoard, AlarmEvent
 from ..alarm import payload as alarm_payload
 from ..lineconfig import BrokerConfig
-from ..outbox import Outbox, OutboxStats, Stored
+from ..outbox import Outbox
+from ..stored import OutboxStats, Stored
 from ..types import Verdict
 from ..verdict import Ids, dumps, timestamp
 from ..verdict import payload as verdict_payload

@@ -20,7 +20,8 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from ..lineconfig import BrokerConfig
-from ..outbox import Outbox, Stored
+from ..outbox import Outbox
+from ..stored import Stored
 from ..verdict import mark_replayed
 from .client import CONNECT_TIMEOUT, Will, explain, explain_connack, explain_lost, make_client, tls_context
 from .stream import Stream

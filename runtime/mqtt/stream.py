@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from ..outbox import Stored
+from ..stored import Stored
 
 _FIRST_HOLD, _LONGEST_HOLD = 1.0, 30.0
 

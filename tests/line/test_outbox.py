@@ -3,36 +3,24 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sqlite3
-import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 from andon.runtime.errors import DeliveryError
-from andon.runtime.outbox import Outbox, Stored
+from andon.runtime.outbox import Outbox
+from andon.runtime.stored import Stored
 from andon.runtime.verdict import Ids
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-Events = list[tuple[str, str]]
-
-
-def fill(outbox: Outbox, count: int, camera: str = "cam0", size: int = 100, ids: Ids | None = None) -> list[int]:
-    ids = ids or Ids(outbox.last_id)
-    keys = [outbox.put(camera, "verdict", ids.next(), b"%d:" % i + b"x" * size) for i in range(count)]
-    assert outbox.wait(keys[-1], 10)
-    return keys
-
-
-def waiting(outbox: Outbox, camera: str = "cam0") -> list[Stored]:
-    return outbox.fetch([camera], "verdict", 0, 100_000)
+from .outboxes import YEAR, Clocks, Events, fill, waiting
 
 
 def test_committed_before_it_is_offered(tmp_path: Path) -> None:
@@ -103,27 +91,6 @@ def test_byte_cap_drops_the_oldest_and_counts_them(tmp_path: Path) -> None:
     assert sum(int(text.split()[0]) for what, text in events if what == "dropped") == stats.dropped
     with Outbox(tmp_path / "o.db") as outbox:
         assert outbox.stats().dropped == stats.dropped, "the count outlives the process"
-
-
-class Clocks:
-    """The wall clock, which anybody may set, and the monotonic one."""
-
-    def __init__(self, wall: float = 1.7e9):
-        self.wall, self.monotonic = wall, 1000.0
-
-    def run(self, seconds: float) -> None:
-        self.wall += seconds
-        self.monotonic += seconds
-
-    def restart(self, off: float) -> None:
-        self.wall += off
-        self.monotonic = 5.0  # since the boot
-
-    def open(self, path: Path) -> Outbox:
-        return Outbox(path, max_age=3600, wall=lambda: self.wall, monotonic=lambda: self.monotonic)
-
-
-YEAR = 365 * 86400.0
 
 
 def test_age_cap_goes_by_time_passed_not_by_the_clock(tmp_path: Path) -> None:
@@ -273,69 +240,6 @@ def test_defect_of_the_writer_is_said_and_survived(tmp_path: Path, eventually: C
         assert [m.key for m in waiting(outbox)] == [key]
         outbox._file.commit = commit  # type: ignore[method-assign]
         assert outbox.wait(key, 5) and outbox.stats().degraded is None
-
-
-@pytest.fixture
-def small_disk() -> Iterator[Path]:
-    """A file system of 4 MiB."""
-    place = Path(tempfile.mkdtemp(prefix="andon-small-"))
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        place.rmdir()
-        pytest.skip(f"DISK FULL IS NOT TESTED HERE: mount is refused ({mounted.stderr.decode().strip()})")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
-    shutil.rmtree(place, ignore_errors=True)
-
-
-def test_full_disk(small_disk: Path, eventually: Callable[..., None]) -> None:
-    events: Events = []
-    with Outbox(small_disk / "o.db", event=lambda *e: events.append(e)) as outbox:
-        ids = Ids()
-        keys = [outbox.put("cam0", "verdict", ids.next(), b"x" * 2000) for _ in range(2500)]  # 5 MB
-        eventually(lambda: outbox.stats().degraded is not None)
-        assert "full" in str(outbox.stats().degraded) and [what for what, _ in events] == ["degraded"]
-        eventually(lambda: [m.key for m in waiting(outbox)] == keys)  # offered from memory, in order, none missing
-        assert outbox.stats().messages == 2500
-        outbox.done(waiting(outbox)[:2000])
-        eventually(lambda: outbox.stats().degraded is None)
-        assert [m.key for m in waiting(outbox)] == keys[2000:] and events[-1][0] == "recovered"
-        assert outbox.stats().dropped == 0
-    with Outbox(small_disk / "o.db") as outbox:
-        assert [m.key for m in waiting(outbox)] == keys[2000:]
-
-
-def test_a_clock_that_is_set_writes_nothing_on_a_nearly_full_disk(
-    small_disk: Path, eventually: Callable[..., None]
-) -> None:
-    clocks = Clocks()
-    with clocks.open(small_disk / "o.db") as outbox:
-        fill(outbox, 3000, size=500)
-        clocks.wall += 3600
-        fill(outbox, 1)
-        assert outbox.stats().degraded is None
-        outbox.done(waiting(outbox))
-        eventually(lambda: outbox._file.count == 0)
-    with clocks.open(small_disk / "o.db") as outbox:
-        assert waiting(outbox) == [], "what was acknowledged is not sent again"
-
-
-def test_memory_is_bounded_while_the_disk_refuses(tmp_path: Path, eventually: Callable[..., None]) -> None:
-    with Outbox(tmp_path / "o.db", memory_bytes=10_000) as outbox:
-        commit = outbox._file.commit
-
-        def full(*_: object) -> None:
-            raise sqlite3.OperationalError("database or disk is full")
-
-        outbox._file.commit = full  # type: ignore[method-assign]
-        ids = Ids()
-        keys = [outbox.put("cam0", "verdict", ids.next(), b"x" * 1000) for _ in range(30)]
-        eventually(lambda: outbox.stats().degraded is not None)
-        assert [m.key for m in waiting(outbox)] == keys[-10:] and outbox.stats().dropped == 20
-        outbox._file.commit = commit  # type: ignore[method-assign]
-        assert outbox.wait(keys[-1], 5)
 
 
 def test_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:

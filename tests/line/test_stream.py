@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from andon.runtime.mqtt import stream as module
 from andon.runtime.mqtt.stream import Stream
-from andon.runtime.outbox import Stored
+from andon.runtime.stored import Stored
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -1,0 +1,43 @@
+"""Outboxes for the tests: filled, looked into, and with clocks that anybody may set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from andon.runtime.outbox import Outbox
+from andon.runtime.stored import Stored
+from andon.runtime.verdict import Ids
+
+Events = list[tuple[str, str]]
+
+
+def fill(outbox: Outbox, count: int, camera: str = "cam0", size: int = 100, ids: Ids | None = None) -> list[int]:
+    ids = ids or Ids(outbox.last_id)
+    keys = [outbox.put(camera, "verdict", ids.next(), b"%d:" % i + b"x" * size) for i in range(count)]
+    assert outbox.wait(keys[-1], 10)
+    return keys
+
+
+def waiting(outbox: Outbox, camera: str = "cam0") -> list[Stored]:
+    return outbox.fetch([camera], "verdict", 0, 100_000)
+
+
+class Clocks:
+    """The wall clock, which anybody may set, and the monotonic one."""
+
+    def __init__(self, wall: float = 1.7e9):
+        self.wall, self.monotonic = wall, 1000.0
+
+    def run(self, seconds: float) -> None:
+        self.wall += seconds
+        self.monotonic += seconds
+
+    def restart(self, off: float) -> None:
+        self.wall += off
+        self.monotonic = 5.0  # since the boot
+
+    def open(self, path: Path) -> Outbox:
+        return Outbox(path, max_age=3600, wall=lambda: self.wall, monotonic=lambda: self.monotonic)
+
+
+YEAR = 365 * 86400.0
