@@ -291,6 +291,7 @@ class LineApp:
             finally:
                 self._stop_line()
                 self.delivery.stop()
+                self.outbox.finish()  # what it could not store is known and counted before anything is said of it
                 if self.broker is not None and (waiting := self.outbox.stats().messages):
                     log.warning("%d messages wait in the outbox; they are delivered after the next start", waiting)
         finally:

@@ -32,6 +32,8 @@ _ACK_BATCH = 256
 _ACK_DELAY = 0.2
 _RETRY = 1.0
 _HOUSEKEEPING = 5.0
+#: Seconds between two words about messages that the caps drop, which may be every one that comes.
+_SAID_AGAIN = 60.0
 
 
 Event = Callable[[str, str], None]
@@ -79,6 +81,7 @@ class Outbox:
         self._degraded: str | None = None
         self._tail_dropped = self._given_up = 0
         self._said_dropped = 0
+        self._said_at = -_SAID_AGAIN
         self._stopping = False
         self._due_at = 0.0
         self._thread: threading.Thread | None = None
@@ -113,16 +116,28 @@ class Outbox:
         self._thread.start()
         return self
 
-    def close(self) -> None:
-        """Commit what waits, stop the writer, close the file. What a refusing disk kept in memory is lost, and said."""
+    def finish(self) -> None:
+        """Commit what waits and stop the writer; from then on nothing is taken, but :meth:`stats` still answers.
+
+        On a full disk the reserve goes to what is in memory. What even so is not stored is lost: said, and counted.
+        """
         with self._lock:
             self._stopping = True
             self._lock.notify_all()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._tail:
-            self._say("dropped", f"{len(self._tail)} messages were never stored: {self._degraded}")
+        self._say_dropped(now=True)
+        if lost := len(self._tail):
+            self._say("dropped", f"{lost} messages were never stored: {self._degraded}")
+            self._file.count_lost(lost)
+            with self._lock:
+                for key in list(self._tail):
+                    self._forget(key)
+
+    def close(self) -> None:
+        """:meth:`finish`, and close the file."""
+        self.finish()
         self._file.close()
 
     def __enter__(self) -> Outbox:
@@ -281,7 +296,7 @@ class Outbox:
             if self._commit(batch, states, acked, due):
                 self._settle(batch, states, acked)
             elif stopping:
-                return True
+                return not self._file.give_up_reserve()
             else:
                 self._pause()
         if due:
@@ -361,13 +376,16 @@ class Outbox:
             for key in acked:
                 del self._acked[key]
             self._take_stock()
-            dropped = self._file.dropped + self._tail_dropped
             self._lock.notify_all()
-        if dropped > self._said_dropped:
-            self._say("dropped", f"{dropped - self._said_dropped} oldest messages dropped by the outbox caps")
-            self._said_dropped = dropped
+        self._say_dropped()
         if batch:
             self._tell()
+
+    def _say_dropped(self, now: bool = False) -> None:
+        dropped = self._file.dropped + self._tail_dropped
+        if dropped > self._said_dropped and (now or time.monotonic() >= self._said_at + _SAID_AGAIN):
+            self._say("dropped", f"{dropped - self._said_dropped} oldest messages dropped by the outbox caps")
+            self._said_dropped, self._said_at = dropped, time.monotonic()
 
     def _pause(self) -> None:
         self._tell()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -27,6 +28,8 @@ CREATE TABLE state (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 #: Pages of 4 KiB in the write-ahead log before it is folded into the file, and the bytes kept free for doing so when
 #: the disk is full.
 _LOG_PAGES, _RESERVE = 128, 2**20
+#: What is held of the reserve where there is no room for the whole; and to the last, for the count of what is lost.
+_PARTS, _LAST = (_RESERVE, _RESERVE * 3 // 4, _RESERVE // 2), 2**16
 #: Deletions of one transaction on a full disk.
 _SMALL = 64
 Row = tuple[int, str, str, str, bytes]
@@ -52,6 +55,7 @@ class OutboxFile:
         self._reader: sqlite3.Connection | None = None
         self._read_lock = threading.Lock()
         self._lock_file: IO[str] | None = None
+        self._giving_up = False  # the reserve is for what is to be stored, and is not taken back
         self._base = (wall(), monotonic())  # the clock of ages and the monotonic one at one moment, see _now
         self.count = self.bytes = self.dropped = self.last_key = 0
         self.last_id = ""
@@ -73,6 +77,7 @@ class OutboxFile:
                 expected="a folder that this user may write",
                 next_step="set 'state' or 'outbox.path' in the line configuration",
             ) from error
+        self._giving_up = False
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -94,9 +99,16 @@ class OutboxFile:
         """
         try:
             self._open()
-        except sqlite3.OperationalError:
+        except sqlite3.OperationalError as error:
             self._disconnect()
-            raise
+            if not self._free_reserve():
+                raise
+            log.warning("the outbox file %s: %s; opened with the room of its reserve", self._path, error)
+            try:
+                self._open()
+            except BaseException:
+                self._disconnect()
+                raise
         except sqlite3.DatabaseError as error:
             log.error("the outbox file %s is damaged: %s", self._path, error)
             self.replace_damaged()
@@ -128,9 +140,13 @@ class OutboxFile:
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=10)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}")
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}")
+        except BaseException:
+            connection.close()  # at once: the error holds on to it, and the log's files stay while one is open
+            raise
         return connection
 
     def commit(
@@ -179,15 +195,55 @@ class OutboxFile:
             self.last_key = rows[-1][0]
 
     def reserve(self) -> None:
-        """Hold room on the disk in a file of its own, to be given up when the disk is full."""
-        if self._reserve.exists():
+        """Hold room on the disk in a file of its own, to be given up when it is full; less where there is less."""
+        if self._giving_up:
             return
+        for size in _PARTS:
+            held = self._reserve.stat().st_size if self._reserve.exists() else 0
+            if held >= size:
+                return
+            try:
+                with self._reserve.open("ab") as file:
+                    os.posix_fallocate(file.fileno(), 0, size)
+                return
+            except OSError as error:
+                log.debug("no reserve of %d bytes: %s", size, error)
+                with contextlib.suppress(OSError):
+                    os.truncate(self._reserve, held) if held else self._reserve.unlink(missing_ok=True)
+
+    def give_up_reserve(self) -> bool:
+        """Before the end, on a full disk: let its room go to what still waits, but for the last of it.
+
+        That is for :meth:`count_lost`. False where there is nothing to give up.
+        """
+        first, self._giving_up = not self._giving_up, True
         try:
-            with self._reserve.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, _RESERVE)
+            if not first or self._reserve.stat().st_size <= _LAST:
+                return False
+            os.truncate(self._reserve, _LAST)
         except OSError as error:
-            log.debug("no reserve: %s", error)
-            self._reserve.unlink(missing_ok=True)
+            log.debug("the reserve stays: %s", error)
+            return False
+        self.fold()
+        return True
+
+    def count_lost(self, lost: int) -> None:
+        """Add messages that could not be stored to what was dropped, kept over restarts if the disk takes that much."""
+        self._giving_up = True
+        self._free_reserve()
+        try:
+            self.commit((), {"dropped": str(self.dropped + lost).encode()}, (), None, None)
+        except sqlite3.DatabaseError as error:
+            log.error("the outbox: after the next start %d lost messages are not counted: %s", lost, error)
+        self.dropped += lost
+
+    def _free_reserve(self) -> bool:
+        """Whether there was one to remove."""
+        try:
+            self._reserve.unlink()
+        except OSError:
+            return False
+        return True
 
     def delete_with_reserve(self, acked: Iterable[int]) -> None:
         """Delete what was acknowledged on a full disk: give up the reserve for it, fold the log, take it back.
@@ -198,7 +254,7 @@ class OutboxFile:
         Raises:
             sqlite3.OperationalError: the disk refuses even so.
         """
-        self._reserve.unlink(missing_ok=True)
+        self._free_reserve()
         self.fold()
         keys = sorted(acked)
         for start in range(0, len(keys), _SMALL):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sqlite3
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from andon.runtime.errors import DeliveryError
 from andon.runtime.outbox import Outbox
 from andon.runtime.verdict import Ids
 
@@ -77,3 +79,95 @@ def test_memory_is_bounded_while_the_disk_refuses(tmp_path: Path, eventually: Ca
         assert [m.key for m in waiting(outbox)] == keys[-10:] and outbox.stats().dropped == 20
         outbox._file.commit = commit  # type: ignore[method-assign]
         assert outbox.wait(keys[-1], 5)
+
+
+def fill_disk(folder: Path) -> Path:
+    """A file that leaves no byte free."""
+    path = folder / "fill"
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    return path
+
+
+def refused(outbox: Outbox, count: int, size: int, eventually: Callable[..., None]) -> list[int]:
+    """Messages that a full disk does not take."""
+    ids = Ids(outbox.last_id)
+    keys = [outbox.put("cam0", "verdict", ids.next(), b"v" * size) for _ in range(count)]
+    eventually(lambda: outbox.stats().degraded is not None)
+    return keys
+
+
+def test_at_the_stop_the_reserve_goes_to_what_waits_in_memory(
+    small_disk: Path, eventually: Callable[..., None]
+) -> None:
+    with Outbox(small_disk / "o.db") as outbox:
+        fill(outbox, 3)
+        eventually(lambda: (small_disk / "o.db.reserve").exists())
+        filler = fill_disk(small_disk)
+        keys = refused(outbox, 300, 650, eventually)
+        outbox.finish()
+        assert (outbox.stats().messages, outbox.stats().dropped) == (303, 0)
+    with Outbox(small_disk / "o.db") as outbox:  # the disk is still full
+        assert [m.key for m in waiting(outbox)][3:] == keys and outbox.stats().dropped == 0
+        outbox.done(waiting(outbox))
+        eventually(lambda: outbox._file.count == 0)
+        filler.unlink()
+        fill(outbox, 1)
+    with Outbox(small_disk / "o.db") as outbox:
+        assert len(waiting(outbox)) == 1 and (small_disk / "o.db.reserve").stat().st_size == 2**20
+
+
+def test_what_is_lost_at_the_stop_is_said_and_still_counted_after_the_next_start(
+    small_disk: Path, eventually: Callable[..., None]
+) -> None:
+    events: Events = []
+    with Outbox(small_disk / "o.db", event=lambda *e: events.append(e)) as outbox:
+        eventually(lambda: (small_disk / "o.db.reserve").exists())
+        filler = fill_disk(small_disk)
+        keys = refused(outbox, 1000, 3000, eventually)
+        outbox.finish()
+        stats = outbox.stats()
+        assert stats.messages + stats.dropped == 1000 and stats.messages >= 100 and stats.dropped >= 100
+        assert events[-1][0] == "dropped" and events[-1][1].startswith(f"{stats.dropped} messages were never stored")
+    filler.unlink()
+    with Outbox(small_disk / "o.db") as outbox:
+        assert [m.key for m in waiting(outbox)] == keys[: stats.messages], (
+            "the oldest are kept, none is missing between"
+        )
+        assert outbox.stats().dropped == stats.dropped
+
+
+def test_a_file_that_was_closed_in_order_opens_on_a_full_disk(
+    small_disk: Path, eventually: Callable[..., None]
+) -> None:
+    with Outbox(small_disk / "o.db") as outbox:
+        keys = fill(outbox, 300, size=650)
+    filler = fill_disk(small_disk)
+    with Outbox(small_disk / "o.db") as outbox:
+        assert [m.key for m in waiting(outbox)] == keys
+        refused(outbox, 1000, 2000, eventually)
+        eventually(lambda: outbox._file._reserve.exists())
+        outbox.done(waiting(outbox))
+        eventually(lambda: outbox.stats().degraded is None and outbox.stats().messages == 0)
+    (small_disk / "o.db.reserve").unlink()
+    fill_disk(small_disk)
+    with pytest.raises(DeliveryError, match="cannot be opened"):
+        Outbox(small_disk / "o.db").open()
+    filler.unlink()
+    with Outbox(small_disk / "o.db") as outbox:
+        assert waiting(outbox) == []
+
+
+def test_caps_that_drop_every_message_are_said_once_a_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., None]
+) -> None:
+    events: Events = []
+    with Outbox(tmp_path / "o.db", max_bytes=1000, event=lambda *e: events.append(e)) as outbox:
+        for _ in range(30):
+            fill(outbox, 1)
+        assert len(events) == 1
+        monkeypatch.setattr("andon.runtime.outbox._SAID_AGAIN", 0.0)
+        fill(outbox, 1)
+        eventually(lambda: len(events) == 2)
+        assert sum(int(text.split()[0]) for _, text in events) == outbox.stats().dropped
