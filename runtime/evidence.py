@@ -1,9 +1,14 @@
-"""Pictures kept as evidence: JPEG files with the heat map drawn over them, under a disk quota."""
+"""Pictures kept as evidence: JPEG files with the heat map drawn over them, under a disk quota.
+
+Verdicts go first: pictures leave a part of the disk free, and the oldest go when others fill it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -23,6 +28,10 @@ Array = NDArray[Any]
 log = logging.getLogger(__name__)
 #: Pictures that may wait for the disk; beyond it a verdict goes without one, counted.
 WAITING = 8
+#: Bytes that pictures leave free on their disk, for verdicts; on a small one this share of it.
+FREE, FREE_SHARE = 16 * 2**20, 0.25
+#: Seconds between looks at the disk while no picture comes.
+_LOOK = 5.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ def overlay(image: Array, anomaly_map: Array, box: Box, threshold: float | None)
 
 
 class EvidenceStore:
-    """Writes pictures on a thread of its own, oldest removed first beyond the quota. A context manager.
+    """Writes pictures on a thread of its own, within the quota and what the disk has to spare. A context manager.
 
     Counters: written, skipped (the disk was too slow), failed, removed.
     """
@@ -65,6 +74,7 @@ class EvidenceStore:
         self._jobs: queue.Queue[_Job | None] = queue.Queue(WAITING)
         self._thread = threading.Thread(target=self._run, name="evidence", daemon=True)
         self._files: dict[Path, int] = {}
+        self._yielding = False
         self.written = self.skipped = self.failed = self.removed = 0
 
     def __enter__(self) -> EvidenceStore:
@@ -99,7 +109,16 @@ class EvidenceStore:
 
     def _run(self) -> None:
         broken = ""
-        while (job := self._jobs.get()) is not None:
+        job: _Job | None
+        while True:
+            try:
+                job = self._jobs.get(timeout=_LOOK)
+            except queue.Empty:
+                with contextlib.suppress(OSError):  # no place to look at: the next picture finds the same, and says so
+                    self._leave_free(0)
+                continue
+            if job is None:
+                return
             try:
                 self._write(job)
                 if broken:
@@ -136,9 +155,37 @@ class EvidenceStore:
             self._published(job.verdict.camera, job.verdict.id, encoded)
 
     def _make_room(self, needed: int) -> None:
+        """Remove the oldest beyond the quota, and where the disk is nearly full.
+
+        Raises:
+            OSError: it is, and there are too few to remove.
+        """
         held = sum(self._files.values())
         while self._files and held + needed > self._config.max_bytes:
-            oldest = next(iter(self._files))
-            held -= self._files.pop(oldest)
-            oldest.unlink(missing_ok=True)
-            self.removed += 1
+            held -= self._remove_oldest()
+        if not self._leave_free(needed):
+            raise OSError(errno.ENOSPC, f"the disk of {self._folder} is nearly full: what is left is for verdicts")
+
+    def _leave_free(self, needed: int) -> bool:
+        """Whether so many bytes may be written; the oldest pictures make room, no more of them than it takes."""
+        disk = os.statvfs(self._folder)
+        floor = min(FREE, int(FREE_SHARE * disk.f_blocks * disk.f_frsize))
+        missing = floor + needed - disk.f_bavail * disk.f_frsize
+        if missing <= -floor:
+            self._yielding = False
+        if missing <= 0:
+            return True
+        if self._files and not self._yielding:
+            log.warning("%s: the disk is nearly full; the oldest pictures are removed, for verdicts", self._folder)
+            self._yielding = True
+        while self._files and missing > 0:
+            missing -= self._remove_oldest()
+        return missing <= 0
+
+    def _remove_oldest(self) -> int:
+        """Bytes that it had."""
+        oldest = next(iter(self._files))
+        size = self._files.pop(oldest)
+        oldest.unlink(missing_ok=True)
+        self.removed += 1
+        return size

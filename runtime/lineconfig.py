@@ -356,7 +356,9 @@ class EvidenceConfig(Settings):
     labels: tuple[Literal["OK", "NG", "UNKNOWN"], ...] = Field(
         default=("NG",), description="Verdicts that keep a picture"
     )
-    max_bytes: int = Field(default=512 * 2**20, ge=2**16, description="Disk quota; the oldest pictures go first")
+    max_bytes: int = Field(
+        default=512 * 2**20, ge=2**16, description="Quota; the oldest go first, sooner on full disks"
+    )
     quality: int = Field(default=85, ge=1, le=100, description="JPEG quality")
     overlay: bool = Field(default=True, description="Draw the heat map over the picture")
     publish: bool = Field(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import tempfile
 import threading
 import time
 import uuid
@@ -140,6 +143,21 @@ def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
 @pytest.fixture(name="eventually")
 def eventually_fixture() -> Callable[..., None]:
     return eventually
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Path]:
+    """A file system of 4 MiB."""
+    place = Path(tempfile.mkdtemp(prefix="andon-small-"))
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        place.rmdir()
+        pytest.skip(f"DISK FULL IS NOT TESTED HERE: mount is refused ({mounted.stderr.decode().strip()})")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+    shutil.rmtree(place, ignore_errors=True)
 
 
 @pytest.fixture

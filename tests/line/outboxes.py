@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 
 from andon.runtime.outbox import Outbox
@@ -20,6 +22,16 @@ def fill(outbox: Outbox, count: int, camera: str = "cam0", size: int = 100, ids:
 
 def waiting(outbox: Outbox, camera: str = "cam0") -> list[Stored]:
     return outbox.fetch([camera], "verdict", 0, 100_000)
+
+
+def fill_disk(folder: Path, leave: int = 0) -> Path:
+    """A file that leaves so many bytes free."""
+    path = folder / "fill"
+    with path.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    os.truncate(path, path.stat().st_size - leave)
+    return path
 
 
 class Clocks:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -13,6 +15,7 @@ from andon.runtime.judge import Judge, Judgement
 from andon.runtime.lineconfig import EvidenceConfig
 
 from .judging import frame, picture
+from .outboxes import fill_disk
 
 
 def test_evidence_is_kept_under_its_quota(
@@ -88,3 +91,31 @@ def test_a_picture_that_cannot_be_stored_leaves_nothing_behind(
     foreign.write_bytes(b"not ours")
     with EvidenceStore(EvidenceConfig(), folder):
         assert not killed.exists() and foreign.exists(), "what a killed process left is removed at the start"
+
+
+def test_pictures_yield_to_verdicts_on_a_full_disk(
+    make_judge: Callable[..., Judge], small_disk: Path, monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., None]
+) -> None:
+    """A disk of 4 MiB, of which a quarter is left free."""
+    monkeypatch.setattr("andon.runtime.evidence._LOOK", 0.05)
+    bad = make_judge().judge(frame(picture(250)))
+    noise = np.random.default_rng(0).integers(0, 255, (400, 400, 3), np.uint8)
+
+    def free() -> int:
+        disk = os.statvfs(small_disk)
+        return disk.f_bavail * disk.f_frsize
+
+    with EvidenceStore(EvidenceConfig(overlay=False), small_disk / "evidence") as store:
+        for count in range(1, 41):
+            verdict = replace(bad.verdict, id=f"{count:026d}")
+            path = store.keep(verdict, noise, None, bad.box, None)
+            eventually(lambda count=count: store.written + store.failed == count)
+        assert (store.written, store.failed) == (40, 0) and 0 < store.removed < 40
+        assert path is not None and Path(path).exists() and free() >= 2**20
+        fill_disk(small_disk, leave=2**19)
+        eventually(lambda: free() >= 2**20)  # without a new picture
+        assert Path(path).exists(), "no more are removed than it takes"
+        eventually(lambda: fill_disk(small_disk).exists() and not list(small_disk.rglob("*.jpg")))
+        store.keep(bad.verdict, noise, None, bad.box, None)
+        eventually(lambda: store.failed == 1)
+        assert store.written == 40 and not list(small_disk.rglob("*.jpg"))

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
 import sqlite3
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,22 +11,7 @@ from andon.runtime.errors import DeliveryError
 from andon.runtime.outbox import Outbox
 from andon.runtime.verdict import Ids
 
-from .outboxes import Clocks, Events, fill, waiting
-
-
-@pytest.fixture
-def small_disk() -> Iterator[Path]:
-    """A file system of 4 MiB."""
-    place = Path(tempfile.mkdtemp(prefix="andon-small-"))
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        place.rmdir()
-        pytest.skip(f"DISK FULL IS NOT TESTED HERE: mount is refused ({mounted.stderr.decode().strip()})")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
-    shutil.rmtree(place, ignore_errors=True)
+from .outboxes import Clocks, Events, fill, fill_disk, waiting
 
 
 def test_full_disk(small_disk: Path, eventually: Callable[..., None]) -> None:
@@ -79,15 +60,6 @@ def test_memory_is_bounded_while_the_disk_refuses(tmp_path: Path, eventually: Ca
         assert [m.key for m in waiting(outbox)] == keys[-10:] and outbox.stats().dropped == 20
         outbox._file.commit = commit  # type: ignore[method-assign]
         assert outbox.wait(keys[-1], 5)
-
-
-def fill_disk(folder: Path) -> Path:
-    """A file that leaves no byte free."""
-    path = folder / "fill"
-    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(4096))
-    return path
 
 
 def refused(outbox: Outbox, count: int, size: int, eventually: Callable[..., None]) -> list[int]:
