@@ -28,9 +28,9 @@ from ..verdict import Ids, dumps, timestamp
 from ..verdict import payload as verdict_payload
 from .commands import Commands
 from .homeassistant import discovery
+from .hooks import Direct, Hooks
 from .identity import joined
 from .publisher import NOT_YET, LinkState, Publisher
-from .session import Direct, Hooks
 
 STATUS_SCHEMA = "andon.status/1"
 METRICS_SCHEMA = "andon.metrics/1"

@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 from ..errors import AndonError, DeliveryError
 from ..lineconfig import BrokerConfig
 from ..outbox import Outbox
-from .session import Direct, Heavy, Hooks, Lost, Session
+from .hooks import Direct, Hooks
+from .session import KINDS, Heavy, Lost, Session
 
 log = logging.getLogger("andon.mqtt")
 
@@ -256,7 +257,8 @@ class Publisher:
             log.info("%s: the broker takes %s again", self._client_id, topic)
         else:
             self._refused[topic] = reason
-            log.warning("%s: the broker refuses %s: %s; kept and retried", self._client_id, topic, reason)
+            what = "kept and retried" if topic.rsplit("/", 1)[1] in KINDS else "what is sent there does not arrive"
+            log.warning("%s: the broker refuses %s: %s; %s", self._client_id, topic, reason, what)
         self._state = replace(self._state, refused=tuple(self._refused.items()))
         self._outer_refused(topic, reason)
 

@@ -24,6 +24,7 @@ from ..outbox import Outbox
 from ..stored import Stored
 from ..verdict import mark_replayed
 from .client import CONNECT_TIMEOUT, Will, explain, explain_connack, explain_lost, make_client, tls_context
+from .hooks import Direct, Hooks
 from .stream import Stream
 
 log = logging.getLogger(__name__)
@@ -36,39 +37,12 @@ MAX_COMMAND = 65536
 HEAVY = 2048
 #: Bytes that the kernel takes beyond what it can send, or a picture would be "sent" and in a verdict's way for seconds.
 _UNSENT = 16384
+#: Seconds until what is retained is published again on a topic that the broker has refused.
+_AGAIN = 30.0
 
 
 class Lost(Exception):
     """The connection could not be made or has ended; the text says why."""
-
-
-@dataclass(frozen=True)
-class Direct:
-    """A message that does not go through the outbox. leaf: topic below the camera."""
-
-    leaf: str
-    payload: bytes
-    qos: int = 1
-    retain: bool = False
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """What a connection asks of its surroundings; all are called in the publisher's thread and must not block.
-
-    status: state -> payload of the status topic. alarm: payload of the retained alarm topic.
-    command: (name, payload, retained). acknowledged: messages that the broker took. refused: topic, reason.
-    too_large: kind, bytes and the broker's limit, for each message that is not sent because it exceeds the limit.
-    discovery: topic and payload that tell Home Assistant of us, or None.
-    """
-
-    status: Callable[[str], bytes]
-    alarm: Callable[[], bytes | None]
-    command: Callable[[str, bytes, bool], None]
-    acknowledged: Callable[[list[Stored]], None]
-    refused: Callable[[str, str | None], None]
-    too_large: Callable[[str, int, int], None]
-    discovery: Callable[[], tuple[str, bytes] | None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -127,9 +101,15 @@ class Session:
         self._suback: ReasonCode | None = None
         self._last_error = ""
         self._acked: list[Stored] = []
-        self._flying: dict[int, tuple[Stream, Stored] | None] = {}
+        self._flying: dict[int, tuple[Stream, Stored] | str] = {}  # by packet id; topic of what is not stored
+        self._refused: dict[str, str] = {}  # of the latter: topic -> reason
+        self._again_at = 0.0
         self._streams: dict[str, Stream] = {}
         self._state = "online"
+        self._retained: dict[str, Callable[[], bytes | None]] = {
+            f"{self._topic}/status": lambda: self._hooks.status(self._state),
+            f"{self._topic}/alarm": hooks.alarm,
+        }
         self._owed: dict[str, Callable[[], bytes | None]] = {}
         self._misc_at = 0.0
         self._selector = selectors.DefaultSelector()
@@ -181,7 +161,7 @@ class Session:
         self.announce()
         if (described := self._hooks.discovery()) is not None:
             topic, payload = described
-            self._owed[topic] = lambda: payload
+            self._retained[topic] = self._owed[topic] = lambda: payload
         self._settle()
 
     def _wait_for(self, answered: Callable[[], bool], stop: Callable[[], bool]) -> None:
@@ -194,8 +174,8 @@ class Session:
 
     def announce(self) -> None:
         """Publish status and alarms, retained, as they are when the window has room for them."""
-        self._owed[f"{self._topic}/status"] = lambda: self._hooks.status(self._state)
-        self._owed[f"{self._topic}/alarm"] = self._hooks.alarm
+        for topic in (f"{self._topic}/status", f"{self._topic}/alarm"):
+            self._owed[topic] = self._retained[topic]
 
     def step(self, timeout: float, direct: deque[Direct], pictures: deque[Direct]) -> None:
         """Send what may be sent, then wait up to ``timeout`` seconds for the broker or for something new.
@@ -242,7 +222,7 @@ class Session:
         """
         self._state = "stopped"
         status = f"{self._topic}/status"
-        self._owed = {status: lambda: self._hooks.status(self._state)}
+        self._owed = {status: self._retained[status]}
         with contextlib.suppress(Lost):
             deadline = time.monotonic() + timeout
             while (self._owed or self._flying) and time.monotonic() < deadline:
@@ -268,6 +248,9 @@ class Session:
 
     def _settle(self) -> None:
         """Publish what is owed to the retained topics, as far as the window has room; before anything else."""
+        if self._refused and time.monotonic() >= self._again_at:
+            self._again_at = time.monotonic() + _AGAIN
+            self._owed.update((topic, self._retained[topic]) for topic in self._refused if topic in self._retained)
         while self._owed and len(self._flying) < self._window:
             topic = next(iter(self._owed))
             if (payload := self._owed.pop(topic)()) is not None:
@@ -300,7 +283,7 @@ class Session:
         if info.rc not in (paho.MQTT_ERR_SUCCESS, paho.MQTT_ERR_AGAIN):
             raise Lost(explain_lost(self._last_error, True, self._broker))
         if qos:
-            self._flying[info.mid] = origin
+            self._flying[info.mid] = origin or topic
         return True
 
     def _reader(self, kind: str) -> Callable[[int, int], list[Stored]]:
@@ -370,7 +353,8 @@ class Session:
         origin = self._flying.pop(mid)
         if self._heavy is not None and mid not in self._heavy.before:
             self._taken(self._heavy)  # a broker reads in order
-        if origin is None:
+        if isinstance(origin, str):
+            self._answered(origin, str(reason) if reason.is_failure else None)
             return
         stream, message = origin
         topic = f"{self._base}/{message.camera}/{stream.kind}"
@@ -383,6 +367,17 @@ class Session:
             self._hooks.refused(topic, None)
             if stream.kind == "alarm":
                 self.announce()
+
+    def _answered(self, topic: str, reason: str | None) -> None:
+        """Of what is not stored: status, alarm board and discovery, which are retained, and answers to commands."""
+        if reason == self._refused.get(topic):
+            return
+        if reason is None:
+            del self._refused[topic]
+        else:
+            self._refused[topic] = reason
+            self._again_at = time.monotonic() + _AGAIN
+        self._hooks.refused(topic, reason)
 
     def _taken(self, heavy: Heavy) -> None:
         self._heavy, self._proved = None, heavy.size

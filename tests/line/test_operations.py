@@ -69,11 +69,13 @@ def test_acl_lets_everyone_do_what_they_must_and_no_more(tmp_path: Path) -> None
         ("press-2", f"{STATION}/status"),
         ("press-2", f"{STATION}/alarm"),
         ("press-2", f"{STATION}/cmd/trigger/result"),
+        ("press-2", "homeassistant/device/andon_plant1_line3_press-2_cam0/config"),
         ("control", f"{STATION}/cmd/acknowledge"),
     }
     forbidden = {
         ("press-2", "andon/v1/plant1/line3/press-3/cam0/verdict"),
         ("press-2", f"{STATION}/cmd/trigger"),
+        ("press-2", "homeassistant/status"),
         ("viewer", f"{STATION}/verdict"),
         ("viewer", f"{STATION}/cmd/trigger"),
         ("control", f"{STATION}/verdict"),

@@ -15,8 +15,10 @@ import pytest
 from andon.runtime.broker import EmbeddedBroker
 from andon.runtime.errors import ConfigError
 from andon.runtime.lineconfig import BrokerConfig, TlsConfig
+from andon.runtime.mqtt import session
 from andon.runtime.mqtt.client import tls_context
 from andon.runtime.mqtt.delivery import Delivery
+from andon.runtime.mqtt.hooks import Direct
 from andon.runtime.outbox import Outbox
 from andon.runtime.verdict import Ids, encode
 from cryptography import x509
@@ -255,3 +257,33 @@ def test_forbidden_topic_is_kept_said_and_retried(
         os.kill(broker.pid or 0, signal.SIGHUP)
         eventually(lambda: station.delivery.health().acknowledged == 101, 20)
         eventually(lambda: station.delivery.health().reason == "" and station.outbox.stats().messages == 0)
+
+
+def test_a_forbidden_topic_of_what_is_not_stored_is_said(
+    tmp_path: Path, passwords: Path, line: Any, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "_AGAIN", 0.2)
+    acl, secret = tmp_path / "acl", tmp_path / "secret"
+    acl.write_text("user station\ntopic readwrite andon/v1/+/+/+/+/verdict\n")
+    secret.write_text("right\n")
+    settings = ["allow_anonymous false", f"password_file {passwords}", f"acl_file {acl}"]
+    login = {"username": "station", "password_file": secret, "home_assistant": "homeassistant"}
+    with EmbeddedBroker(settings=settings) as broker, line(broker.port, **login) as running:
+
+        def refused() -> set[str]:
+            return {topic.rsplit("/", 1)[1] for topic, _ in running.delivery.health().links["cam0"].refused}
+
+        def answer() -> None:
+            running.delivery._publishers["cam0"].send(Direct("cmd/acknowledge/result", b"{}"))
+
+        assert running.delivery.wait_connected(10)
+        running.send(3)
+        answer()
+        eventually(lambda: refused() == {"status", "alarm", "config", "result"})
+        assert "Not authorized" in running.delivery.health().trouble()
+        eventually(lambda: running.outbox.stats().messages == 0)
+        acl.write_text("user station\ntopic readwrite #\n")
+        os.kill(broker.pid or 0, signal.SIGHUP)
+        eventually(lambda: refused() == {"result"})
+        answer()
+        eventually(lambda: running.delivery.health().trouble() == "")
