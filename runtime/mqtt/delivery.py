@@ -70,12 +70,14 @@ class DeliveryHealth:
 
     @property
     def reason(self) -> str:
-        """Why not, or which topics are refused; empty when all is well."""
+        """Why not, which topics are refused, or how long nothing was acknowledged; empty when all is well."""
         for link in self.links.values():
             if not link.connected:
                 return link.reason
             for topic, why in link.refused:
                 return f"{topic}: {why}"
+            if link.silent_since is not None:
+                return f"connected, but no acknowledgement for {time.monotonic() - link.silent_since:.0f} s"
         return ""
 
     def trouble(self, grace: float = 0.0) -> str:
@@ -85,8 +87,8 @@ class DeliveryHealth:
         """
         since = time.monotonic() - grace
         away = any(not link.connected and link.since <= since for link in self.links.values())
-        refused = any(link.refused for link in self.links.values())
-        return self.loss or self.outbox.degraded or (self.reason if away or refused else "")
+        taken = not any(link.refused or link.silent_since is not None for link in self.links.values())
+        return self.loss or self.outbox.degraded or (self.reason if away or not taken else "")
 
 
 class Delivery:

@@ -28,6 +28,9 @@ _FIRST_PAUSE = 0.5
 _STEADY = 5.0
 #: So many short connections in a row are no accident.
 _SUSPICIOUS = 3
+#: Seconds without any acknowledgement of what is in flight until that is said, and until a new connection is tried, on
+#: which everything is sent again: a broker may have forgotten, or throttled away, what it should acknowledge.
+_QUIET, _HOPELESS = 30.0, 120.0
 _DIRECT = 256
 #: Pictures that wait for the connection; more do where it is slower than they come, and would only grow old.
 _PICTURES = 8
@@ -43,6 +46,8 @@ class LinkState:
     too_large: messages of this run that were not sent because they exceed what the broker takes.
     pictures_skipped: pictures of this run that were not sent because the connection was slower than they came, or was
         lost while they waited.
+    silent_since: monotonic seconds since which the broker acknowledges nothing; None while it does. It outlasts a new
+        connection until one is acknowledged there.
     """
 
     connected: bool = False
@@ -53,6 +58,7 @@ class LinkState:
     refused: tuple[tuple[str, str], ...] = ()
     too_large: int = 0
     pictures_skipped: int = 0
+    silent_since: float | None = None
 
 
 class Publisher:
@@ -202,6 +208,7 @@ class Publisher:
             self._up()
             while not self._stop.is_set():
                 self._turn(session)
+                self._watch_acknowledgements(session)
             deadline = time.monotonic() + self._drain
             while time.monotonic() < deadline and not (session.idle and not self._direct and not self._pictures):
                 session.step(0.05, self._direct, self._pictures)
@@ -220,6 +227,24 @@ class Publisher:
             os.read(self._wake_read, 4096)
         except BlockingIOError:
             return  # nobody woke us
+
+    def _watch_acknowledgements(self, session: Session) -> None:
+        """A connection that stands and acknowledges nothing is no delivery.
+
+        Raises:
+            Lost: it has been so for too long.
+        """
+        quiet, since = session.unanswered, self._state.silent_since
+        if since is not None and session.answered_at > since:
+            log.info("%s: the broker acknowledges again", self._client_id)
+            self._state = replace(self._state, silent_since=None)
+        elif since is None and quiet >= _QUIET:
+            log.warning(
+                "%s: connected, but the broker acknowledges nothing; verdicts wait in the outbox", self._client_id
+            )
+            self._state = replace(self._state, silent_since=time.monotonic() - quiet)
+        if quiet >= _HOPELESS:
+            raise Lost(f"nothing acknowledged for {quiet:.0f} s, connecting anew")
 
     def _up(self) -> None:
         log.info("%s: connected to %s:%d", self._client_id, self._broker.host, self._broker.port)

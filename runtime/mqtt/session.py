@@ -104,6 +104,8 @@ class Session:
         self._flying: dict[int, tuple[Stream, Stored] | str] = {}  # by packet id; topic of what is not stored
         self._refused: dict[str, str] = {}  # of the latter: topic -> reason
         self._again_at = 0.0
+        self._flying_since = 0.0
+        self.answered_at = 0.0  # monotonic seconds of the last acknowledgement; 0: none yet
         self._streams: dict[str, Stream] = {}
         self._state = "online"
         self._retained: dict[str, Callable[[], bytes | None]] = {
@@ -215,6 +217,11 @@ class Session:
         """Messages offered and not yet acknowledged."""
         return len(self._flying)
 
+    @property
+    def unanswered(self) -> float:
+        """Seconds for which messages were in flight and the broker has acknowledged none."""
+        return time.monotonic() - max(self._flying_since, self.answered_at) if self._flying else 0.0
+
     def farewell(self, timeout: float) -> None:
         """Publish `stopped` and disconnect properly, so that the will stays unsaid.
 
@@ -283,6 +290,7 @@ class Session:
         if info.rc not in (paho.MQTT_ERR_SUCCESS, paho.MQTT_ERR_AGAIN):
             raise Lost(explain_lost(self._last_error, True, self._broker))
         if qos:
+            self._flying_since = self._flying_since if self._flying else time.monotonic()
             self._flying[info.mid] = origin or topic
         return True
 
@@ -351,6 +359,7 @@ class Session:
         if mid not in self._flying:
             return  # of QoS 0: paho has sent it, which says nothing of the broker
         origin = self._flying.pop(mid)
+        self.answered_at = time.monotonic()
         if self._heavy is not None and mid not in self._heavy.before:
             self._taken(self._heavy)  # a broker reads in order
         if isinstance(origin, str):

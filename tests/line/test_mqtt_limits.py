@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from andon.runtime.broker import EmbeddedBroker
 from andon.runtime.lineconfig import BrokerConfig
-from andon.runtime.mqtt import session
+from andon.runtime.mqtt import publisher, session
 from andon.runtime.mqtt.hooks import Direct, Hooks
 from andon.runtime.mqtt.session import packet_size
 from andon.runtime.outbox import Outbox
@@ -244,9 +244,11 @@ class Reluctant:
     """A broker of MQTT 5 that takes one unacknowledged message at a time (Receive Maximum 1).
 
     It answers only when the client falls silent, so the client has every occasion to send too much or too early.
+    While it is mute it acknowledges nothing.
     """
 
     def __init__(self, subscriptions: bool = True) -> None:
+        self.mute = False
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self._subscriptions = subscriptions
@@ -256,7 +258,10 @@ class Reluctant:
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
-        connection = self._listener.accept()[0]
+        while True:
+            self._attend(self._listener.accept()[0])
+
+    def _attend(self, connection: socket.socket) -> None:
         answers: list[bytes] = []
 
         def read(count: int) -> bytes:
@@ -284,6 +289,8 @@ class Reluctant:
                     end = 2 + int.from_bytes(body[:2], "big")
                     self.topics.append(body[2:end].decode().rsplit("/", 1)[1])
                     self.early += any(answer[0] == 0x90 for answer in answers)
+                    if self.mute:
+                        continue
                     answers.append(bytes([0x40, 2]) + body[end : end + 2])
                     self.most = max(self.most, sum(answer[0] == 0x40 for answer in answers))
 
@@ -298,6 +305,28 @@ def test_what_is_announced_keeps_to_the_brokers_receive_maximum(line: Any, event
     assert broker.topics == ["status", "alarm", "config", "verdict", "verdict", "status", "alarm", "status"]
     assert broker.most == 1, "so many at once without an acknowledgement"
     assert broker.early == 0, "whoever reads `online` may command: the subscription has to stand by then"
+
+
+def test_a_broker_that_acknowledges_nothing_is_said_and_tried_anew(
+    line: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(publisher, "_QUIET", 0.5)
+    monkeypatch.setattr(publisher, "_HOPELESS", 1.5)
+    broker = Reluctant()
+    with line(broker.port) as running:
+        running.send(2)
+        eventually(lambda: broker.topics.count("verdict") == 2)
+        broker.mute = True
+        running.send(2)
+        eventually(lambda: "no acknowledgement for" in running.delivery.health().trouble())
+        health = running.delivery.health()
+        assert health.connected and health.links["cam0"].connects == 1 and health.reason == health.trouble()
+        eventually(lambda: running.delivery.health().links["cam0"].connects == 2, 20)
+        assert running.delivery.health().trouble(), "a new connection alone is no acknowledgement"
+        broker.mute = False
+        eventually(lambda: running.delivery.health().trouble() == "" and running.outbox.stats().messages == 0, 20)
+        assert running.delivery.health().acknowledged == 4
+    assert sum("the broker acknowledges nothing" in text for text in caplog.messages) == 1
 
 
 def test_verdicts_reach_a_broker_that_answers_no_subscription(
