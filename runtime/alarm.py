@@ -102,12 +102,16 @@ class AlarmBoard:
         """Count one verdict."""
         return [*self._count_unknown(label, reason), *self._count_defect(label, part_id)]
 
-    def condition(self, kind: Kind, present: bool, detail: str = "") -> list[AlarmEvent]:
-        """Say whether the condition of an alarm is there; used for camera, drift and delivery."""
+    def condition(self, kind: Kind, present: bool, detail: str = "", further: bool = False) -> list[AlarmEvent]:
+        """Say whether the condition of an alarm is there; used for camera, drift and delivery.
+
+        further: it has a cause that it had not when it was raised. The alarm is raised with the new detail, whatever it
+        was; one that is not acknowledged is not counted again.
+        """
         alarm = self._alarms[kind]
         if present:
-            if alarm.state in ("cleared", "latched"):
-                return [self._move(alarm, "raised", detail=detail, count=alarm.count + 1)]
+            if alarm.state in ("cleared", "latched") or further:
+                return [self._move(alarm, "raised", detail=detail, count=alarm.count + (alarm.state != "raised"))]
             return []
         if alarm.state == "raised":
             return [self._move(alarm, "latched" if self.rule.latch else "cleared")]

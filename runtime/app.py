@@ -20,6 +20,7 @@ from typing import Any
 from .alarm import AlarmBoard, Kind
 from .alarm import payload as alarm_payload
 from .bundle import Bundle
+from .deliverywatch import DeliveryWatch
 from .detector import Detector
 from .engine.select import open_backend
 from .errors import AndonError
@@ -55,8 +56,6 @@ from .worker import LineWorker
 log = logging.getLogger("andon.line")
 #: Seconds that a source may take to let go of its camera; at the stop, all of them together.
 JOIN = 5.0
-#: Seconds without the broker until that is an alarm.
-DELIVERY_GRACE = 5.0
 
 
 class LineApp:
@@ -80,9 +79,7 @@ class LineApp:
         self._on_ready = on_ready
         self._abandoned = False
         self._stop_by: float | None = None
-        # None: not looked at yet. The boards may have been restored with an alarm of the last run, so they are told how
-        # delivery stands even if all is well.
-        self._delivery_trouble: bool | None = None
+        self._delivery_watch = DeliveryWatch(self._delivery_alarm)
         self._events: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._detector_stack = ExitStack()
         cameras = self.config.cameras
@@ -345,7 +342,8 @@ class LineApp:
             if self.options.until_end and all(camera.finished for camera in self.cameras.values()):
                 log.info("stopping: every source has ended")
                 return
-            self._watch_delivery()
+            if self._delivery_watch.look(self.delivery.health()):
+                self.delivery.announce()
             if time.monotonic() >= due:
                 due = time.monotonic() + every
                 self._publish_metrics()
@@ -374,20 +372,14 @@ class LineApp:
         if state.state in ("ended", "failed") and self.options.until_end:
             self._events.put("")
 
-    def _condition(self, camera: str, kind: Kind, present: bool, detail: str) -> None:
+    def _condition(self, camera: str, kind: Kind, present: bool, detail: str, further: bool = False) -> None:
         """Tell an alarm board, on the thread that owns it."""
-        self.worker.post(lambda: self.worker.alarm(camera, self.boards[camera].condition(kind, present, detail)))
+        board = self.boards[camera]
+        self.worker.post(lambda: self.worker.alarm(camera, board.condition(kind, present, detail, further)))
 
-    def _watch_delivery(self) -> None:
-        """Raise or clear the delivery alarm; a connection is given some seconds to come up or back."""
-        health = self.delivery.health()
-        trouble = health.trouble(DELIVERY_GRACE)
-        if bool(trouble) == self._delivery_trouble or (not trouble and not health.connected):
-            return
-        self._delivery_trouble = bool(trouble)
+    def _delivery_alarm(self, trouble: bool, why: str, further: bool) -> None:
         for name in self.boards:
-            self._condition(name, "delivery", bool(trouble), trouble)
-        self.delivery.announce()
+            self._condition(name, "delivery", trouble, why, further)
 
     def _delivery_section(self) -> dict[str, Any]:
         health = self.delivery.health()

@@ -74,21 +74,27 @@ class DeliveryHealth:
         for link in self.links.values():
             if not link.connected:
                 return link.reason
-            for topic, why in link.refused:
-                return f"{topic}: {why}"
-            if link.silent_since is not None:
-                return f"connected, but no acknowledgement for {time.monotonic() - link.silent_since:.0f} s"
+            if why := link.trouble:
+                return why
         return ""
 
     def trouble(self, grace: float = 0.0) -> str:
-        """What an operator should know and do something about; empty when all is well.
+        """The texts of :meth:`troubles`; empty when all is well."""
+        return "; ".join(self.troubles(grace).values())
 
-        A connection that is down counts after ``grace`` seconds.
+    def troubles(self, grace: float = 0.0) -> dict[str, str]:
+        """What an operator should know and do something about: cause to text, the worst first.
+
+        Causes: loss, disk, away, refused, silent. A connection that is down counts after ``grace`` seconds.
         """
+        found = {"loss": self.loss, "disk": self.outbox.degraded or ""}
         since = time.monotonic() - grace
-        away = any(not link.connected and link.since <= since for link in self.links.values())
-        taken = not any(link.refused or link.silent_since is not None for link in self.links.values())
-        return self.loss or self.outbox.degraded or (self.reason if away or not taken else "")
+        for link in self.links.values():
+            if not link.connected and link.since <= since:
+                found.setdefault("away", link.reason)
+            elif link.connected and (why := link.trouble):
+                found.setdefault("refused" if link.refused else "silent", why)
+        return {cause: text for cause, text in found.items() if text}
 
 
 class Delivery:
@@ -235,8 +241,9 @@ class Delivery:
         if stats.dropped > self._dropped:
             too_large = stats.too_large - self._too_large
             capped = stats.dropped - self._dropped - too_large
-            why = [f"{capped} oldest messages were dropped by the outbox's caps"] if capped else []
-            why += [f"{too_large} messages were dropped: larger than the broker takes"] if too_large else []
+            # No numbers: what an alarm says stays, and they go on. outbox.dropped in the status has them.
+            why = ["messages were lost: the outbox's caps dropped the oldest"] if capped else []
+            why += ["messages were lost: larger than the broker takes"] if too_large else []
             self._loss = (now, ", ".join(why))
             self._dropped, self._too_large = stats.dropped, stats.too_large
         if stats.set_aside != self._set_aside:

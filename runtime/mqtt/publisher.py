@@ -60,6 +60,15 @@ class LinkState:
     pictures_skipped: int = 0
     silent_since: float | None = None
 
+    @property
+    def trouble(self) -> str:
+        """What is wrong although it is connected; empty when nothing is."""
+        for topic, why in self.refused:
+            return f"{topic}: {why}"
+        if self.silent_since is None:
+            return ""
+        return f"connected, but no acknowledgement for {time.monotonic() - self.silent_since:.0f} s"
+
 
 class Publisher:
     """See the module. Owns one thread between :meth:`start` and :meth:`stop`.

@@ -54,6 +54,18 @@ def test_acknowledged_alarm_clears_with_its_condition() -> None:
     assert feed(board, "no") == [("defect", "acknowledged", "cleared")]
 
 
+def test_a_further_cause_raises_again_with_its_detail() -> None:
+    board = AlarmBoard("cam0", AlarmRule())
+    board.condition("delivery", True, "away")
+    assert board.condition("delivery", True, "away, and more of it") == []
+    (event,) = board.condition("delivery", True, "lost; away", further=True)
+    assert (event.before, event.alarm.state, event.alarm.detail) == ("raised", "raised", "lost; away")
+    assert event.alarm.count == 1
+    board.acknowledge("delivery", by="Ada")
+    (event,) = board.condition("delivery", True, "refused", further=True)
+    assert (event.before, event.alarm.state, event.alarm.count, event.alarm.by) == ("acknowledged", "raised", 2, None)
+
+
 def test_unknown_has_an_alarm_of_its_own_and_leaves_the_window_alone() -> None:
     board = AlarmBoard("cam0", AlarmRule(k=2, n=3, cannot_judge_after=3))
     assert feed(board, "nuu") == []

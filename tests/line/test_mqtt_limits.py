@@ -143,7 +143,7 @@ def test_a_verdict_larger_than_the_broker_takes_is_dropped_and_said(
             assert [document["id"] for document in consumer.wait_for("verdict", 3)] == before + after
             eventually(lambda: running.outbox.stats().messages == 0)
             assert running.outbox.stats().dropped == 1
-            assert running.delivery.health().trouble() == "1 messages were dropped: larger than the broker takes"
+            assert running.delivery.health().trouble() == "messages were lost: larger than the broker takes"
             assert running.delivery.health().links["cam0"].connects == 1
         consumer.until(lambda: consumer.of("status")[-1]["state"] == "stopped")
     assert consumer.of("status")[-1]["outbox"]["dropped"] == 1
@@ -320,7 +320,7 @@ def test_a_broker_that_acknowledges_nothing_is_said_and_tried_anew(
         running.send(2)
         eventually(lambda: "no acknowledgement for" in running.delivery.health().trouble())
         health = running.delivery.health()
-        assert health.connected and health.links["cam0"].connects == 1 and health.reason == health.trouble()
+        assert health.connected and health.links["cam0"].connects == 1 and "no acknowledgement" in health.reason
         eventually(lambda: running.delivery.health().links["cam0"].connects == 2, 20)
         assert running.delivery.health().trouble(), "a new connection alone is no acknowledgement"
         broker.mute = False
