@@ -29,6 +29,8 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 #: How long a command waits for the frame that is being judged.
 CALL_TIMEOUT = 30.0
+#: Seconds after which a board's window is stored with the next verdict.
+KEEP_EVERY = 5.0
 
 
 class LineWorker:
@@ -69,6 +71,7 @@ class LineWorker:
         self.memory: OnlineMemory | None = None
         self.failure: AndonError | None = None
         self._memory_trouble = ""
+        self._kept_at: dict[str, float] = {}
 
     def start(self) -> None:
         """Start the thread; it opens the engines first."""
@@ -156,6 +159,8 @@ class LineWorker:
             log.exception("the line's thread failed")
             self.failure = EngineError(f"the line's thread failed: {type(error).__name__}", found=error)
         finally:
+            for board in self._boards.values():
+                self._delivery.keep(board)
             self._refuse_calls()
             self._shut()
             self._on_finished()
@@ -216,6 +221,9 @@ class LineWorker:
             verdict = judgement.verdict
         self._delivery.verdict(verdict)
         self.alarm(verdict.camera, self._boards[verdict.camera].verdict(verdict.label, verdict.reason, verdict.part_id))
+        if started >= self._kept_at.get(verdict.camera, 0.0) + KEEP_EVERY:
+            self._kept_at[verdict.camera] = started
+            self._delivery.keep(self._boards[verdict.camera])
         self._state.record(judgement, frame, (time.monotonic() - started) * 1e3)
         if self.memory is not None and self.judge is not None and frame is not None and judgement.scored is not None:
             self._learn(self.memory, self.judge, judgement, frame)

@@ -205,11 +205,15 @@ class Delivery:
 
     def alarm(self, board: AlarmBoard, events: Sequence[AlarmEvent], ids: Ids) -> None:
         """Store the transitions of a board, and the board itself, so that a restart finds it as it was."""
-        state = (f"alarm/{board.camera}", dumps(board.dump()))
+        state = _board_state(board)
         for event in events:
             identifier = ids.next()
             message = alarm_payload(identifier, board.camera, board.alarms, event)
             self._outbox.put(board.camera, "alarm", identifier, message, state)
+
+    def keep(self, board: AlarmBoard) -> None:
+        """Store a board that made no transition: the window it counts in has moved on."""
+        self._outbox.save_state(*_board_state(board))
 
     def metrics(self, camera: str, fields: Mapping[str, Any]) -> None:
         """Publish the periodic summary (QoS 0): sent if the connection is up, else dropped."""
@@ -310,3 +314,7 @@ class Delivery:
         with self._count_lock:
             self._count += len(messages)
         self._on_acknowledged(messages)
+
+
+def _board_state(board: AlarmBoard) -> tuple[str, bytes]:
+    return f"alarm/{board.camera}", dumps(board.dump())

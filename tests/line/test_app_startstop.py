@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import select
 import signal
 import socket
@@ -104,6 +105,27 @@ def test_an_alarm_of_the_last_run_clears_when_its_reason_is_gone(
     consumer.until(lambda: any(alarm["event"] for alarm in consumer.of("alarm")))
     (event,) = [alarm["event"] for alarm in consumer.of("alarm") if alarm["event"]]
     assert (event["kind"], event["from"], event["to"]) == (kind, "acknowledged", "cleared")
+
+
+def test_the_window_of_an_alarm_goes_on_over_a_restart(bundle: Path, make_line: Any, tmp_path: Path) -> None:
+    """Parts that raised nothing count too: three NG before a restart and two after it are five."""
+    source = {**LIVE, "pattern": "white"}
+    path = make_line({"cam0": {"source": source, "product": "mono"}}, bundle=str(bundle), alarm={"k": 5, "n": 10})
+    windows = []
+    for frames in (3, 2):
+        LineApp(Options(config=path, backend="onnxruntime", threads=1, max_frames=frames)).run()
+        with Outbox(tmp_path / "state" / "outbox.db") as outbox:
+            windows.append(json.loads(outbox.load_state("alarm/cam0") or b"{}"))
+    assert [window.get("window") for window in windows] == [[True] * 3, [True] * 5]
+    raised = [[alarm["kind"] for alarm in window["alarms"] if alarm["kind"] == "defect"] for window in windows]
+    assert raised == [[], ["defect"]]
+
+
+def test_the_window_is_stored_while_the_line_runs(
+    start_line: Callable[..., RunningLine], eventually: Callable[..., None]
+) -> None:
+    line = start_line({"cam0": {"source": LIVE, "product": "mono"}}, memory={"drift": {"enabled": False}})
+    eventually(lambda: b'"window":[false' in (line.app.outbox.load_state("alarm/cam0") or b""))
 
 
 def test_a_stop_while_engines_are_built_does_not_wait_for_them(
