@@ -80,6 +80,7 @@ class LineApp:
         self._abandoned = False
         self._stop_by: float | None = None
         self._delivery_watch = DeliveryWatch(self._delivery_alarm)
+        self._keep_broker: Callable[[], None] = lambda: None
         self._events: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._detector_stack = ExitStack()
         cameras = self.config.cameras
@@ -205,6 +206,7 @@ class LineApp:
             from .broker import EmbeddedBroker, announced
 
             embedded = stack.enter_context(EmbeddedBroker(broker.port))
+            self._keep_broker = embedded.attend
             broker = broker.model_copy(update={"host": embedded.host, "port": embedded.port})
             stack.enter_context(announced(self.folder, f"{embedded.host}:{embedded.port}"))
             log.info("embedded broker on %s:%d", embedded.host, embedded.port)
@@ -342,6 +344,7 @@ class LineApp:
             if self.options.until_end and all(camera.finished for camera in self.cameras.values()):
                 log.info("stopping: every source has ended")
                 return
+            self._keep_broker()
             if self._delivery_watch.look(self.delivery.health()):
                 self.delivery.announce()
             if time.monotonic() >= due:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import logging
 import shutil
 import socket
 import subprocess
@@ -14,7 +15,11 @@ from pathlib import Path
 
 from .errors import DeliveryError
 
+log = logging.getLogger(__name__)
 _START_TIMEOUT = 10.0
+#: One that ran for so many seconds is started again at once, else after a pause that doubles between these two.
+_STEADY = 60.0
+_PAUSES = (1.0, 60.0)
 
 
 class EmbeddedBroker:
@@ -37,6 +42,10 @@ class EmbeddedBroker:
         self._persistence = persistence
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._command: list[str] = []
+        self._started_at = 0.0
+        self._pause = 0.0
+        self._again_at: float | None = None  # None: no end was noticed since the last start
 
     def start(self) -> EmbeddedBroker:
         """Start mosquitto and wait until it accepts connections.
@@ -56,16 +65,55 @@ class EmbeddedBroker:
         self._folder = tempfile.TemporaryDirectory(prefix="andon-broker-")
         folder = Path(self._folder.name)
         (folder / "mosquitto.conf").write_text(self._configuration())
-        log = (folder / "mosquitto.log").open("wb")
-        with log:
+        self._command = [*_bound_to_us(), program, "-c", str(folder / "mosquitto.conf")]
+        self._spawn(folder)
+        self._wait(folder)
+        return self
+
+    def _spawn(self, folder: Path) -> None:
+        with (folder / "mosquitto.log").open("wb") as said:
             self._process = subprocess.Popen(
-                [*_bound_to_us(), program, "-c", str(folder / "mosquitto.conf")],
-                stdout=log,
+                self._command,
+                stdout=said,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for the line, which still has verdicts to deliver
             )
-        self._wait(folder)
-        return self
+        self._started_at, self._again_at = time.monotonic(), None
+
+    def attend(self) -> None:
+        """If it has ended by itself, start it again on the same port, without waiting for it; to be called often.
+
+        From the thread that started it: the kernel ends it with that thread.
+        """
+        if self._process is None or self._folder is None or (code := self._process.poll()) is None:
+            return
+        now, folder = time.monotonic(), Path(self._folder.name)
+        if self._again_at is None:
+            first, last = _PAUSES
+            steady = now - self._started_at >= _STEADY
+            self._pause = 0.0 if steady else min(max(first, 2 * self._pause), last)
+            self._again_at = now + self._pause
+            ending = f"signal {-code}" if code < 0 else f"exit code {code}"
+            when = f"in {self._pause:g} s" if self._pause else "at once"
+            log.error("the embedded broker has ended (%s%s); it is started again %s", ending, self._said(folder), when)
+        if now < self._again_at:
+            return
+        try:
+            self._spawn(folder)
+        except OSError as error:
+            self._again_at = now + _PAUSES[1]
+            log.error("the embedded broker cannot be started: %s; tried again in %g s", error, _PAUSES[1])
+        else:
+            log.warning("the embedded broker is started again on %s:%d", self.host, self.port)
+
+    @staticmethod
+    def _said(folder: Path) -> str:
+        """The end of what it said, as words to append."""
+        try:
+            said = (folder / "mosquitto.log").read_text(errors="replace").strip()[-300:]
+        except OSError:
+            return ""
+        return f", {said}" if said else ""
 
     def stop(self) -> None:
         """Ask it to end, then insist; remove its folder."""
