@@ -115,8 +115,9 @@ def parse_options(pairs: list[str]) -> Mapping[str, Any]:
 
 
 def _evidence(spec: str | None, origin: CheckpointProvenance, model: AnomalyModel) -> Evidence:
-    """Frames of --data, else of the set the checkpoint is from, without the images that training skipped."""
+    """Frames of --data, else of the set the checkpoint is from; not those that training skipped, nor tests it saw."""
     from ..runtime.dataset import open_dataset
+    from ..runtime.fingerprint import counted, tally
     from . import frames
 
     dataset = open_dataset(spec or _training_set(origin))
@@ -124,7 +125,11 @@ def _evidence(spec: str | None, origin: CheckpointProvenance, model: AnomalyMode
     dataset, skipped = without_skipped(dataset, origin)
     if skipped:
         _say(f"skipped {skipped} images that training could not decode")
-    return frames.gather(dataset, held_out_keys(dataset, origin), origin.classes, model.preprocess)
+    seen = seen_tests(dataset, origin)
+    if seen:
+        _say(f"test images left out of the evidence: {counted(tally(seen.values()))}")
+    held = held_out_keys(dataset, origin)
+    return frames.gather(dataset, held, origin.classes, model.preprocess, seen=seen.keys())
 
 
 def _training_set(origin: CheckpointProvenance) -> str:
@@ -149,6 +154,23 @@ def without_skipped(dataset: Dataset, origin: CheckpointProvenance) -> tuple[Dat
         named = dataset.select(keys={s.key for s in dataset.samples} & {*origin.skipped})
         gone = {s.key for s in split_readable(named.samples, "skip")[1]}
     return dataset.select(keys={s.key for s in dataset.samples} - gone), len(gone)
+
+
+def seen_tests(dataset: Dataset, origin: CheckpointProvenance) -> dict[str, str]:
+    """Test images whose content training saw: their keys, and what it was used for. `andon eval` leaves out the same.
+
+    Those that it could not decode do not count; of a checkpoint without contents there is nothing to know.
+
+    Raises:
+        SourceError: an image cannot be read.
+    """
+    from ..runtime.fingerprint import Seen
+
+    if not origin.fingerprints:
+        return {}
+    tests = dataset.select(split="test", products=set(dataset.products) & {*origin.classes}).samples
+    known = Seen(origin.fingerprints).sort(tests)
+    return {k.sample.key: k.use for k in known if k.use not in (None, "skipped")}
 
 
 def held_out_keys(dataset: Dataset, origin: CheckpointProvenance) -> tuple[str, ...]:

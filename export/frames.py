@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -93,6 +93,7 @@ def gather(
     classes: Sequence[str],
     preprocess: Preprocess,
     *,
+    seen: Collection[str] = (),
     good: int = 128,
     labelled: int = 400,
 ) -> Evidence:
@@ -101,7 +102,8 @@ def gather(
     A product without good and defective test images is judged by its held-out good ones with synthetic defects: no
     product's decisions go unlooked at.
 
-    holdout: keys of the good images that training left out.
+    holdout: keys of the good images that training left out. seen: keys of test images that are copies of what training
+    saw, left out: their patches may be rows of a bank, and of a distance near 0 rounding is all there is to compare.
 
     Raises:
         ConfigError: there is no held-out good image, or a product has none.
@@ -120,7 +122,7 @@ def gather(
             next_step="train again with at least four good images of each product and holdout 0.1 or more",
         )
     kept = load(thin(_by_class(held.samples), good), classes, preprocess, f"{dataset.spec}, held-out good")
-    test = dataset.select(split="test", products=classes).samples
+    test = [s for s in dataset.select(split="test", products=classes).samples if s.key not in seen]
     judged = [c for c in classes if len({s.good for s in test if s.product == c}) == 2]
     if not judged:
         return Evidence(kept, with_synthetic_defects(kept))

@@ -70,6 +70,26 @@ def test_what_training_skipped_is_left_out(
     assert len(command._evidence(None, origin, toy.model).labelled) == 16, "mended since"
 
 
+def test_copies_of_training_images_among_the_test_images_are_no_evidence(
+    toy: Toy, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The patches of one would be rows of a bank, and what rounding makes of a distance of 0 fails the parity."""
+    train, test = data / "grid/train/good", data / "grid/test/good"
+    shutil.copy(train / "007.png", test / "IMG_7.png")
+    shutil.copy(train / "000.png", test / "IMG_0.png")
+    origin = provenance(open_dataset(data))
+    record = {**origin.fingerprints, "fitted": pack([image_hash(train / "007.png")])}
+    origin = origin.model_copy(update={"fingerprints": record})
+    evidence = command._evidence(None, origin, toy.model)
+    assert (len(evidence.good), len(evidence.labelled)) == (2, 15)
+    said = "test images left out of the evidence: 1 trained on, 1 held out for thresholds"
+    assert said in capsys.readouterr().out
+    for image in test.iterdir():
+        shutil.copy(train / "007.png", image)
+    labelled = command._evidence(None, origin, toy.model).labelled
+    assert "synthetic" in labelled.source and len(labelled) == 4, "the product is judged by its held-out images"
+
+
 def test_the_set_is_found_from_elsewhere_and_named_at_another_depth(
     toy: Toy, data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
