@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from ..runtime.dataset import Sample, read_mask, read_rgb
+from ..runtime.fingerprint import image_hash
 from ..runtime.preprocess import resize
 from ..runtime.quality import Array, Metrics, map_at, mask_at, summarize
 from .errors import TrainingError
 from .features import bar_settings
 from .method import AnomalyModel
+
+
+def unseen(samples: Sequence[Sample], seen: Iterable[str]) -> tuple[list[Sample], int]:
+    """Samples that are no copies of images that training saw, and how many are: `andon eval` leaves out the same.
+
+    seen: hashes of the files of the good training images, of those held out too.
+
+    Raises:
+        SourceError: an image cannot be read.
+    """
+    known = {*seen}
+    new = [s for s in samples if image_hash(s.path) not in known]
+    return new, len(samples) - len(new)
 
 
 def evaluate(

@@ -42,7 +42,7 @@ from .checkpoint import (
 )
 from .config import differences, dump_config, load_config
 from .errors import CheckpointError, TrainingError, no_constants
-from .evaluate import evaluate
+from .evaluate import evaluate, unseen
 from .features import FeatureSet, extract
 from .holdout import Split, split_good
 from .loop import Fitted, fit
@@ -244,8 +244,10 @@ def train(request: Request) -> dict[str, Any]:
     resume.remove()
     (folder / _REQUEST).unlink()
     print(f"checkpoint {folder}")
-    tests = [s for s in kept if s.split == "test"]
-    metrics = evaluate(model, tests, device) if request.evaluate and tests else {}
+    tests, copies = unseen([s for s in kept if s.split == "test"] if request.evaluate else [], contents.values())
+    if copies:
+        _say(f"test images left out of the figures: {copies} that are copies of good training images")
+    metrics = evaluate(model, tests, device) if tests else {}
     summary = _metrics(metrics, fitted, model)
     save_json(folder / METRICS, summary)
     if metrics:

@@ -148,6 +148,23 @@ def test_a_fault_before_there_is_anything_to_keep_leaves_no_folder(
     assert "a fault" in refusal(capsys, *arguments) and not (tmp_path / "run").exists()
 
 
+def test_copies_of_training_images_are_no_test_images(
+    synthetic_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They would count as good parts that the model has never seen."""
+    data = tmp_path / "data"
+    shutil.copytree(synthetic_data / "grid", data / "grid")
+    train, test = data / "grid/train/good", data / "grid/test/good"
+    for i in range(14):  # all: fitted ones and held-out ones
+        shutil.copy(train / f"{i:03}.png", test / f"IMG_{i}.png")
+    arguments = ["train", "--method", "hvq", "--data", str(data), "--out", str(tmp_path / "run"), *SETS, "--json"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "test images left out of the figures: 14 that are copies of good training images" in out
+    figures = json.loads(out.splitlines()[-1])["products"]["grid"]
+    assert (figures["good"], figures["defective"]) == (8, 8)
+
+
 def test_nothing_held_out(synthetic_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["train", "--method", "hvq", "--data", str(synthetic_data), "--products", "grid", "--no-eval"]
     assert main([*arguments, "--out", str(tmp_path / "run"), "--set", "holdout=0", *SETS]) == 0
