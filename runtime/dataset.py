@@ -66,12 +66,14 @@ class Dataset:
     """An indexed image set.
 
     spec: what was opened, for the record. license: of the images, if it is known.
+    drawn: products of good/bad folders, which nobody has split: their split is drawn here, anew as they grow.
     """
 
     spec: str
     root: Path
     samples: tuple[Sample, ...]
     license: str = ""
+    drawn: frozenset[str] = frozenset()
 
     @property
     def products(self) -> tuple[str, ...]:
@@ -154,7 +156,7 @@ def open_dataset(spec: str | Path) -> Dataset:
         )
     product = _product(root, root)
     if product is not None:
-        return _checked(Dataset(readable(str(spec)), root, tuple(product)))
+        return _checked(Dataset(readable(str(spec)), root, tuple(product), drawn=_drawn([root])))
     samples: list[Sample] = []
     strangers: list[str] = []
     for folder in _folders(root):
@@ -168,7 +170,11 @@ def open_dataset(spec: str | Path) -> Dataset:
     if not samples:
         top = [p.name + ("/" if p.is_dir() else "") for p in sorted(root.iterdir())]
         raise _unclear(root, ", ".join(top[:12]) + (", ..." if len(top) > 12 else "") if top else "an empty folder")
-    return _checked(Dataset(readable(str(spec)), root, tuple(samples)))
+    return _checked(Dataset(readable(str(spec)), root, tuple(samples), drawn=_drawn(_folders(root))))
+
+
+def _drawn(folders: Sequence[Path]) -> frozenset[str]:
+    return frozenset(readable(folder_name(f)) for f in folders if not (f / "train").is_dir())
 
 
 def split_readable(

@@ -19,12 +19,14 @@ class Unseen:
     """samples: images to set thresholds on. origin: what they are, for the record.
 
     left_out: how many good images of the set were seen, by use (fingerprint.USES). remark: what the user should know.
+    kept: how many new good images are left to the tests of a folder whose split nobody made.
     """
 
     samples: list[Sample]
     origin: str
     left_out: dict[str, int] = field(default_factory=dict)
     remark: str = ""
+    kept: int = 0
 
 
 def unseen_good(bundle: Bundle, dataset: Dataset, only: Sequence[str] | None = None) -> Unseen:
@@ -34,9 +36,10 @@ def unseen_good(bundle: Bundle, dataset: Dataset, only: Sequence[str] | None = N
 
     Images are known by content: those that training held out are used wherever they lie, those that it fitted, that
     set constants or that were enrolled from are left out, all others are new. So are those that the present thresholds
-    were set on, which are used again even where the set has come to call them test images. A bundle that has no record
-    of contents goes by the images' keys instead: then the held-out ones are used if the set has them, else all are
-    taken for new.
+    were set on, which are used again even where the set has come to call them test images. A folder of good images
+    alone that nobody has split and of which training saw none is nobody's test: all of it is used. A bundle that has
+    no record of contents goes by the images' keys instead: then the held-out ones are used if the set has them, else
+    all are taken for new.
 
     Raises:
         CalibrationError: a product has no image in the set, or none that the model has not seen; by keys also: the
@@ -52,18 +55,22 @@ def unseen_good(bundle: Bundle, dataset: Dataset, only: Sequence[str] | None = N
             next_step="give a data set with every product of the bundle, or name with --products those that it has",
         )
     if (seen := Seen.of(bundle)) is not None:
-        return _by_content(bundle, dataset.select(products=wanted, good=True), seen)
+        tested = {s.product for s in dataset.samples if not s.good}
+        return _by_content(bundle, dataset.select(products=wanted, good=True), seen, dataset.drawn - tested)
     # A key does not say of which product an image is: whether all are there can be told of the whole set only.
     present = [p for p in bundle.manifest.classes if p in dataset.products]
     found = _by_key(bundle, dataset.select(products=present, good=True))
     return replace(found, samples=[s for s in found.samples if s.product in wanted])
 
 
-def _by_content(bundle: Bundle, good: Dataset, seen: Seen) -> Unseen:
+def _by_content(bundle: Bundle, good: Dataset, seen: Seen, untested: frozenset[str]) -> Unseen:
+    """untested: products that nobody split and that have no defects to test on."""
     # Of copies the first alone: another promises nothing more.
     known = {k.fingerprint: k for k in reversed(seen.sort(good.samples))}.values()
+    whole = untested - {k.sample.product for k in known if k.use not in (None, "calibrated")}
+    kept = {k.sample.key for k in known if k.use is None and k.sample.split == "test" and k.sample.product not in whole}
     held = [k.sample for k in known if k.use == "thresholds"]
-    new = [k.sample for k in known if k.use == "calibrated" or (k.use is None and k.sample.split == "train")]
+    new = [k.sample for k in known if k.use in (None, "calibrated") and k.sample.key not in kept]
     for product in good.products:
         if not any(s.product == product for s in [*held, *new]):
             mine = tally(k.use for k in known if k.sample.product == product)
@@ -86,7 +93,8 @@ def _by_content(bundle: Bundle, good: Dataset, seen: Seen) -> Unseen:
     if held and new:
         origin = f"{len(held)} {HELD_OUT} and {len(new)} new"
     chosen = {s.key for s in [*held, *new]}
-    return Unseen([s for s in good.samples if s.key in chosen], origin, left_out, remark)
+    drawn = sum(s.key in kept for s in good.samples if s.product in good.drawn)
+    return Unseen([s for s in good.samples if s.key in chosen], origin, left_out, remark, drawn)
 
 
 def _by_key(bundle: Bundle, good: Dataset) -> Unseen:

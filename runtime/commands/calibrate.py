@@ -73,6 +73,11 @@ def _calibrate(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
         print(f"{len(samples)} good images: {origin}")
         if unseen.left_out:
             print(f"left out: {counted(unseen.left_out)}")
+        if unseen.kept:
+            print(
+                f"kept for `andon eval`: {unseen.kept} further good images, the fifth of a good/bad folder that is its "
+                "test; a folder of new good images alone is used whole"
+            )
         if unseen.remark:
             print(unseen.remark)
         options.say_skipped(skipped)
@@ -99,6 +104,7 @@ def _calibrate(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
             "origin": origin,
             "images": len(samples),
             "left_out": unseen.left_out,
+            "kept": unseen.kept,
             "skipped": [s.key for s in skipped],
             "thresholds": thresholds,
         }

@@ -185,6 +185,35 @@ def test_images_that_thresholds_were_set_on_are_no_test_images_and_may_set_them_
     assert code == 0 and result["images"] == len(used | train), "what it was set on before may be used again"
 
 
+def test_a_folder_of_new_good_images_alone_is_used_whole_and_else_what_is_kept_is_said(
+    make_bundle: MakeBundle, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody split it and it tests nothing; who brings 19 good images has brought 19."""
+    root = make_bundle(report={"holdout": [], "fingerprints": {"fitted": contents(data, 1, 20)}})
+    folder = tmp_path / "new"
+    for product in "ab":
+        for i in range(19):
+            write(folder / product / "good" / f"{i:03}.png", level(100 + i, product))
+    arguments = ("--bundle", root, "--data", folder)
+    calibrate = ("calibrate", *arguments, "--false-alarm-rate", 0.05, *ENGINE)
+    code, result, text = run(capsys, *calibrate)
+    assert code == 0 and result["images"] == 38 and result["kept"] == 0 and "kept for" not in text, text
+    code, result, _ = run(capsys, "eval", *arguments, *ENGINE)
+    assert code == 1 and result["found"] == "8 that thresholds were set on", "none of them is a test image now"
+    write(folder / "a/bad/0.png", level(200, "a"))
+    code, result, text = run(capsys, *calibrate)
+    assert code == 0 and result["images"] == 38, "what thresholds were set on sets them again"
+    code, result, text = run(capsys, "eval", *arguments, *ENGINE)
+    assert code == 0 and result["images"] == 1 and result["seen"] == {"calibrated": 8}, text
+    root = make_bundle(report={"holdout": [], "fingerprints": {"fitted": contents(data, 1, 20)}})
+    code, result, text = run(capsys, *calibrate[:2], root, *calibrate[3:])
+    assert code == 1 and result["found"] == "15 images" and "kept for `andon eval`: 4 further good images" in text
+    (folder / "a/bad/0.png").unlink()
+    (data / "a/train/good/000.png").rename(folder / "a/good/020.png")
+    code, result, text = run(capsys, *calibrate[:2], root, *calibrate[3:])
+    assert code == 1 and "kept for `andon eval`: 4" in text, "a folder that training knows has test images of its own"
+
+
 def test_calibrate_takes_new_images_that_are_named_like_the_held_out_ones_and_says_so(
     make_bundle: MakeBundle, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
