@@ -8,7 +8,10 @@ Layouts that :func:`open_dataset` takes:
   ``<product>/ground_truth/<defect>/<image>_mask.png``;
 * good/bad: ``<product>/good`` beside any number of defect folders (``bad``, ``scratch``, ...); not split by anyone, so
   80 % of the good images become train by a fixed shuffle and the rest, with all defects, test;
+  masks, if there are any, in ``<product>/ground_truth/<defect>`` here too;
 * a folder that holds several of these product folders, or links to them; each product has the name it has there.
+
+Images count that lie in these folders themselves, none deeper or beside them: remarks.py says how many those are.
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ Split = Literal["train", "test"]
 GOOD = "good"
 ELPV = "elpv"  # the one set that is named and not a folder
 _GOOD_FOLDERS = ("good", "ok")
-_MASK_FOLDER = "ground_truth"
+MASK_FOLDER = "ground_truth"
+# Folders of masks by other names: as defects they would be found without fail, and flatter every figure.
+_MASK_NAMES = ("annotation", "annotations", "groundtruth", "gt", "mask", "masks", "segmentation", "segmentations")
 _TRAIN_SHARE = 0.8
 _LAYOUTS = (
     "elpv | a product folder with train/good and test/ (MVTec; masks in ground_truth/<defect>/<image>_mask.png) | "
@@ -210,7 +215,7 @@ def _checked(dataset: Dataset) -> Dataset:
         if not any(s.split == "train" and s.product == product for s in dataset.samples):
             raise SourceError(
                 f"{dataset.root}: product {product} has no good image to train on",
-                found="an empty folder of good images",
+                found="no image in the folder of good parts itself",
                 expected=f"images ({', '.join(IMAGE_SUFFIXES)}) in train/good or good",
                 next_step="put images of good parts there",
             )
@@ -254,7 +259,7 @@ def _product(folder: Path, root: Path) -> list[Sample] | None:
         if good is None:
             return None
         samples = [_sample(p, root, folder, GOOD, "train") for p in _images(good)]
-        tests = _folders(folder / "test") if (folder / "test").is_dir() else []
+        tests = _defects(folder / "test") if (folder / "test").is_dir() else []
         for kind in tests:
             label = GOOD if kind.name.lower() in _GOOD_FOLDERS else kind.name
             samples += [_sample(p, root, folder, label, "test") for p in _images(kind)]
@@ -265,10 +270,25 @@ def _product(folder: Path, root: Path) -> list[Sample] | None:
     images = _images(good)
     chosen = _train_share(images)
     samples = [_sample(p, root, folder, GOOD, "train" if p in chosen else "test") for p in images]
-    for kind in _folders(folder):
-        if kind != good and kind.name != _MASK_FOLDER:
+    for kind in _defects(folder):
+        if kind != good and kind.name != MASK_FOLDER:
             samples += [_sample(p, root, folder, kind.name, "test") for p in _images(kind)]
     return samples
+
+
+def _defects(folder: Path) -> list[Path]:
+    """The folders of a folder of defects (others too), refused where one is of masks and would pass for a defect."""
+    found = _folders(folder)
+    for kind in found:
+        name = kind.name.lower().replace("-", "").replace("_", "").replace(" ", "")
+        if kind.name != MASK_FOLDER and name in _MASK_NAMES and _any_image(kind):
+            raise SourceError(
+                f"{kind} is named like a folder of masks and would be taken for one of defective parts",
+                found=kind.name,
+                expected=f"masks in {MASK_FOLDER}/<defect>/<image>_mask.png of the product folder",
+                next_step="move the masks there or out of the set; rename the folder if these are pictures of parts",
+            )
+    return found
 
 
 def _train_share(images: Sequence[Path]) -> set[Path]:
@@ -279,7 +299,7 @@ def _train_share(images: Sequence[Path]) -> set[Path]:
 
 
 def _sample(path: Path, root: Path, folder: Path, label: str, split: Split) -> Sample:
-    mask = None if label == GOOD else _mask_of(path, folder / _MASK_FOLDER / label)
+    mask = None if label == GOOD else _mask_of(path, folder / MASK_FOLDER / label)
     key, product = path.relative_to(root).as_posix(), folder_name(folder)
     return Sample(path, readable(key), readable(product), readable(label), split, mask)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .errors import SourceError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 
 
 def on_disk(path: Path) -> bool:
@@ -38,6 +38,15 @@ def read_rgb(path: str | Path) -> NDArray[Any]:
         )
     rgb: NDArray[Any] = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
     return rgb
+
+
+def sixteen_bit_peak(path: Path) -> int | None:
+    """The largest value of a 16-bit image; None for one of another depth or that cannot be read."""
+    try:
+        image = _decode(path, cv2.IMREAD_UNCHANGED, "")
+    except SourceError:
+        return None
+    return int(image.max()) if image.dtype == np.uint16 else None
 
 
 def read_mask(path: str | Path, size: tuple[int, int]) -> NDArray[Any]:

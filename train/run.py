@@ -25,6 +25,7 @@ from ..runtime.errors import ConfigError, SourceError, quoted
 from ..runtime.fingerprint import image_hash, pack
 from ..runtime.images import read_mask, read_rgb
 from ..runtime.quality import Metrics, mean_metrics, table
+from ..runtime.remarks import remarks
 from ..runtime.verdict import readable
 from . import distributed
 from .augment import augmented, described
@@ -179,7 +180,8 @@ def train(request: Request) -> dict[str, Any]:
     folder = Path(request.folder)
     config = load_config(request.method, folder / CONFIG)
     device = _device(request.device)
-    data = open_dataset(request.data_path or request.data).select(products=request.products)
+    whole = open_dataset(request.data_path or request.data)
+    data = whole.select(products=request.products)
     kept, skipped = split_readable(data.samples, request.on_corrupt)
     _check_masks(kept)
     good = [s for s in kept if s.split == "train" and s.good]
@@ -187,6 +189,8 @@ def train(request: Request) -> dict[str, Any]:
     split = split_good(good, config.holdout, contents)
     _say(f"{request.method}, preset {config.preset or 'unnamed'}, seed {config.seed}, on {_where(device)} -> {folder}")
     _say(data.describe())
+    for text in remarks(whole) if distributed.is_main() else ():
+        _say(f"warning: {text}")
     if skipped:
         _say(f"skipped {len(skipped)} undecodable images: {', '.join(s.key for s in skipped[:5])}")
     _say(

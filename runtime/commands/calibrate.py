@@ -67,6 +67,7 @@ def _calibrate(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
         products = list(dict.fromkeys(args.products or bundle.manifest.classes))
         for product in products:
             bundle.class_index(product)
+        options.say_remarks(dataset)
         unseen = unseen_good(bundle, dataset, products)
         samples, skipped = split_readable(unseen.samples, args.on_corrupt)
         origin = unseen.origin

@@ -93,9 +93,20 @@ def _camera(name: str, camera: Any) -> Callable[[], str]:
             raise ConfigError(f"{source.device} is not there now", next_step="plug it in; the line waits for it")
         if source.kind == "rtsp":
             _reach(urlsplit(source.url))
-        return said
+        return "\n".join([said, *(f"warning: {text}" for text in _remarks(source))])
 
     return look
+
+
+def _remarks(source: Any) -> list[str]:
+    """What the files of a source are like, as train, calibrate and eval say it."""
+    from ..dataset import open_dataset
+    from ..remarks import remarks, too_dark
+    from ..source.playlist import parts
+
+    if source.kind == "dataset":
+        return remarks(open_dataset(source.data))
+    return [text] if source.kind == "folder" and (text := too_dark([p.path for p in parts(source)])) else []
 
 
 def _reach(address: SplitResult) -> None:

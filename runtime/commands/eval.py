@@ -78,6 +78,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     with Bundle.load(args.bundle) as bundle, open_backend(args.backend, threads=args.threads) as backend:
         torch = None if args.checkpoint is None else torch_figures(args.checkpoint, bundle)  # refused before the work
         dataset = open_dataset(args.data)
+        options.say_remarks(dataset)
         chosen = choose(dataset, args.split, args.products, args.limit)
         samples, skipped = split_readable(chosen, args.on_corrupt)
         options.say_skipped(skipped)

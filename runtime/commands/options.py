@@ -12,11 +12,12 @@ from typing import Any
 from tqdm import tqdm
 
 from ..bundle import Bundle
-from ..dataset import Sample
+from ..dataset import Dataset, Sample
 from ..detector import Detector
 from ..engine.select import BACKENDS
 from ..errors import ConfigError
 from ..manifest import Variant
+from ..remarks import remarks
 from ..wiring import programs
 from . import numbers
 
@@ -71,6 +72,12 @@ def add_on_corrupt(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--on-corrupt", choices=("error", "skip"), default="error", help="what to do about an undecodable image"
     )
+
+
+def say_remarks(dataset: Dataset) -> None:
+    """Say what of a set is passed over or nearly black."""
+    for text in remarks(dataset):
+        print(f"warning: {text}")
 
 
 def say_skipped(skipped: Sequence[Sample]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from andon.cli import main
@@ -51,6 +52,24 @@ def test_a_line_that_works(
     assert found["thresholds"]["found"] == "mono 0.5, poly 0.5"
     assert found["evidence folder"]["found"] == str(tmp_path / "state" / "evidence")
     assert not (tmp_path / "state").exists(), "nothing is made by looking"
+
+
+def test_what_is_passed_over_or_nearly_black_is_said(
+    check: Any, make_line: Any, bundle: Path, tmp_path: Path, make_images: Any
+) -> None:
+    for part in ("set/mono/good", "set/mono/bad/scratch", "dark"):
+        make_images(tmp_path / part, [1, 2, 3])
+    for image in (tmp_path / "dark").iterdir():
+        cv2.imwrite(str(image), np.full((8, 8), 4000, np.uint16))
+    cameras = {
+        "a": {"source": {"kind": "dataset", "data": str(tmp_path / "set")}},
+        "b": {"source": {"kind": "folder", "path": str(tmp_path / "dark")}, "product": "mono"},
+    }
+    _, found = check(make_line(cameras, bundle=str(bundle)))
+    first, *more = found["camera a"]["found"].splitlines()
+    assert found["camera a"]["ok"] and first == "1 images"
+    assert more[0].startswith("warning: 3 images of ") and "(mono/bad/scratch: 3)" in more[0]
+    assert "3 images\nwarning: nearly black" in found["camera b"]["found"] and found["camera b"]["ok"]
 
 
 @pytest.mark.parametrize(

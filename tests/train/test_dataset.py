@@ -126,6 +126,23 @@ def test_two_folders_of_good_parts_are_refused(tmp_path: Path, inside: str) -> N
     assert caught.value.found == "good, ok"
 
 
+@pytest.mark.parametrize("place", ["masks", "test/ground-truth"])
+def test_a_folder_of_masks_is_no_defect(tmp_path: Path, place: str) -> None:
+    """White on black is found without fail: it would flatter every figure."""
+    write(tmp_path / "bolt" / ("train/good" if "/" in place else "good") / "1.png")
+    write(tmp_path / "bolt" / place / "1_mask.png")
+    with pytest.raises(SourceError, match="named like a folder of masks") as caught:
+        open_dataset(tmp_path)
+    assert caught.value.found == Path(place).name and "ground_truth/<defect>" in str(caught.value)
+    (tmp_path / "bolt" / place).rename(tmp_path / "bolt/ground_truth")
+    assert len(open_dataset(tmp_path)) == 1
+
+
+def test_jfif_is_a_jpeg(tmp_path: Path) -> None:
+    write(tmp_path / "good" / "1.jpg").rename(tmp_path / "good" / "1.JFIF")
+    assert read_rgb(open_dataset(tmp_path).samples[0].path).shape == (8, 10, 3)
+
+
 def test_select_refuses_what_is_not_there(synthetic_data: Path) -> None:
     data = open_dataset(synthetic_data)
     with pytest.raises(ConfigError, match="no product bolt") as caught:

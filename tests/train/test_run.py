@@ -165,6 +165,18 @@ def test_copies_of_training_images_are_no_test_images(
     assert (figures["good"], figures["defective"]) == (8, 8)
 
 
+def test_images_that_are_not_used_are_said_before_the_training(
+    synthetic_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(synthetic_data / "grid", data / "grid")
+    shutil.copytree(data / "grid/test/patch", data / "grid/train/bad")
+    monkeypatch.setattr(run, "extract", lambda *a, **k: (_ for _ in ()).throw(ValueError("far enough")))
+    assert main(["train", "--method", "hvq", "--data", str(data), "--out", str(tmp_path / "run"), *SETS]) == 1
+    said = capsys.readouterr()
+    assert "far enough" in said.err and f"warning: 8 images of {data} are not used (grid/train/bad: 8)" in said.out
+
+
 def test_nothing_held_out(synthetic_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["train", "--method", "hvq", "--data", str(synthetic_data), "--products", "grid", "--no-eval"]
     assert main([*arguments, "--out", str(tmp_path / "run"), "--set", "holdout=0", *SETS]) == 0
