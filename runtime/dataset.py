@@ -157,7 +157,7 @@ def open_dataset(spec: str | Path) -> Dataset:
             f"no data set at {spec}",
             found="no such folder" if not root.exists() else "a file",
             expected=_LAYOUTS,
-            next_step="give --data elpv or an existing folder",
+            next_step="name an existing folder, or elpv",
         )
     product = _product(root, root)
     if product is not None:

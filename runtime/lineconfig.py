@@ -39,6 +39,13 @@ def _absolute(path: Path, info: ValidationInfo) -> Path:
 LocalPath = Annotated[Path, AfterValidator(_absolute)]
 
 
+def _absolute_set(data: str, info: ValidationInfo) -> str:
+    """A data set's folder made absolute like every other path; the name of an installed one stays."""
+    from .dataset import ELPV  # which brings OpenCV, that no other source's configuration needs
+
+    return data if data == ELPV else str(_absolute(Path(data), info))
+
+
 class PlaybackSource(Settings):
     """What folders and data sets have in common: image files played one after the other."""
 
@@ -77,7 +84,7 @@ class DatasetSource(PlaybackSource):
     """A data set as `andon train --data` takes it; each image brings its product and its key as part id."""
 
     kind: Literal["dataset"] = Field(description="Images of a data set")
-    data: str = Field(
+    data: Annotated[str, AfterValidator(_absolute_set)] = Field(
         description="Name of an installed data set (elpv) or its folder, as `andon train --data` takes it"
     )
     split: Literal["train", "test"] = Field(default="test", description="Which part of it")

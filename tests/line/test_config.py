@@ -44,6 +44,17 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     assert config.topic == "andon/v1/s/l/st"
 
 
+def test_a_data_set_is_relative_to_the_file_unless_it_is_the_installed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "etc").mkdir()
+    path = tmp_path / "etc" / "line.yaml"
+    monkeypatch.chdir(tmp_path)
+    for data, found in (("../parts", str(tmp_path / "parts")), ("elpv", "elpv"), ("./elpv", str(path.parent / "elpv"))):
+        path.write_text(GOOD.replace("kind: folder, path: parts", f"kind: dataset, data: {data}"))
+        assert load_line(path).cameras["cam0"].source.data == found
+
+
 @pytest.mark.parametrize(("word", "on"), [("yes", True), ("Off", False), ("true", True), ("FALSE", False)])
 def test_switches_are_read_in_all_words_of_yaml(tmp_path: Path, word: str, on: bool) -> None:
     path = tmp_path / "line.yaml"
