@@ -99,3 +99,15 @@ def test_every_package_ships() -> None:
     assert listed == found
     bare = [p for top in tops for p in (ROOT / top).rglob("*.py") if not (p.parent / "__init__.py").is_file()]
     assert not bare, "modules outside of a package"
+
+
+def test_every_environment_variable_is_in_the_users_documents() -> None:
+    sources = [
+        ROOT / "cli.py",
+        *(p for room in ("runtime", "calib", "train", "export") for p in (ROOT / room).rglob("*.py")),
+    ]
+    code = "".join(path.read_text(encoding="utf-8") for path in sources)
+    read = {*re.findall(r"""["'](ANDON_[A-Z_]+)["']""", code)}
+    told = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    assert len(read) > 3 and "STATE_DIRECTORY" in told
+    assert {name for name in read if f"`{name}`" not in told} == set()
