@@ -20,7 +20,7 @@ from ..runtime.bundle import Bundle
 from ..runtime.engine.onnxruntime import OnnxRuntimeBackend
 from ..runtime.manifest import Loop, Manifest, Variant
 from ..runtime.program import Program
-from ..runtime.replay import LIMITS, difference
+from ..runtime.replay import LIMITS, difference, flipped
 from ..train.method import AnomalyModel
 from .frames import Frames
 from .stage import StagedModel
@@ -162,8 +162,7 @@ def model_parity(engine: Scored, torch_model: Scored, frames: Frames, threshold:
     scale = np.maximum(np.abs(torch_model.score), 1e-6)
     worst = float(np.max(np.abs(engine.score - torch_model.score) / scale))
     worst = worst if np.isfinite(worst) else float("inf")
-    limit = threshold[frames.class_ids]
-    flips = int(np.sum((engine.score > limit) != (torch_model.score > limit)))
+    flips = int(np.sum(flipped("fp32", engine.score, torch_model.score, threshold[frames.class_ids])))
     where = f"{len(frames)} frames: {frames.source}"
     checks = [
         Check("program fp32", "score, relative to torch", worst, f"< {SCORE_PARITY:g}", worst < SCORE_PARITY, where),
@@ -217,8 +216,7 @@ def decisions(
     checks = [Check(subject, "finite", float(finite), "1", finite)]
     if not finite:
         return checks
-    limit = threshold[frames.class_ids]
-    flips = int(np.sum((reduced.score > limit) != (full.score > limit)))
+    flips = int(np.sum(flipped(variant, reduced.score, full.score, threshold[frames.class_ids])))
     share = flips / len(frames)
     note = f"{flips} of {len(frames)}; {frames.source}"
     checks.append(Check(subject, "verdict flips", share, f"<= {gate.flips:g}", share <= gate.flips, note))
@@ -241,8 +239,7 @@ def flips_as_shipped(
     variant: Variant, shipped: Scored, full: Scored, frames: Frames, threshold: Array, of: int, note: str = ""
 ) -> Check:
     """The files as the line's engine runs them: they may change as many verdicts as the gate allows `of` frames."""
-    limit = threshold[frames.class_ids]
-    flips = int(np.sum((shipped.score > limit) != (full.score > limit)))
+    flips = int(np.sum(flipped(variant, shipped.score, full.score, threshold[frames.class_ids])))
     allowed = int(np.ceil(GATES[variant].flips * of))
     return Check(f"program {variant}", "flips, files as shipped", flips, f"<= {allowed}", flips <= allowed, note)
 

@@ -32,17 +32,23 @@ GATE = "golden/gate.npz"
 class Limits:
     """What a variant may differ by. output: of a stage's output, relative to its largest magnitude, None: not limited;
     correlation: least correlation of a map; flips: share of changed decisions; auroc_drop: against FP32, beyond the
-    standard error on so few frames."""
+    standard error on so few frames.
+
+    tie: how near to the threshold, relative to it, a reference score has no verdict that could change. Where one good
+    frame alone sets a threshold it lies on it, and the last bit would decide. FP32: what its scores may differ by; else
+    FP32's rounding alone, as what is reduced has to keep every verdict that FP32 gives.
+    """
 
     score: float | None
     output: float | None
     correlation: float
     flips: float
     auroc_drop: float
+    tie: float = 1e-6
 
 
 LIMITS: Mapping[Variant, Limits] = {
-    "fp32": Limits(score=1e-3, output=1e-3, correlation=0.9999, flips=0.0, auroc_drop=0.001),
+    "fp32": Limits(score=1e-3, output=1e-3, correlation=0.9999, flips=0.0, auroc_drop=0.001, tie=1e-3),
     "fp16": Limits(score=None, output=None, correlation=0.999, flips=0.005, auroc_drop=0.002),
     "int8": Limits(score=None, output=None, correlation=0.98, flips=0.015, auroc_drop=0.005),
 }
@@ -170,7 +176,7 @@ def replay_gate(program: Program, step: Step | None = None) -> list[Check]:
         if step is not None:
             step(1)
     threshold = data[f"threshold{other}"][data["class_ids"]]
-    flips = float(np.mean(~np.isfinite(scores) | ((scores > threshold) != (full > threshold))))
+    flips = float(np.mean(flipped(program.variant, scores, full, threshold)))
     allowed = max(limits.flips, 1 / len(scores)) if limits.flips else 0.0  # one frame is the least that can be seen
     of = f"{program.name}: " if other else ""
     checks = [_upper(f"{of}decisions", "share of flips", flips, allowed)]
@@ -180,6 +186,17 @@ def replay_gate(program: Program, step: Step | None = None) -> list[Check]:
         if drop is not None:
             checks.append(_upper(f"{of}{product}", "AUROC drop", drop[0], limits.auroc_drop + 2 * drop[1]))
     return checks
+
+
+def flipped(variant: Variant, scores: Array, reference: Array, threshold: Array) -> Array:
+    """Which verdicts a variant changes: bool [n] of scores, reference scores and thresholds [n] of the same frames.
+
+    Not the verdict of a frame whose reference score lies on its threshold (Limits.tie): that has none to keep. A score
+    that is not a number is always a change.
+    """
+    # The floor is that of the scores' own comparison: a threshold of 0 has no scale to be near to.
+    near = np.abs(reference - threshold) <= LIMITS[variant].tie * np.maximum(np.abs(threshold), 1e-6)
+    return np.asarray(~np.isfinite(scores) | (~near & ((scores > threshold) != (reference > threshold))))
 
 
 def _auroc_drop(before: Array, now: Array, defective: Array) -> tuple[float, float] | None:

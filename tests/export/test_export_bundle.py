@@ -20,12 +20,13 @@ from andon.export import alternatives, exporter, reduce, verify
 from andon.export import bundle as writing
 from andon.export.command import narrow_lines
 from andon.export.exporter import GateError, Request, _indices, export_bundle
-from andon.export.frames import Frames
+from andon.export.frames import Evidence, Frames, with_synthetic_defects
 from andon.runtime.bundle import Bundle, read_npz
 from andon.runtime.engine.onnxruntime import OnnxRuntimeBackend
 from andon.runtime.errors import BundleError, ConfigError
 from andon.runtime.program import Program
 from andon.runtime.replay import LIMITS, Limits, gate_programs, replay_gate
+from andon.train.method import AnomalyModel
 from torch import nn
 
 from .conftest import Toy
@@ -87,6 +88,24 @@ def test_every_product_is_in_what_is_replayed_on_the_device(
     for name in (writing.GOLDEN_FILE, writing.GATE_FILE):
         assert {*read_npz(tmp_path / "b" / name)["class_ids"]} == {0, 1}
     assert {*compared} == {0, 1}
+
+
+def test_one_held_out_good_frame_a_product_is_enough(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lies on the threshold that it alone has set, so its verdict is the last bit's, in torch and in FP16."""
+    good = toy.evidence.good
+    few = good.select([int(np.argmax(good.class_ids == c)) for c in range(2)])
+    alone = replace(toy, evidence=Evidence(few, with_synthetic_defects(few)))
+    true = verify.reference
+    for name, factor in (("below", 1 - 1e-5), ("above", 1 + 1e-5)):
+
+        def beside(model: AnomalyModel, frames: Frames, factor: float = factor) -> verify.Scored:
+            found = true(model, frames)
+            return verify.Scored(found.score * factor, found.map)
+
+        monkeypatch.setattr(verify, "reference", beside)
+        checks = export(alone, tmp_path / name, "fp16").checks
+        flips = [check for check in checks if "flips" in check.what]
+        assert len(flips) == 3 and all(check.value == 0 for check in flips)
 
 
 def test_the_files_are_what_the_manifest_says(toy: Toy, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import pytest
 from andon.runtime.bundle import Bundle
 from andon.runtime.commands import bench, verify
 from andon.runtime.engine.onnxruntime import OnnxRuntimeBackend
+from andon.runtime.manifest import Variant
 from andon.runtime.program import Program
-from andon.runtime.replay import replay_gate
+from andon.runtime.replay import flipped, replay_gate
 
 from .conftest import ENCODE, ENGINE, SCORE, run  # type: ignore[import-not-found]
 from .parts import gate, golden
@@ -75,6 +76,34 @@ def test_a_score_that_is_not_a_number_is_a_flip(make_bundle: MakeBundle, capsys:
     found = {check["subject"]: check for check in result["checks"]["fp32"]}
     assert not found["decisions"]["ok"] and found["decisions"]["value"] == 1.0
     assert not found["score"]["ok"] and found["score"]["value"] is None
+
+
+@pytest.mark.parametrize("threshold", [0.4, -250.0], ids=["small", "a log-likelihood"])
+def test_the_verdict_of_a_frame_on_its_threshold_is_none_to_keep(threshold: float) -> None:
+    """As where one good frame alone has set it: FP32's tolerance, or its rounding, decides which side it falls to."""
+    at = np.array([threshold])
+    scores = at + 0.3 * abs(threshold)  # the other side, however far: whose reference has no verdict cannot lose it
+
+    def change(variant: Variant, away: float) -> bool:
+        return bool(flipped(variant, scores, at * (1 - away * np.sign(threshold)), at)[0])
+
+    for variant in ("fp32", "fp16", "int8"):
+        assert not change(variant, 0.0) and not change(variant, 1e-7) and change(variant, 2e-3)
+    assert not change("fp32", 5e-4), "less than FP32 engines may differ by"
+    assert change("fp16", 5e-6) and change("int8", 5e-6), "a reduced variant keeps every verdict that FP32 gives"
+    assert flipped("fp32", np.array([np.nan]), at, at)[0], "what is not a number is no tie"
+    assert flipped("fp32", np.array([1e-5]), np.array([-1e-5]), np.array([0.0]))[0], "0 is near to nothing but itself"
+
+
+def test_a_gate_frame_that_set_the_threshold_itself_fails_no_device(make_bundle: MakeBundle) -> None:
+    npz = gate([10, 20, 60, 70], 0.5)
+    npz["score"] *= np.float32(1 - 1e-5)  # the device's own scores are a little higher
+    npz["threshold"][:] = npz["score"][1]
+    path = make_bundle(npz={"golden/gate.npz": npz})
+    with Bundle.load(path) as bundle, OnnxRuntimeBackend(threads=1) as backend, Program(bundle, backend) as program:
+        for program.variant in ("fp32", "fp16"):
+            found = {check.subject: check for check in replay_gate(program)}["decisions"]
+            assert found.ok and found.value == 0.0
 
 
 def test_verify_without_a_golden_set_is_refused(make_bundle: MakeBundle, capsys: pytest.CaptureFixture[str]) -> None:
