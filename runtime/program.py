@@ -349,8 +349,11 @@ class Program:
         return self._tensors.state(name, class_index)
 
     def reset(self) -> None:
-        """Bring persistent carries and counters back to the bundle's values (new product, or after a failure)."""
-        self._tensors.restore(self._tensors.persistent)
+        """Bring persistent carries and counters back to the bundle's values (new product, or after a failure).
+
+        Those of when it was opened: the folder may have been replaced or removed since, and is not read again.
+        """
+        self._tensors.restore()
         for counter in self._tensors.counters.values():
             counter.reset()
 

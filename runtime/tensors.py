@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from .bundle import Bundle
 from .engine.base import Array, Backend, Buffer
@@ -71,7 +71,14 @@ class Tensors:
                 self.states[name] = backend.allocate_rows(state.shape[0], state.shape[1:], state.dtype)
             else:
                 self.states[name] = (backend.allocate(state.shape, state.dtype),)
-        self.restore(self.states)
+        # From here on the bundle's folder may be replaced or removed, which must reach no running program: what a reset
+        # brings back is kept (a few kB a product: what loops carry), the rest is on the device.
+        self._initial: dict[str, Array] = {}
+        for name in self.states:
+            values = bundle.array(self._manifest.state[name])
+            if name in self.persistent:
+                self._initial[name] = values
+            self._upload(name, values)
         self.counters: dict[str, Counter] = {}
         self._tables: dict[tuple[str, str | None], Sequence[Buffer]] = {}
         for step in steps:
@@ -118,13 +125,15 @@ class Tensors:
             targets[0] = self.output(step.stage, output, "first")
         return targets
 
-    def restore(self, names: Iterable[str]) -> None:
-        """Bring states back to the bundle's values, all classes."""
-        for name in names:
-            entry = self._manifest.state[name]
-            values = self._bundle.array(entry)
-            for buffer, row in zip(self.states[name], values if entry.class_bound else (values,), strict=True):
-                self._backend.upload(buffer, row)
+    def restore(self) -> None:
+        """Bring what persists back to the values that the bundle had when it was opened, all classes."""
+        for name, values in self._initial.items():
+            self._upload(name, values)
+
+    def _upload(self, name: str, values: Array) -> None:
+        rows = values if self._manifest.state[name].class_bound else (values,)
+        for buffer, row in zip(self.states[name], rows, strict=True):
+            self._backend.upload(buffer, row)
 
     def _used_states(self) -> list[str]:
         sources = [s for step in self._steps for s in (*step.inputs.values(), *step.init.values())]

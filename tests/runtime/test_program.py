@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tracemalloc
 from itertools import pairwise
 from pathlib import Path
@@ -235,11 +236,20 @@ def test_states_can_be_written_between_frames(tmp_path: Path) -> None:
             program.write_state("x", np.zeros(1, np.float32))
 
 
-def test_reset_brings_back_what_persists(tmp_path: Path) -> None:
+def test_reset_brings_back_what_persists_whatever_became_of_the_folder(tmp_path: Path) -> None:
+    """Another model is copied over the bundle of a running line, and then it is removed."""
     bundle = looped(tmp_path / "bundle", 3, persist=True, counter=True, read_old=False)
     with OnnxRuntimeBackend(threads=1) as backend, Program(bundle, backend) as program:
         first = program.run(0).score
         assert program.run(0).score != first
+        program.reset()
+        assert program.run(0).score == first
+        for file in {entry.file for entry in bundle.manifest.state.values()}:
+            arrays = dict(np.load(bundle.root / file))
+            np.savez(bundle.root / file, **{name: array + 1 for name, array in arrays.items()})
+        program.reset()
+        assert program.run(0).score == first
+        shutil.rmtree(bundle.root)
         program.reset()
         assert program.run(0).score == first
 
