@@ -12,6 +12,8 @@ from pathlib import Path
 from time import perf_counter
 from types import TracebackType
 
+import numpy as np
+
 from .bundle import Bundle
 from .engine.base import Array, Backend
 from .engine.select import open_backend
@@ -32,7 +34,7 @@ class Judgement:
     """What a frame was judged to be.
 
     label, reason: OK, NG or UNKNOWN with one of types.UNKNOWN_REASONS.
-    score: image score, None if it was not a finite number.
+    score: image score, None if it or a value of the map was not a finite number.
     threshold: the score above which a part is NG; None before `andon calibrate`.
     pixel_threshold: the map value above which a pixel belongs to a region, if one was calibrated.
     map: [h, w] float32 anomaly map in network geometry, a view that is valid until the next frame.
@@ -151,8 +153,8 @@ class Detector:
             product: a product's name, or "auto" (None is the same).
 
         Returns:
-            The judgement. An image that cannot be used is UNKNOWN bad_frame; a score that is not finite is UNKNOWN
-            not_a_number; no threshold is UNKNOWN no_threshold.
+            The judgement. An image that cannot be used is UNKNOWN bad_frame; a score or map that is not finite is
+            UNKNOWN not_a_number; no threshold is UNKNOWN no_threshold.
 
         Raises:
             ProductError: unknown product.
@@ -179,7 +181,7 @@ class Detector:
         threshold = self._thresholds[result.class_index]
         label: Label = "UNKNOWN"
         reason, score = "", None
-        if not math.isfinite(result.score):
+        if not (math.isfinite(result.score) and np.isfinite(result.map).all()):
             reason = "not_a_number"
             # What a loop keeps for the next frame came from this one: start it afresh, or every frame is lost.
             self.program.reset()

@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any, Protocol
 
-import numpy as np
-
 from .detector import AUTO, Detector
 from .detector import Judgement as Scored
 from .errors import AndonError, ConfigError, ProductError, SourceError
@@ -317,7 +315,7 @@ class Judge:
 
     def _decide(self, frame: Frame, scored: Scored, box: Box) -> _Decision:
         product, score, label = scored.product, scored.score, scored.label
-        if product is None or score is None or scored.map is None or not np.isfinite(scored.map).all():
+        if product is None or score is None or scored.map is None:
             raise _Refusal("not_a_number", "the program gave a score or map that is not finite", product=product)
         if (weight := self._cameras[frame.camera].smoothing) is not None:
             score = self._smooth.setdefault(frame.camera, _Smooth()).add(weight, product, score)

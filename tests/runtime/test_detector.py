@@ -107,14 +107,16 @@ LOG = """encode (uint8[1,4,4,3] image) => (float[1,3] u, float[1,2] logits) {
 }"""
 
 
-def test_a_score_that_is_not_a_number_is_unknown_and_does_not_poison_the_next_frame(make_bundle: MakeBundle) -> None:
+@pytest.mark.parametrize("of", ["u", "Relu(u)"], ids=["score and map", "the map alone"])
+def test_what_is_not_a_number_is_unknown_and_does_not_poison_the_next_frame(make_bundle: MakeBundle, of: str) -> None:
     from .conftest import SCORE  # type: ignore[import-not-found]
 
+    score = SCORE if of == "u" else SCORE.replace("score = Re", "r = Relu(u)\n    score = Re").replace("0>(u)", "0>(r)")
     path = make_bundle(
         stages={
             "encode": (LOG, {"image": "frame"}),
             "accumulate": (NAN, {"u": "encode.u", "total": "carry"}),
-            "score": (SCORE, {"u": "accumulate.total_next"}),
+            "score": (score, {"u": "accumulate.total_next"}),
         },
         program=[
             {"run": "encode"},
