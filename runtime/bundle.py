@@ -234,8 +234,8 @@ def write_manifest(root: Path, manifest: Manifest) -> str:
     """
     raw = (manifest.model_dump_json(by_alias=True, indent=1) + "\n").encode()
     digest = hashlib.sha256(raw).hexdigest()
-    previous = (root / DIGEST).read_text() if (root / DIGEST).is_file() else ""
-    write_atomic(root / DIGEST, previous.encode() + f"{digest}  {MANIFEST}\n".encode())
+    previous = (root / DIGEST).read_bytes() if (root / DIGEST).is_file() else b""
+    write_atomic(root / DIGEST, previous + f"{digest}  {MANIFEST}\n".encode())
     write_atomic(root / MANIFEST, raw)
     write_atomic(root / DIGEST, f"{digest}  {MANIFEST}\n".encode())
     return digest
@@ -357,7 +357,7 @@ def _read_manifest(root: Path) -> bytes:
 
 
 def _listed_digests(root: Path) -> list[str]:
-    with (root / DIGEST).open() as stream:
+    with (root / DIGEST).open(encoding="ascii", errors="replace") as stream:
         text = stream.read(4096)
     return [line.split()[0] for line in text.splitlines() if line.strip()]
 

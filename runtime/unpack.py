@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import lzma
 import tarfile
+import zlib
 from pathlib import Path
 from typing import IO
 
@@ -10,6 +13,9 @@ from .bundlefiles import COPY_AGAIN, MAX_FILE_BYTES, MAX_FILES, MAX_TOTAL_BYTES,
 from .errors import BundleError
 
 _CHUNK = 1 << 20
+_DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
+#: Bytes behind the last member that must be zeros, or not there
+_TAIL = 1 << 16
 
 
 def unpack(path: Path, target: Path) -> Path:
@@ -28,13 +34,14 @@ def unpack(path: Path, target: Path) -> Path:
                 _check_member(member, count, total)
                 if member.name.strip("./") == "" or member.isdir():
                     continue
-                place = inside(target, _relative(member.name))
+                place = _place(target, member.name.removeprefix("./").rstrip("/"))
                 place.parent.mkdir(parents=True, exist_ok=True)
                 source = archive.extractfile(member)
                 if source is not None:
                     with source, place.open("xb") as out:
                         _copy(source, out)
-    except (tarfile.TarError, EOFError, FileExistsError, NotADirectoryError) as error:
+            _check_end(archive)
+    except (*_DAMAGED, FileExistsError, NotADirectoryError) as error:
         # tarfile tells of an unknown format in a line for each that it has tried.
         found = "no tar archive" if "\n" in str(error) else error
         raise BundleError(
@@ -56,8 +63,29 @@ def _check_member(member: tarfile.TarInfo, count: int, total: int) -> None:
         raise BundleError("the .tar is too large", found=f"{total} bytes", expected=f"<= {MAX_TOTAL_BYTES} bytes")
 
 
-def _relative(name: str) -> str:
-    return name.removeprefix("./").rstrip("/")
+def _check_end(archive: tarfile.TarFile) -> None:
+    """Refuse an archive that goes on: tarfile takes a member's damaged head for the end, as if the rest were not there.
+
+    Raises:
+        ReadError: there is something else than zeros.
+    """
+    if archive.fileobj is not None:
+        archive.fileobj.seek(archive.offset)
+        if any(archive.fileobj.read(_TAIL)):
+            raise tarfile.ReadError(f"what follows byte {archive.offset} of the archive is no file of it")
+
+
+def _place(target: Path, name: str) -> Path:
+    """Where a member goes. The top folder may have any name that a folder can have, as a bundle's folder may; how what
+    is in it may be named is the manifest's matter.
+
+    Raises:
+        BundleError: it leaves the directory.
+    """
+    top, _, rest = name.partition("/")
+    if not rest or top in ("", ".", "..") or "\0" in top:
+        return inside(target, name)
+    return inside(target / top, rest)
 
 
 def _copy(source: IO[bytes], out: IO[bytes]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
@@ -55,6 +56,12 @@ def test_it_loads_and_names_itself(make_bundle: MakeBundle) -> None:
             bundle.class_index("c")
         with pytest.raises(ConfigError, match="no fp16 variant"):
             bundle.stage_path("encode", "fp16")
+
+
+def test_a_damaged_digest_is_found(make_bundle: MakeBundle) -> None:
+    root = make_bundle()
+    (root / DIGEST).write_bytes(b"\xff\xfe" + (root / DIGEST).read_bytes()[2:])
+    assert "copy the bundle again" in str(refused(root, "was changed after it was written").next_step)
 
 
 @pytest.mark.parametrize("name", ["stages/encode.fp32.onnx", "state/w.npz"])
@@ -167,7 +174,7 @@ def pack(root: Path, target: Path, prefix: str = "bundle/") -> Path:
     return target
 
 
-@pytest.mark.parametrize("prefix", ["bundle/", "", "./"])
+@pytest.mark.parametrize("prefix", ["bundle/", "", "./", "knn:v2/", "./a\\b/"])
 def test_a_tar_is_unpacked_while_it_is_open(make_bundle: MakeBundle, tmp_path: Path, prefix: str) -> None:
     path = pack(make_bundle(), tmp_path / "b.tar", prefix)
     with Bundle.load(path) as bundle:
@@ -176,6 +183,22 @@ def test_a_tar_is_unpacked_while_it_is_open(make_bundle: MakeBundle, tmp_path: P
         with pytest.raises(BundleError, match="packed and cannot be changed"):
             bundle.save_thresholds({"a": {"default": THRESHOLD}})
     assert not root.exists()
+
+
+@pytest.mark.parametrize("packed", ["a head", "zeros for a head", "a stream"])
+def test_a_damaged_tar_is_to_be_copied_again(make_bundle: MakeBundle, tmp_path: Path, packed: str) -> None:
+    """tarfile takes what it cannot read for the end, and what is missing then looks like no bundle at all."""
+    path = pack(make_bundle(), tmp_path / "b.tar")
+    raw = path.read_bytes()
+    if packed == "a stream":
+        raw = gzip.compress(raw)
+        raw = raw[: len(raw) // 2] + bytes(200) + raw[len(raw) // 2 + 200 :]
+    else:
+        with tarfile.open(path) as archive:
+            offset = [m.offset for m in archive if m.isfile()][1]
+        raw = raw[:offset] + (bytes(512) if packed == "zeros for a head" else b"?" * 512) + raw[offset + 512 :]
+    path.write_bytes(raw)
+    assert "copy the bundle again" in str(refused(path, r"b\.tar cannot be unpacked").next_step)
 
 
 def test_a_file_that_is_no_tar_is_said_in_one_line(tmp_path: Path) -> None:
@@ -195,6 +218,9 @@ def member(name: str, **fields: Any) -> tuple[tarfile.TarInfo, io.BytesIO]:
     [
         (member("../evil", size=1), "leaves its directory"),
         (member("/evil", size=1), "leaves its directory"),
+        (member("top:/../../evil", size=1), "leaves its directory"),
+        (member("top//evil", size=1), "leaves its directory"),
+        (member("top/a:b", size=1), "leaves its directory"),
         (member("link", type=tarfile.SYMTYPE, linkname="/etc/passwd"), "not a plain file"),
         (member("hard", type=tarfile.LNKTYPE, linkname="manifest.json"), "not a plain file"),
         (member("pipe", type=tarfile.FIFOTYPE), "not a plain file"),
