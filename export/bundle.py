@@ -86,6 +86,23 @@ def default_path(method: str, provenance: Provenance) -> Path:
     return Path(os.environ.get(BUNDLES, "bundles")) / f"{method}-{clean}-{stamp}"
 
 
+def tar_path(bundle: Path) -> Path:
+    """Where :func:`pack` packs a bundle directory."""
+    return bundle.with_name(bundle.name + ".tar")
+
+
+def require_new(target: Path) -> None:
+    """Refuse to write over what is there.
+
+    Raises:
+        ConfigError: `target` exists.
+    """
+    if target.exists():
+        raise ConfigError(
+            f"{target} exists", found="a file or folder", expected="a new name", next_step="give another --out"
+        )
+
+
 @contextmanager
 def new_bundle(target: Path) -> Iterator[Path]:
     """A temporary directory beside `target` that becomes `target` when the block ends without an error.
@@ -93,10 +110,7 @@ def new_bundle(target: Path) -> Iterator[Path]:
     Raises:
         ConfigError: `target` exists already.
     """
-    if target.exists():
-        raise ConfigError(
-            f"{target} exists", found="a file or folder", expected="a new name", next_step="give another --out"
-        )
+    require_new(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -234,7 +248,7 @@ def variant_bytes(root: Path, manifest: Manifest) -> dict[str, dict[str, int]]:
 
 def pack(bundle: Path) -> Path:
     """Write ``<bundle>.tar`` beside a bundle directory, atomically; the same bundle gives the same bytes."""
-    target = bundle.with_name(bundle.name + ".tar")
+    target = tar_path(bundle)
     partial = target.with_name(target.name + ".tmp")
 
     def plain(info: tarfile.TarInfo) -> tarfile.TarInfo:

@@ -37,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data", metavar="SPEC", help="images to verify on; default: the set the checkpoint is from")
     parser.add_argument("--out", type=Path, metavar="DIR", help="bundle; default bundles/METHOD-DATA-UTC")
-    parser.add_argument("--tar", action="store_true", help="also write the bundle as DIR.tar")
+    parser.add_argument("--tar", action="store_true", help="also write the bundle as DIR.tar, a new file")
     parser.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="setting of the method's cut"
     )
@@ -54,6 +54,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from .methods import get_cut
     from .nextstep import calibrate_step
 
+    if args.out and args.tar:
+        bundle.require_new(
+            bundle.tar_path(args.out)
+        )  # now: another bundle's tar is found before the work, not replaced
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
     checkpoint = args.checkpoint or newest_checkpoint(args.method)
     origin = read_provenance(checkpoint)

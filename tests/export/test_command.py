@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from andon.cli import main
 from andon.export import command, frames, verify
 from andon.export.frames import gather
 from andon.runtime.dataset import Dataset, Sample, open_dataset
@@ -102,6 +103,15 @@ def test_the_set_is_found_from_elsewhere_and_named_at_another_depth(
     assert (deeper.good.images == whole.good.images).all() and len(deeper.labelled) == len(whole.labelled)
     with pytest.raises(SourceError, match="give the same --data"):
         command._evidence(str(data / "grid"), origin.model_copy(update={"fingerprints": {}, "skipped": ()}), toy.model)
+
+
+def test_a_tar_that_is_there_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "b.tar").write_text("of another day")
+    nothing = tmp_path / "no-checkpoint"  # said before any work
+    assert main(["export", "--method", "knn", "--checkpoint", str(nothing), "--out", str(tmp_path / "b"), "--tar"]) == 1
+    said = "".join(capsys.readouterr())
+    assert "b.tar exists" in said and "another --out" in said
+    assert (tmp_path / "b.tar").read_text() == "of another day"
 
 
 def test_options_are_yaml_and_what_is_none_is_named() -> None:
