@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle
-from ..engine.build import BuildOptions, Built, default_cache, with_dla
+from ..engine.build import CACHE, BuildOptions, Built, default_cache, with_dla
 from ..engine.probe import require_tensorrt
 from ..errors import EngineError, quoted
 from . import numbers, options
@@ -25,7 +25,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimization-level", type=int, choices=range(6), metavar="0..5", help="TensorRT's effort")
     parser.add_argument("--dla", nargs="+", default=[], metavar="STAGE", help="put these stages on the DLA")
     parser.add_argument("--dla-core", type=numbers.natural, default=0, metavar="N", help="which DLA (0)")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help=f"folder of plans (default {default_cache()})")
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help=f"as {CACHE}=DIR: plans in DIR/plans (default {default_cache()})"
+    )
     parser.add_argument("--force", action="store_true", help="build again what is there")
 
 
@@ -49,7 +51,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         variants = (
             manifest.variants if args.variant == "all" else (options.choose_variant(args.variant, bundle, "tensorrt"),)
         )
-        with TensorRTBackend(args.cache, wanted) as backend:
+        with TensorRTBackend(default_cache(args.cache), wanted) as backend:
             backend.plans.force = args.force
             for variant in variants:
                 for name, stage in manifest.stages.items():
@@ -61,7 +63,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             plans = backend.plans.built
         if args.bundle.is_file():
             print(f"{shown} is packed: the trtexec lines work where the ONNX files in it are unpacked")
-        print(f"next: andon verify --bundle {shown} --backend tensorrt")
+        where = "" if args.cache is None else f"{CACHE}={quoted(args.cache)} "  # else it builds them again, elsewhere
+        print(f"next: {where}andon verify --bundle {shown} --backend tensorrt")
         return {"ok": True, "bundle": bundle.id, "plans": [_plain(b) for b in plans]}
 
 
@@ -72,7 +75,7 @@ def _kept(built: Built, options: bool) -> Built:
             f"the plan of stage {built.stage}, or what it was built with, cannot be kept",
             found=f"{built.plan.parent} does not take it",
             expected=f"a folder that this user can write, with room for {built.bytes / 1e6:.0f} MB",
-            next_step="make room, or give another folder: --cache DIR here, $ANDON_CACHE for andon run",
+            next_step=f"make room, or set {CACHE} to a folder elsewhere, for andon run too",
         )
     return built
 

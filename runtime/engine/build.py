@@ -262,7 +262,7 @@ class PlanStore:
     def _why_none(self, path: Path, wanted: dict[str, Any]) -> str:
         """What differs from the newest plan of the same stage and variant."""
         pattern = f"{wanted['stage']}.{wanted['variant']}.*.plan"
-        others = sorted(self._folder.glob(pattern), key=lambda p: p.stat().st_mtime, reverse=True)
+        others = sorted(self._folder.glob(pattern), key=_modified, reverse=True)
         for other in others:
             sidecar = _read_sidecar(other)
             if sidecar is not None:
@@ -316,11 +316,10 @@ class PlanStore:
         _keep((self._timing_cache(), bytes(cache.serialize())))
 
 
-def default_cache() -> Path:
-    """$ANDON_CACHE/plans, else plans/ in the user's cache folder."""
-    root = os.environ.get(CACHE)
-    if root:
-        return Path(root) / "plans"
+def default_cache(root: Path | None = None) -> Path:
+    """The folder of plans: plans/ in `root`, else in $ANDON_CACHE, else in the user's cache folder."""
+    if given := root or os.environ.get(CACHE):
+        return Path(given) / "plans"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "andon" / "plans"
 
 
@@ -347,6 +346,14 @@ def with_dla(options: BuildOptions, stages: frozenset[str], known: Callable[[str
 def _version(text: str) -> tuple[int, int]:
     major, minor = (int(part) for part in text.split(".")[:2])
     return major, minor
+
+
+def _modified(path: Path) -> float:
+    """When a file was written; 0 if another process has removed it since it was listed."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _digest(value: dict[str, Any]) -> str:

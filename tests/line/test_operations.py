@@ -43,6 +43,17 @@ def test_unit_leaves_cameras_and_gpu_to_the_line() -> None:
     assert settings["ProtectSystem"] == "strict" and "/tmp" in settings["ReadWritePaths"].split()
 
 
+def test_engines_are_built_where_the_service_looks_for_them() -> None:
+    unit = (DOCS / "systemd" / "andon@.service").read_text()
+    settings = dict(line.split("=", 1) for line in unit.splitlines() if "=" in line and not line.startswith("#"))
+    cache = next(word for word in settings["Environment"].split() if word.startswith("XDG_CACHE_HOME="))
+    program = settings["ExecStart"].split()[0]
+    told = (DOCS / "operations.md").read_text()
+    assert f"sudo -u {settings['User']} env {cache} {program} build --bundle" in told
+    assert f"--groups {settings['SupplementaryGroups'].replace(' ', ',')} {settings['User']}" in told
+    assert f"/var/cache/{settings['CacheDirectory']}" == cache.partition("=")[2]
+
+
 def publish(port: int, user: str, topic: str) -> int:
     """Reason code of the PUBACK."""
     codes: list[int] = []

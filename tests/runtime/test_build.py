@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,26 @@ def test_what_was_built_is_what_runs(
     assert all("workspace:1024" in line for line in used()), "the newest build is what is meant"
     options.write_text("[]")
     assert all("workspace:1024" in line for line in used()), "what cannot be read is as if it were not there"
+
+
+def test_what_was_built_into_another_folder_is_what_the_next_step_uses(
+    world: trtdouble.World,
+    make_bundle: MakeBundle,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: Any,
+) -> None:
+    monkeypatch.setenv("ANDON_CACHE", str(tmp_path / "usual"))
+    npz = {"golden/golden.npz": golden([10, 40]), "golden/gate.npz": gate([10, 20, 60, 70], 0.5)}
+    root, disk = make_bundle(npz=npz), tmp_path / "an ssd"
+    text = run(capsys, "build", "--bundle", root, "--cache", disk)[2]
+    step = shlex.split(next(line for line in text.splitlines() if line.startswith("next: ")))
+    name, _, value = step[1].partition("=")
+    assert (name, value, step[2:4]) == ("ANDON_CACHE", str(disk), ["andon", "verify"])
+    monkeypatch.setenv(name, value)
+    assert run(capsys, *step[3:])[0] == 0 and world.builds == 2
+    assert {plan.parent for plan in tmp_path.rglob("*.plan")} == {disk / "plans"}
+    assert "next: andon verify" in run(capsys, "build", "--bundle", root)[2] and world.builds == 2
 
 
 def test_a_packed_bundle_says_that_its_trtexec_lines_name_files_that_are_gone(

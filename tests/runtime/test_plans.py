@@ -100,6 +100,24 @@ def test_the_plans_unused_for_longest_go_but_none_in_use_and_none_of_the_program
     assert open_all(bundle, cache, idle) and {*cache.glob("*.plan")} == new | gone
 
 
+def test_why_there_is_no_plan_is_said_although_others_are_being_removed(
+    world: trtdouble.World, make_bundle: MakeBundle, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process keeps the folder to its limit at that moment."""
+    bundle, listed = Bundle.load(make_bundle()), Path.glob
+    open_all(bundle, cache, BuildOptions(workspace_mb=64))
+
+    def then_gone(path: Path, pattern: str) -> list[Path]:
+        found = list(listed(path, pattern))
+        for plan in found:
+            plan.unlink()
+            plan.with_suffix(".json").unlink()
+        return found
+
+    monkeypatch.setattr(Path, "glob", then_gone)
+    assert {built.reason for built in open_all(bundle, cache)} == {"there is none yet"}
+
+
 def test_a_plan_of_another_user_is_built_again(
     world: trtdouble.World, make_bundle: MakeBundle, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
