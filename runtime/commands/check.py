@@ -64,6 +64,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     elsewhere = state_elsewhere(config, args.config, "check")
     remark = f"\n{elsewhere}" if elsewhere else ""
     findings.append(_guard("state folder", lambda: _state(config, state) + remark))
+    if (waiting := config.outbox.path) is not None:
+        findings.append(_guard("outbox", lambda: _outbox(waiting)))
     if config.evidence is not None:
         pictures = config.evidence.path or state / "evidence"
         findings.append(_guard("evidence folder", lambda: _writable("evidence.path", pictures)))
@@ -275,6 +277,15 @@ def _free(key: str, host: str, port: int) -> None:
             expected="an address of this machine with a free port",
             next_step=f"set {key}: 0 for a free port, unless it is this line that runs there",
         ) from error
+
+
+def _outbox(path: Path) -> str:
+    """Refuse a place where the outbox's file cannot be; it is not opened, as a line may have it open."""
+    _writable("outbox.path", path.parent)
+    if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
+        what = f"{path} cannot be written by this user" if path.is_file() else f"{path} is not a file"
+        raise ConfigError(what, next_step="set 'outbox.path' to a file that can be written, or is not there yet")
+    return str(path)
 
 
 def _writable(key: str, folder: Path) -> str:

@@ -44,14 +44,16 @@ def test_a_line_that_works(
 ) -> None:
     folder = {"kind": "folder", "path": str(make_images(tmp_path / "parts", [1, 2, 3])), "player": "gstreamer"}
     cameras = {"a": PATTERN, "b": {"source": folder, "product": "poly"}}
-    line = make_line(cameras, bundle=str(bundle), broker={"host": broker.host, "port": broker.port}, evidence={})
+    sections = {"broker": {"host": broker.host, "port": broker.port}, "evidence": {}}
+    line = make_line(cameras, bundle=str(bundle), outbox={"path": "disk/outbox.db"}, **sections)
     code, found = check(line)
     assert code == 0, found
     assert found["camera b"]["found"].startswith("3 images through")
     assert found["broker"]["found"].endswith("lets us in")
     assert found["thresholds"]["found"] == "mono 0.5, poly 0.5"
     assert found["evidence folder"]["found"] == str(tmp_path / "state" / "evidence")
-    assert not (tmp_path / "state").exists(), "nothing is made by looking"
+    assert found["outbox"]["found"] == str(tmp_path / "disk" / "outbox.db")
+    assert not (tmp_path / "state").exists() and not (tmp_path / "disk").exists(), "nothing is made by looking"
 
 
 def test_what_is_passed_over_or_nearly_black_is_said(
@@ -93,6 +95,8 @@ def test_what_is_passed_over_or_nearly_black_is_said(
         ),
         (PATTERN, {"state": "bundle/manifest.json/state"}, "state folder", "manifest.json is not a folder"),
         (PATTERN, {"evidence": {"path": "bundle/manifest.json"}}, "evidence folder", "manifest.json is not a folder"),
+        (PATTERN, {"outbox": {"path": "bundle/manifest.json/o.db"}}, "outbox", "manifest.json is not a folder"),
+        (PATTERN, {"outbox": {"path": "bundle"}}, "outbox", "bundle is not a file"),
         (PATTERN, {"web": {"port": 0, "token_env": "ANDON_NO_SUCH_VARIABLE"}}, "live page", "is not set"),
     ],
 )
