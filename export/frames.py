@@ -13,6 +13,7 @@ from ..runtime.errors import ConfigError
 from ..runtime.images import read_rgb
 from ..runtime.manifest import Preprocess
 from ..runtime.preprocess import resize
+from ..train.holdout import HOLD_OUT
 from .walk import Array
 
 _T = TypeVar("_T")
@@ -115,11 +116,13 @@ def gather(
     good, labelled = max(min(good, fit // 3), len(classes)), min(labelled, fit - fit // 3)
     held = dataset.select(keys=holdout, products=classes)
     if missing := [c for c in classes if not any(s.product == c for s in held.samples)]:
+        there = dataset.select(split="train", products=missing, good=True).samples
         raise ConfigError(
             f"{dataset.spec} has no held-out good image of {', '.join(missing)}",
-            found=f"{len(held)} held-out images",
-            expected="good images that training left out (holdout > 0)",
-            next_step="train again with at least four good images of each product and holdout 0.1 or more",
+            found=", ".join(f"{c}: {sum(s.product == c for s in there)} good training images" for c in missing)
+            + f"; {len(held)} held-out images of others",
+            expected="good images that training left out",
+            next_step=HOLD_OUT,
         )
     kept = load(thin(_by_class(held.samples), good), classes, preprocess, f"{dataset.spec}, held-out good")
     test = [s for s in dataset.select(split="test", products=classes).samples if s.key not in seen]

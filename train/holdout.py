@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from ..runtime.dataset import Sample
 
 _MIN_HOLDOUT = 40  # about 20 of each kind: conformal prediction needs 19 to promise 5 %
+#: What `andon export` needs before it can hold a product's decisions against anything.
+HOLD_OUT = (
+    "train again with four different good training images of each product or more (a folder without train/ and test/ "
+    "gives some of its images to the test) and holdout 0.1 or more"
+)
 _ROUND = 20  # 19, 39, ... promise 5 % exactly; with 20 to 38 the largest score is the threshold: stricter than asked
 
 
@@ -59,3 +64,10 @@ def split_good(samples: Sequence[Sample], share: float, contents: Mapping[str, s
         [s for s in samples if s.key in constants],
         [s for s in samples if s.key in thresholds],
     )
+
+
+def not_held_out(split: Split, products: Sequence[str]) -> list[str]:
+    """The products of which no image is held out, each with the number of its good training images."""
+    held = {s.product for s in (*split.constants, *split.thresholds)}
+    bare = [product for product in products if product not in held]
+    return [f"{product} ({sum(s.product == product for s in split.fitting)} good training images)" for product in bare]

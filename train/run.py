@@ -45,7 +45,7 @@ from .config import differences, dump_config, load_config
 from .errors import CheckpointError, TrainingError, no_constants
 from .evaluate import evaluate, unseen
 from .features import FeatureSet, extract
-from .holdout import Split, split_good
+from .holdout import HOLD_OUT, Split, not_held_out, split_good
 from .loop import Fitted, fit
 from .method import AnomalyModel, MethodConfig
 from .registry import get_method
@@ -256,7 +256,9 @@ def train(request: Request) -> dict[str, Any]:
     save_json(folder / METRICS, summary)
     if metrics:
         print(table(metrics))
-    print(f"next: andon export --method {config.method} --checkpoint {quoted(folder)}")
+    bare = not_held_out(split, data.products)
+    export = f"andon export --method {config.method} --checkpoint {quoted(folder)}"
+    print(f"next, as nothing of {', '.join(bare)} is held out: {HOLD_OUT}" if bare else f"next: {export}")
     return {"ok": True, "checkpoint": str(folder), **summary}
 
 
@@ -274,11 +276,9 @@ def _check_products(products: Sequence[str], split: Split) -> None:
             expected="at least one of each product that can be decoded",
             next_step=f"add good images, or leave the product out: --products {','.join(sorted(learned)) or '...'}",
         )
-    held = {s.product for s in (*split.constants, *split.thresholds)}
-    if bare := [product for product in products if product not in held]:
+    if bare := not_held_out(split, products):
         _say(
-            f"no good image of {', '.join(bare)} is held out: `andon export` will not take this checkpoint; "
-            "train with four good images of each product or more, and holdout above 0"
+            f"no good image of {', '.join(bare)} is held out: `andon export` will not take this checkpoint; {HOLD_OUT}"
         )
 
 

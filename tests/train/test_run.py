@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from andon.cli import main
+from andon.export.frames import gather
 from andon.runtime.dataset import Sample, open_dataset
-from andon.runtime.errors import SourceError
+from andon.runtime.errors import ConfigError, SourceError
 from andon.runtime.fingerprint import image_hash, pack
+from andon.runtime.manifest import Preprocess
 from andon.train import run
 from andon.train.checkpoint import load_checkpoint, read_provenance
 from PIL import Image
@@ -180,7 +182,9 @@ def test_images_that_are_not_used_are_said_before_the_training(
 def test_nothing_held_out(synthetic_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["train", "--method", "hvq", "--data", str(synthetic_data), "--products", "grid", "--no-eval"]
     assert main([*arguments, "--out", str(tmp_path / "run"), "--set", "holdout=0", *SETS]) == 0
-    assert read_provenance(tmp_path / "run").holdout == () and "no image held out" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert read_provenance(tmp_path / "run").holdout == () and "no image held out" in said
+    assert "next: andon export" not in said and "holdout 0.1 or more" in said.splitlines()[-1]
 
 
 @pytest.mark.parametrize("method", ["hgad", "vpdm"])
@@ -220,4 +224,11 @@ def test_a_product_of_which_nothing_is_held_out_is_named(
         image.unlink()
     arguments = ["--method", "hvq", "--data", str(data), "--out", str(tmp_path / "run"), "--no-eval", *SETS]
     assert main(["train", *arguments]) == 0
-    assert "no good image of grid is held out: `andon export` will not" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no good image of grid (3 good training images) is held out: `andon export` will not" in said
+    last = said.splitlines()[-1]
+    assert last.startswith("next, as nothing of grid (3 good") and "without train/ and test/" in last
+    with pytest.raises(ConfigError, match="no held-out good image of grid") as refused:
+        gather(open_dataset(data), (), ("grid",), Preprocess(height=32, width=32))
+    assert "grid: 3 good training images" in str(refused.value.found), "what export says if it is run all the same"
+    assert str(refused.value.next_step) in last
