@@ -214,7 +214,9 @@ def _print(result: dict[str, Any], latency: dict[str, Array], split: dict[str, A
     if result["torch_ms"] is None:
         print(f"torch model: not measured, {why}")
     else:
-        speedup = result["speedup_over_torch"]
+        speedup, threads = result["speedup_over_torch"], result["threads"]
+        # Where the engines run on the GPU that is a comparison of devices, not of engines.
         print(
-            f"torch model, same threads: {result['torch_ms']['p50']:.2f} ms p50; the engines are {speedup:.1f}x as fast"
+            f"torch model on the CPU, {threads} threads: {result['torch_ms']['p50']:.2f} ms p50; "
+            f"the engines ({result['backend']}) are {speedup:.1f}x as fast"
         )

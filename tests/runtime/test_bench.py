@@ -6,10 +6,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from andon.runtime.commands import bench
 
+from . import trtdouble
 from .conftest import ENGINE, run  # type: ignore[import-not-found]
 from .parts import golden
 
@@ -42,3 +44,17 @@ def test_bench_compares_no_other_program_with_torch(
         code, result, text = run(capsys, "bench", "--bundle", root, *arguments, *ENGINE)
         assert code == 0 and (result["speedup_over_torch"] is not None) == compared
         assert compared or "computes the default program, not short" in text
+
+
+def test_bench_says_what_runs_where(
+    world: trtdouble.World, make_bundle: MakeBundle, cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    """The torch model stays on the CPU where the engines are the GPU's."""
+    torch_side = SimpleNamespace(load=lambda: lambda *_: nullcontext(lambda frame, product: 0.0))
+    monkeypatch.setattr(bench, "entry_points", lambda group: [torch_side])
+    monkeypatch.setenv("ANDON_CACHE", str(cache))
+    root = make_bundle(checkpoint_sha256="0" * 64, npz={"golden/golden.npz": golden([10, 40])})
+    for backend in ("tensorrt", "onnxruntime"):
+        arguments = ("--frames", 3, "--warmup", 0, "--threads", 1, "--backend", backend)
+        text = run(capsys, "bench", "--bundle", root, *arguments)[2]
+        assert "torch model on the CPU, 1 threads: " in text and f"the engines ({backend}) are" in text
