@@ -286,7 +286,11 @@ class Publisher:
         self._pictures.clear()  # nobody wants them after the outage, ahead of what is new then
 
     def _on_refused(self, topic: str, reason: str | None) -> None:
-        if reason is None:
+        # Home Assistant's discovery is the only topic outside the station's: without it the line still tells all it has
+        # to tell, so it is said here and is no trouble of the delivery.
+        if not topic.startswith(f"{self._base}/"):
+            log.warning("%s: %s: %s", self._client_id, topic, reason or "the broker takes it again")
+        elif reason is None:
             self._refused.pop(topic, None)
             log.info("%s: the broker takes %s again", self._client_id, topic)
         else:

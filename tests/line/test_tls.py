@@ -260,8 +260,14 @@ def test_forbidden_topic_is_kept_said_and_retried(
 
 
 def test_a_forbidden_topic_of_what_is_not_stored_is_said(
-    tmp_path: Path, passwords: Path, line: Any, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    passwords: Path,
+    line: Any,
+    eventually: Eventually,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO")
     monkeypatch.setattr(session, "_AGAIN", 0.2)
     acl, secret = tmp_path / "acl", tmp_path / "secret"
     acl.write_text("user station\ntopic readwrite andon/v1/+/+/+/+/verdict\n")
@@ -279,11 +285,13 @@ def test_a_forbidden_topic_of_what_is_not_stored_is_said(
         assert running.delivery.wait_connected(10)
         running.send(3)
         answer()
-        eventually(lambda: refused() == {"status", "alarm", "config", "result"})
+        eventually(lambda: refused() == {"status", "alarm", "result"})
+        eventually(lambda: "/config: Not authorized" in caplog.text)  # discovery: said, and no trouble of the delivery
         assert "Not authorized" in running.delivery.health().trouble()
         eventually(lambda: running.outbox.stats().messages == 0)
         acl.write_text("user station\ntopic readwrite #\n")
         os.kill(broker.pid or 0, signal.SIGHUP)
         eventually(lambda: refused() == {"result"})
+        eventually(lambda: "/config: the broker takes it again" in caplog.text)
         answer()
         eventually(lambda: running.delivery.health().trouble() == "")
