@@ -70,7 +70,8 @@ class FolderSource(PlaybackSource):
         default=False,
         description="Hot folder: wait for new files instead of ending; a restart judges again what lies there. "
         "Move files in whole: one that is written there is taken once it rests between two looks, 0.2 s apart. A name "
-        "that is written again is judged again, but only what lies there at a look: better give each part its own",
+        "that is written again is judged again, but only what lies there at a look: better give each part its own. "
+        "A file that is moved within the folder is a new part: archive elsewhere, or with a pattern without **",
     )
 
     @model_validator(mode="after")
