@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from .bundle import MANIFEST, MAX_MANIFEST_BYTES
+from .unpack import DAMAGED
 
 #: What an export (.tmp) and copying programs call a file that is not whole.
 _PARTS = (".tmp", ".part", ".partial", ".filepart")
@@ -37,7 +38,7 @@ def _exported(path: Path) -> float:
     """Seconds since 1970."""
     try:
         created = datetime.fromisoformat(json.loads(_manifest(path))["created"].replace("Z", "+00:00"))
-    except (OSError, tarfile.TarError, EOFError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (OSError, *DAMAGED, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return path.stat().st_mtime
     return (created if created.tzinfo else created.replace(tzinfo=timezone.utc)).timestamp()
 

@@ -13,7 +13,8 @@ from .bundlefiles import COPY_AGAIN, MAX_FILE_BYTES, MAX_FILES, MAX_TOTAL_BYTES,
 from .errors import BundleError
 
 _CHUNK = 1 << 20
-_DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
+#: What reading an archive that is not whole raises
+DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
 #: Bytes behind the last member that must be zeros, or not there
 _TAIL = 1 << 16
 
@@ -41,7 +42,7 @@ def unpack(path: Path, target: Path) -> Path:
                     with source, place.open("xb") as out:
                         _copy(source, out)
             _check_end(archive)
-    except (*_DAMAGED, FileExistsError, NotADirectoryError) as error:
+    except (*DAMAGED, FileExistsError, NotADirectoryError) as error:
         # tarfile tells of an unknown format in a line for each that it has tried.
         found = "no tar archive" if "\n" in str(error) else error
         raise BundleError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import tarfile
 from pathlib import Path
 
@@ -79,3 +80,17 @@ def test_without_a_manifest_that_says_when_the_time_of_the_file_counts(created: 
     os.utime(empty, (1.9e9, 1.9e9))
     os.utime(broken, (2e9, 2e9))
     assert newest([before, empty]) == empty and newest([before, empty, broken]) == broken
+
+
+def test_a_damaged_compressed_archive_does_not_hide_the_others(tmp_path: Path) -> None:
+    good = exported(tmp_path / "a", "2026-01-01T00:00:00Z", touched=0)
+    other = exported(tmp_path / "b", "2026-01-02T00:00:00Z", touched=0)
+    (other / "weights").write_bytes(random.Random(0).randbytes(100_000))
+    damaged = tmp_path / "b.tar"
+    with tarfile.open(damaged, "w:xz") as archive:
+        archive.add(other / "weights", "weights")  # what is damaged lies before the manifest
+        archive.add(other / MANIFEST, MANIFEST)
+    data = damaged.read_bytes()
+    damaged.write_bytes(data[:70_000] + bytes(20_000) + data[90_000:])
+    os.utime(damaged, (1e9, 1e9))
+    assert newest([good, damaged]) == good
