@@ -277,11 +277,14 @@ def _product(folder: Path, root: Path) -> list[Sample] | None:
 
 
 def _defects(folder: Path) -> list[Path]:
-    """The folders of a folder of defects (others too), refused where one is of masks and would pass for a defect."""
+    """The folders of a folder of defects (others too), refused where one is of masks and would pass for a defect.
+
+    Masks that lie deeper, in a folder for each defect, are no samples, by whatever name: remarks.py says them.
+    """
     found = _folders(folder)
     for kind in found:
         name = kind.name.lower().replace("-", "").replace("_", "").replace(" ", "")
-        if kind.name != MASK_FOLDER and name in _MASK_NAMES and _any_image(kind):
+        if kind.name != MASK_FOLDER and name in _MASK_NAMES and _images(kind):
             raise SourceError(
                 f"{kind} is named like a folder of masks and would be taken for one of defective parts",
                 found=kind.name,

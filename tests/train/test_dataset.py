@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from andon.runtime.dataset import open_dataset, read_mask, read_rgb, split_readable
 from andon.runtime.errors import ConfigError, SourceError
+from andon.runtime.remarks import remarks
 
 RealData = Callable[[str], str]
 
@@ -136,6 +137,16 @@ def test_a_folder_of_masks_is_no_defect(tmp_path: Path, place: str) -> None:
     assert caught.value.found == Path(place).name and "ground_truth/<defect>" in str(caught.value)
     (tmp_path / "bolt" / place).rename(tmp_path / "bolt/ground_truth")
     assert len(open_dataset(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("place", ["masks/scratch", "test/ground-truth/scratch"])
+def test_masks_in_a_folder_for_each_defect_are_passed_over_by_any_name(tmp_path: Path, place: str) -> None:
+    """Nothing of them would be taken for a part: such a set opens, as it did before."""
+    write(tmp_path / "bolt" / ("train/good" if "test" in place else "good") / "1.png")
+    write(tmp_path / "bolt" / place / "1_mask.png")
+    data = open_dataset(tmp_path)
+    assert [s.key for s in data.samples] == [s.key for s in data.samples if s.good] and len(data) == 1
+    assert f"(bolt/{place}: 1)" in remarks(data)[0]
 
 
 def test_jfif_is_a_jpeg(tmp_path: Path) -> None:
