@@ -54,10 +54,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from .methods import get_cut
     from .nextstep import calibrate_step
 
-    if args.out and args.tar:
-        bundle.require_new(
-            bundle.tar_path(args.out)
-        )  # now: another bundle's tar is found before the work, not replaced
+    if args.out:  # now: what is there, another bundle's tar too, is found before the work, and not replaced
+        bundle.require_new(args.out)
+        if args.tar:
+            bundle.require_new(bundle.tar_path(args.out))
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
     checkpoint = args.checkpoint or newest_checkpoint(args.method)
     origin = read_provenance(checkpoint)

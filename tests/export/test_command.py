@@ -114,6 +114,16 @@ def test_a_tar_that_is_there_is_not_replaced(tmp_path: Path, capsys: pytest.Capt
     assert (tmp_path / "b.tar").read_text() == "of another day"
 
 
+@pytest.mark.parametrize("tar", [[], ["--tar"]])
+def test_a_folder_that_is_there_is_refused_before_any_work(
+    tar: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The one we are in, too, which has no name to put .tar behind."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "--method", "knn", "--checkpoint", "no-checkpoint", "--out", ".", *tar]) == 1
+    assert ". exists" in "".join(capsys.readouterr())
+
+
 def test_options_are_yaml_and_what_is_none_is_named() -> None:
     assert command.parse_options(["steps=4", "levels=[a, b]"]) == {"steps": 4, "levels": ["a", "b"]}
     with pytest.raises(ConfigError, match="cannot be read"):
