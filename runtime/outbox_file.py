@@ -203,7 +203,8 @@ class OutboxFile:
             if held >= size:
                 return
             try:
-                with self._reserve.open("ab") as file:
+                # Not for appending: where the disk has no such call, the C library refuses that (EBADF).
+                with self._reserve.open("r+b" if held else "wb") as file:
                     os.posix_fallocate(file.fileno(), 0, size)
                 return
             except OSError as error:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -143,3 +146,21 @@ def test_caps_that_drop_every_message_are_said_once_a_minute(
         fill(outbox, 1)
         eventually(lambda: len(events) == 2)
         assert sum(int(text.split()[0]) for _, text in events) == outbox.stats().dropped
+
+
+def test_a_disk_that_cannot_allocate_has_a_reserve_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ext3, FAT, NFS 3: the C library writes the file then, and refuses one that is open for appending."""
+
+    def emulated(descriptor: int, offset: int, length: int) -> None:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_APPEND:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        end = os.fstat(descriptor).st_size
+        os.pwrite(descriptor, bytes(max(0, offset + length - end)), end)
+
+    monkeypatch.setattr(os, "posix_fallocate", emulated)
+    reserve = tmp_path / "o.db.reserve"
+    with Outbox(tmp_path / "o.db") as outbox:
+        assert reserve.stat().st_size == 2**20
+        os.truncate(reserve, 2**19)
+        outbox._file.reserve()
+        assert reserve.stat().st_size == 2**20
