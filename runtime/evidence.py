@@ -140,8 +140,8 @@ class EvidenceStore:
         encoded = cv2.imencode(
             ".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, self._config.quality]
         )[1].tobytes()
+        job.path.parent.mkdir(parents=True, exist_ok=True)  # first: only a folder that is there says what room it has
         self._make_room(len(encoded))
-        job.path.parent.mkdir(parents=True, exist_ok=True)
         partial = job.path.with_suffix(".part")
         try:
             partial.write_bytes(encoded)

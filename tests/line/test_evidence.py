@@ -119,3 +119,15 @@ def test_pictures_yield_to_verdicts_on_a_full_disk(
         store.keep(bad.verdict, noise, None, bad.box, None)
         eventually(lambda: store.failed == 1)
         assert store.written == 40 and not list(small_disk.rglob("*.jpg"))
+
+
+def test_an_evidence_folder_that_somebody_removed_is_made_again(
+    make_judge: Callable[..., Judge], tmp_path: Path, eventually: Callable[..., None]
+) -> None:
+    bad = make_judge().judge(frame(picture(250)))
+    folder = tmp_path / "evidence"
+    with EvidenceStore(EvidenceConfig(), folder) as store:
+        folder.rmdir()
+        path = store.keep(bad.verdict, picture(250), bad.scored.map, bad.box, 0.5)
+        eventually(lambda: store.written + store.failed == 1)
+    assert store.failed == 0 and path is not None and Path(path).is_file()
