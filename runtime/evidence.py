@@ -169,6 +169,8 @@ class EvidenceStore:
     def _leave_free(self, needed: int) -> bool:
         """Whether so many bytes may be written; the oldest pictures make room, no more of them than it takes."""
         disk = os.statvfs(self._folder)
+        if not disk.f_blocks:  # one that does not say, as some of FUSE: then the quota alone counts
+            return True
         floor = min(FREE, int(FREE_SHARE * disk.f_blocks * disk.f_frsize))
         missing = floor + needed - disk.f_bavail * disk.f_frsize
         if missing <= -floor:

@@ -131,3 +131,18 @@ def test_an_evidence_folder_that_somebody_removed_is_made_again(
         path = store.keep(bad.verdict, picture(250), bad.scored.map, bad.box, 0.5)
         eventually(lambda: store.written + store.failed == 1)
     assert store.failed == 0 and path is not None and Path(path).is_file()
+
+
+def test_a_disk_that_does_not_say_its_size_is_not_full(
+    make_judge: Callable[..., Judge], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FUSE answers so for whoever does not implement it."""
+    nothing = os.statvfs_result((512, 0, 0, 0, 0, 0, 0, 0, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: nothing)
+    bad = make_judge().judge(frame(picture(250)))
+    with EvidenceStore(EvidenceConfig(), tmp_path / "evidence") as store:
+        paths = [
+            store.keep(replace(bad.verdict, id=f"{count:026d}"), picture(250), bad.scored.map, bad.box, 0.5)
+            for count in range(2)
+        ]
+    assert store.failed == 0 and all(path and Path(path).is_file() for path in paths)
