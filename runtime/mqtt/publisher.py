@@ -292,7 +292,10 @@ class Publisher:
             log.warning("%s: %s: %s", self._client_id, topic, reason or "the broker takes it again")
         elif reason is None:
             self._refused.pop(topic, None)
-            log.info("%s: the broker takes %s again", self._client_id, topic)
+            if topic.endswith("/result"):  # nothing is sent there until the next command
+                log.info("%s: no more answers are refused on %s", self._client_id, topic)
+            else:
+                log.info("%s: the broker takes %s again", self._client_id, topic)
         else:
             self._refused[topic] = reason
             what = "kept and retried" if topic.rsplit("/", 1)[1] in KINDS else "what is sent there does not arrive"

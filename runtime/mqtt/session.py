@@ -39,6 +39,8 @@ HEAVY = 2048
 _UNSENT = 16384
 #: Seconds until what is retained is published again on a topic that the broker has refused.
 _AGAIN = 30.0
+#: Seconds for which a refused answer to a command is trouble: it is not sent again, so nothing would end it.
+_SHOWN = 60.0
 
 
 class Lost(Exception):
@@ -104,6 +106,7 @@ class Session:
         self._flying: dict[int, tuple[Stream, Stored] | str] = {}  # by packet id; topic of what is not stored
         self._refused: dict[str, str] = {}  # of the latter: topic -> reason
         self._again_at = 0.0
+        self._answers: dict[str, float] = {}  # those of them that are answers -> until when they count
         self._flying_since = 0.0
         self.answered_at = 0.0  # monotonic seconds of the last acknowledgement; 0: none yet
         self._streams: dict[str, Stream] = {}
@@ -258,6 +261,8 @@ class Session:
         if self._refused and time.monotonic() >= self._again_at:
             self._again_at = time.monotonic() + _AGAIN
             self._owed.update((topic, self._retained[topic]) for topic in self._refused if topic in self._retained)
+        for topic in [topic for topic, until in self._answers.items() if time.monotonic() >= until]:
+            self._answered(topic, None)
         while self._owed and len(self._flying) < self._window:
             topic = next(iter(self._owed))
             if (payload := self._owed.pop(topic)()) is not None:
@@ -379,6 +384,10 @@ class Session:
 
     def _answered(self, topic: str, reason: str | None) -> None:
         """Of what is not stored: status, alarm board and discovery, which are retained, and answers to commands."""
+        if reason is None:
+            self._answers.pop(topic, None)
+        elif topic not in self._retained:
+            self._answers[topic] = time.monotonic() + _SHOWN
         if reason == self._refused.get(topic):
             return
         if reason is None:

@@ -295,3 +295,8 @@ def test_a_forbidden_topic_of_what_is_not_stored_is_said(
         eventually(lambda: "/config: the broker takes it again" in caplog.text)
         answer()
         eventually(lambda: running.delivery.health().trouble() == "")
+        acl.write_text("user station\ntopic readwrite andon/v1/+/+/+/+/+\n")
+        monkeypatch.setattr(session, "_SHOWN", 0.5)
+        os.kill(broker.pid or 0, signal.SIGHUP)
+        eventually(lambda: answer() or refused() == {"result"})
+        eventually(lambda: running.delivery.health().trouble() == "")  # no further command, and nothing to send again
