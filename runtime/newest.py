@@ -22,7 +22,12 @@ def may_be_bundle(path: Path) -> bool:
     """
     if path.name.startswith(".") or path.suffix in _PARTS:
         return False
-    return (path / MANIFEST).is_file() if path.is_dir() else path.is_file()
+    if not path.is_dir():
+        return path.is_file()
+    try:
+        return (path / MANIFEST).is_file()
+    except PermissionError:  # another user's: as an old one it must not stop the line, as the newest it is refused
+        return True
 
 
 def newest(bundles: Iterable[Path]) -> Path:

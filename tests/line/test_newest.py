@@ -62,6 +62,23 @@ def test_what_is_no_bundle_yet_is_not_the_newest(tmp_path: Path) -> None:
     assert bundle_path(config) == old
 
 
+def test_a_folder_that_may_not_be_read_stops_no_newer_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copied by root; the tests may be root themselves, who is refused nothing."""
+    path = tmp_path / "line.yaml"
+    path.write_text(LINE)
+    exported(tmp_path / "hvq-theirs", "2020-01-01T00:00:00Z", touched=1e9)
+    new = exported(tmp_path / "hvq-a", "2026-01-01T00:00:00Z", touched=2e9)
+    stat = Path.stat
+
+    def refusing(self: Path, *, follow_symlinks: bool = True) -> os.stat_result:
+        if self.parent.name == "hvq-theirs":
+            raise PermissionError(13, "Permission denied", str(self))
+        return stat(self, follow_symlinks=follow_symlinks)
+
+    monkeypatch.setattr(Path, "stat", refusing)
+    assert bundle_path(effective(Options(config=path))) == new
+
+
 @pytest.mark.parametrize("top", ["", "hvq-b", "./"])
 def test_the_manifest_of_an_archive_is_read_in_it(top: str, tmp_path: Path) -> None:
     old = exported(tmp_path / "hvq-a", "2026-01-01T00:00:00Z", touched=3e9)
