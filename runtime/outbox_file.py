@@ -28,8 +28,10 @@ CREATE TABLE state (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 #: Pages of 4 KiB in the write-ahead log before it is folded into the file, and the bytes kept free for doing so when
 #: the disk is full.
 _LOG_PAGES, _RESERVE = 128, 2**20
-#: What is held of the reserve where there is no room for the whole; and to the last, for the count of what is lost.
-_PARTS, _LAST = (_RESERVE, _RESERVE * 3 // 4, _RESERVE // 2), 2**16
+#: What is held of the reserve where there is no room for the whole, at least what a start takes; and to the last, for
+#: the count of what is lost.
+_LAST = 2**16
+_PARTS = (_RESERVE, _RESERVE * 3 // 4, _RESERVE // 2, _LAST, _LAST // 2)
 #: Deletions of one transaction on a full disk.
 _SMALL = 64
 Row = tuple[int, str, str, str, bytes]
@@ -378,8 +380,14 @@ class OutboxFile:
             self._reader = self._writer = None
 
     def close(self) -> None:
-        """Close the file and let go of the lock."""
+        """Close the file and let go of the lock.
+
+        Of a reserve that was given up, a part is taken back out of the log's room: the next start may need it.
+        """
         self._disconnect()
         if self._lock_file is not None:
+            if self._giving_up:
+                self._giving_up = False
+                self.reserve()
             self._lock_file.close()
             self._lock_file = None

@@ -164,3 +164,16 @@ def test_a_disk_that_cannot_allocate_has_a_reserve_too(tmp_path: Path, monkeypat
         os.truncate(reserve, 2**19)
         outbox._file.reserve()
         assert reserve.stat().st_size == 2**20
+
+
+def test_a_line_starts_again_and_again_on_a_full_disk(small_disk: Path) -> None:
+    """Others take every byte that it leaves free."""
+    with Outbox(small_disk / "o.db"):
+        pass
+    for _ in range(3):
+        fill_disk(small_disk)
+        with Outbox(small_disk / "o.db") as outbox:
+            fill_disk(small_disk)
+            ids = Ids(outbox.last_id)
+            for _ in range(1000):
+                outbox.put("cam0", "verdict", ids.next(), b"x" * 1000)
