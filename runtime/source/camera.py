@@ -107,6 +107,8 @@ class Camera:
                 return
             (call, since), now = self._call, time.monotonic()
             limit = self._config.silence or CALL_DEFAULT
+            if not self._config.endless:  # a share with many files may take its time to list, and nothing waits for it
+                limit = max(limit, CALL_DEFAULT)
             if now - since < limit:
                 return
             if self._state.state != "down":

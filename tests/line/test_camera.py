@@ -333,9 +333,17 @@ def test_who_says_that_a_source_hangs_waits_for_nothing(eventually: Callable[...
         source.free.set()
 
 
-def test_a_file_that_opens_slowly_gives_no_verdict_of_its_own(eventually: Callable[..., None]) -> None:
+def test_a_file_that_opens_slowly_gives_no_verdict_of_its_own(
+    eventually: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor an alarm before it had the time that a share with many files may take, whatever is stale for a camera."""
     source = Hanging("open")
     with Running(source, camera({"kind": "gstreamer", "pipeline": "x", "live": False}, stale_after=0.2)) as running:
+        assert source.entered.wait(60)
+        time.sleep(0.4)
+        running.camera.look()
+        assert running.camera.state.state == "starting"
+        monkeypatch.setattr("andon.runtime.source.camera.CALL_DEFAULT", 0.3)
         eventually(lambda: running.camera.look() or running.camera.state.state == "down")
         assert not running.slots.waiting("cam")
         source.free.set()
