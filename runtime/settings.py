@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 Seconds = Annotated[float, Field(gt=0)]
+
+
+def absolute(path: Path, info: ValidationInfo) -> Path:
+    """Make a path of the file absolute, once, here: nobody else needs to know where the file lies.
+
+    Links stay as they are named: a certificate that is renewed or a bundle that is replaced by pointing its link
+    elsewhere is found at the next look. Only what stands before a .. is followed, which alone says what that means.
+    """
+    whole = Path((info.context or {}).get("base", "."), path.expanduser()).absolute()
+    ups = [index for index, part in enumerate(whole.parts) if part == ".."]
+    if not ups:
+        return whole
+    return Path(*whole.parts[: ups[-1] + 1]).resolve().joinpath(*whole.parts[ups[-1] + 1 :])
+
+
+LocalPath = Annotated[Path, AfterValidator(absolute)]
 
 
 class Settings(BaseModel):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..lineconfig import CameraConfig, DatasetSource, FolderSource
+from ..lineconfig import CameraConfig
+from ..sourceconfig import DatasetSource, FolderSource
 from .base import EndOfSource, Shot, Source
 
 __all__ = ["EndOfSource", "Shot", "Source", "make_source"]

@@ -12,7 +12,8 @@ from typing import Any
 
 from ..configfile import secret
 from ..errors import SourceError
-from ..lineconfig import CameraConfig, CsiSource, FileSource, GstreamerSource, PatternSource, RtspSource, UsbSource
+from ..lineconfig import CameraConfig
+from ..sourceconfig import CsiSource, FileSource, GstreamerSource, PatternSource, RtspSource, UsbSource
 from .gstreamer import GstreamerCamera, has_element
 
 Has = Callable[[str], bool]

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import SourceError
 from ..images import read_rgb
-from ..lineconfig import DatasetSource, FolderSource
+from ..sourceconfig import DatasetSource, FolderSource
 from .base import Array, EndOfSource, Shot
 from .gstreamer import Pipeline, gst, to_array
 from .playlist import Part, parts, playing

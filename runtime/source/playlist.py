@@ -14,7 +14,7 @@ from pathlib import Path
 from ..dataset import open_dataset
 from ..errors import SourceError
 from ..images import IMAGE_SUFFIXES, on_disk, read_rgb
-from ..lineconfig import DatasetSource, FolderSource
+from ..sourceconfig import DatasetSource, FolderSource
 from ..verdict import readable
 from .base import EndOfSource, Shot
 

@@ -11,10 +11,10 @@ import cv2
 import numpy as np
 import pytest
 from andon.runtime.errors import ConfigError, SourceError
-from andon.runtime.lineconfig import CsiSource, UsbSource
 from andon.runtime.source import EndOfSource, make_source
 from andon.runtime.source.gstreamer import GstreamerCamera, gst, unpack
 from andon.runtime.source.pipelines import csi, rtsp, usb
+from andon.runtime.sourceconfig import CsiSource, UsbSource
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -9,10 +9,10 @@ import pytest
 from andon.runtime.dataset import Sample, open_dataset
 from andon.runtime.errors import ConfigError
 from andon.runtime.evaluation import confusion_table, latency_table
-from andon.runtime.lineconfig import DatasetSource
 from andon.runtime.quality import table
 from andon.runtime.recorded import from_verdicts, read_verdicts
 from andon.runtime.source.playlist import parts
+from andon.runtime.sourceconfig import DatasetSource
 
 
 def _sample(name: str, label: str) -> Sample:
