@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
-
 import torch
-from andon.train.method import Batch
 from andon.train.methods.vpdm.config import VpdmConfig
 from andon.train.methods.vpdm.model import Vpdm
-from torch import Tensor
+
+from .tensordata import Data
 
 
 def small_config(**changes: object) -> VpdmConfig:
@@ -27,24 +23,6 @@ def small_config(**changes: object) -> VpdmConfig:
         "schedule": {"steps": 30},
     }
     return VpdmConfig.model_validate(values | changes)
-
-
-@dataclass
-class Data:
-    """Training data from a tensor, as the loop offers it."""
-
-    features: Mapping[str, Any]
-    class_ids: Any
-
-    def __len__(self) -> int:
-        return len(self.class_ids)
-
-    def batches(self, size: int) -> Iterator[Batch]:
-        for index in torch.arange(len(self)).split(size):
-            yield self.batch(index)
-
-    def batch(self, index: Tensor) -> Batch:
-        return Batch({k: v[index] for k, v in self.features.items()}, None, self.class_ids[index], index)
 
 
 def feature_data(model: Vpdm, count: int) -> Data:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,9 +19,10 @@ from andon.train.methods.hgad.flow import CouplingBlock, Flow, position_code, ra
 from andon.train.methods.hgad.mixture import Mixture, intra_density, negative_entropy
 from andon.train.methods.hgad.model import Hgad
 from andon.train.methods.hgad.score import calibrated
-from torch import Tensor
 from torch.autograd.functional import jacobian
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
+
+from .tensordata import Data
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -53,24 +52,6 @@ def small_config(**changes: object) -> HgadConfig:
         "schedule": {"steps": 40, "lr": 5e-3},
     }
     return HgadConfig.model_validate(values | changes)
-
-
-@dataclass
-class Data:
-    """Training data from tensors, as the loop offers it."""
-
-    features: Mapping[str, Any]
-    class_ids: Any
-
-    def __len__(self) -> int:
-        return len(self.class_ids)
-
-    def batches(self, size: int) -> Iterator[Batch]:
-        for index in torch.arange(len(self)).split(size):
-            yield self.batch(index)
-
-    def batch(self, index: Tensor) -> Batch:
-        return Batch({k: v[index] for k, v in self.features.items()}, None, self.class_ids[index], index)
 
 
 def feature_data(model: Hgad, count: int, classes: int, shift: float = 3.0) -> Data:
