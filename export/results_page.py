@@ -20,8 +20,8 @@ HEAD = """# Results
 Written from [results.json](results.json) by `andon eval --all`; every record there carries the command that trained or
 evaluated it. Edge presets (`configs/edge`) on 2 cores of a Xeon with AVX-512, no GPU, one model for all products of a
 set; mean ± standard deviation over seeds (one seed where none is given), always the last checkpoint. How the settings
-were chosen is said below. The sets (elpv from PyPI, magnetic_tile, cookie, mvtec_screw) keep their own licences.
-Nothing here was measured on a GPU or a Jetson.
+were chosen is said in short below and in full in [selection.md](selection.md). The sets (elpv from PyPI, magnetic_tile,
+cookie, mvtec_screw) keep their own licences. Nothing here was measured on a GPU or a Jetson.
 """
 
 
@@ -37,7 +37,17 @@ of vpdm a map without align_corners; the presets of hgad and vpdm have both sinc
 where the preset does not. Rows of hgad called whole density, upright or earlier code are scored with the flow's
 log-determinant (score.log_det 1), which its preset has no longer.
 No test image was read for this page. A number behind a set's name is the number of training images of a product.
-What was chosen stands in configs/selection.yaml and on [the results page](results.md).
+What was chosen, and what else was looked at, is in [selection.md](selection.md).
+"""
+
+
+SELECTION = """# How the settings were chosen
+
+Written from configs/selection.yaml by `andon eval --all`: for every method what was looked at, with figures, what was
+taken and what was not, and where figures of the test sets had been seen before. [results.md](results.md) has the test
+figures of what was chosen, [validation.md](validation.md) the sets and the rows of most of what was looked at. Figures
+without a name are image AUROC / AUPRO, or image AUROC / pixel AUROC / AUPRO, on those sets; pairs on elpv are
+mono / poly.
 """
 
 
@@ -47,8 +57,20 @@ def write_validation(records: Sequence[Record], path: Path) -> Path:
     return path
 
 
+def write_selection(path: Path) -> Path:
+    """Write the page that says how the settings were chosen."""
+    parts = [SELECTION]
+    for method, entry in _read("selection.yaml").items():
+        parts.append(f"## {method}\n\n{_plain_text(entry['short'])}\n")
+        parts += [f"- **{topic}.** {_plain_text(text)}" for topic, text in entry["looked_at"].items()]
+        parts.append("")
+    path.write_text("\n".join(parts), encoding="utf-8")
+    return path
+
+
 def write_page(records: Sequence[Record], path: Path) -> Path:
-    """Write the page; returns its path."""
+    """Write the page, and beside it selection.md, which it refers to; returns its path."""
+    write_selection(path.with_name("selection.md"))
     parts = [HEAD, _selection(), _quality(records, _plain), _cost(records), _others(records), _published()]
     path.write_text("\n".join(p for p in parts if p) + "\n", encoding="utf-8")
     return path
@@ -136,10 +158,14 @@ def _read(name: str) -> dict[str, Any]:
     return content
 
 
+def _plain_text(text: str) -> str:
+    return " ".join(text.split())
+
+
 def _selection() -> str:
-    """What was looked at: before the figures, since it says how far to believe them."""
-    rows = [[name, " ".join(text.split())] for name, text in _read("selection.yaml").items()]
-    return "## How the settings were chosen\n\n" + _table(["method", "what was looked at"], rows)
+    """What was looked at, in short: before the figures, since it says how far to believe them."""
+    rows = [[name, _plain_text(entry["short"])] for name, entry in _read("selection.yaml").items()]
+    return "## How the settings were chosen\n\n" + _table(["method", "in short"], rows)
 
 
 def _published() -> str:

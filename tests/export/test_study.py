@@ -120,3 +120,6 @@ def test_few_shots_and_cost_have_tables_of_their_own(tmp_path: Path) -> None:
     assert "| tile | tile | 1 |  | 0.750 ± 0.071 |" in page
     assert "| foct | tile | – | – | 1.50 | – |" in page
     assert "MVTec-AD" in page  # the papers' figures
+    assert "(selection.md)" in page and "| hgad | On validation alone" in page
+    chosen = (tmp_path / "selection.md").read_text()
+    assert "## hgad\n" in chosen and "- **Size.** 288 pixels instead of 224" in chosen
