@@ -44,12 +44,17 @@ def unpack(path: Path, target: Path) -> Path:
             _check_end(archive)
     except (*DAMAGED, FileExistsError, NotADirectoryError) as error:
         # tarfile tells of an unknown format in a line for each that it has tried.
-        found = "no tar archive" if "\n" in str(error) else error
-        raise BundleError(
-            f"{path} cannot be unpacked", found=found, expected="a .tar of a bundle", next_step=COPY_AGAIN
-        ) from error
+        raise _cannot(path, "no tar archive" if "\n" in str(error) else error) from error
+    except OSError as error:
+        if error.errno is not None:  # a full disk, a file without permission
+            raise
+        raise _cannot(path, error) from error  # bz2 says so what zlib and lzma have errors of their own for
     tops = list(target.iterdir())
     return tops[0] if len(tops) == 1 and tops[0].is_dir() else target
+
+
+def _cannot(path: Path, found: object) -> BundleError:
+    return BundleError(f"{path} cannot be unpacked", found=found, expected="a .tar of a bundle", next_step=COPY_AGAIN)
 
 
 def _check_member(member: tarfile.TarInfo, count: int, total: int) -> None:

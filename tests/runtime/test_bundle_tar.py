@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from andon.runtime import bundle as module
 from andon.runtime import unpack
@@ -35,13 +38,19 @@ def test_a_tar_is_unpacked_while_it_is_open(make_bundle: MakeBundle, tmp_path: P
     assert not root.exists()
 
 
-@pytest.mark.parametrize("packed", ["a head", "zeros for a head", "a stream"])
+STREAMS = {"gzip": gzip.compress, "bz2": lambda raw: bz2.compress(raw, 1), "xz": lzma.compress}
+
+
+@pytest.mark.parametrize("packed", ["a head", "zeros for a head", "gzip", "bz2", "xz"])
 def test_a_damaged_tar_is_to_be_copied_again(make_bundle: MakeBundle, tmp_path: Path, packed: str) -> None:
     """tarfile takes what it cannot read for the end, and what is missing then looks like no bundle at all."""
-    path = pack(make_bundle(), tmp_path / "b.tar")
+    root = make_bundle()
+    noise = np.random.default_rng(0).bytes(1 << 20)  # the damage is not in the first block, which the opening reads
+    (root / "noise").write_bytes(noise)
+    path = pack(root, tmp_path / "b.tar")
     raw = path.read_bytes()
-    if packed == "a stream":
-        raw = gzip.compress(raw)
+    if packed in STREAMS:
+        raw = STREAMS[packed](raw)
         raw = raw[: len(raw) // 2] + bytes(200) + raw[len(raw) // 2 + 200 :]
     else:
         with tarfile.open(path) as archive:
