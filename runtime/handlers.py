@@ -90,7 +90,18 @@ class Handlers:
         settings = self._app.config.cameras[camera].trigger
         at = time.monotonic() + (settings.delay_ms / 1000 if settings else 0.0)
         timeout = settings.timeout_ms / 1000 if settings else TRIGGER_TIMEOUT
-        self._app.slots.trigger(camera, Trigger(arguments["part_id"], at, at + timeout, arguments.get("product")))
+        judge = self._app.worker.judge  # none while engines are built: then the line has no product to expect yet
+        expected = judge.product_of(camera) if judge is not None else AUTO
+        self._app.slots.trigger(
+            camera,
+            Trigger(
+                arguments["part_id"],
+                at,
+                at + timeout,
+                arguments.get("product"),
+                expected=None if expected == AUTO else expected,
+            ),
+        )
         return {"part_id": arguments["part_id"]}
 
     def memory(self, camera: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -14,13 +14,15 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from typing import Literal
+from typing import Literal, TypeVar
 
 from .errors import ConfigError
 from .types import Frame
 
 #: Missed items (they hold no picture) and triggers that one lane keeps at most; beyond it the oldest are counted lost.
 MAX_WAITING = 1024
+
+_Item = TypeVar("_Item", "Frame", "Missed")
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,22 @@ class Missed:
 
 @dataclass(frozen=True)
 class Trigger:
-    """A part announced for a camera. `at` and `deadline` are monotonic seconds; the frame is captured after `at`."""
+    """A part announced for a camera. `at` and `deadline` are monotonic seconds; the frame is captured after `at`.
+
+    product: as which it was announced; expected: what the camera expected then, for a frame that brings none: a product
+    commanded afterwards is of the parts behind it.
+    """
 
     part_id: str
     at: float
     deadline: float
     product: str | None = None
+    expected: str | None = None
+
+    def takes(self, item: _Item) -> _Item:
+        """What comes from the camera, as this part's."""
+        product = self.product or item.product or self.expected
+        return replace(item, part_id=self.part_id, product=product)
 
 
 @dataclass(frozen=True)
@@ -126,6 +138,9 @@ class Slots:
             self._expire(item.camera, lane, self._clock())
             item = replace(item, seq=self._number(lane))
             if isinstance(item, Missed):
+                # A picture that cannot be read was the part's: the next one may show the part behind it.
+                if item.reason == "bad_frame" and lane.triggers and item.monotonic >= lane.triggers[0].at:
+                    item = lane.triggers.popleft().takes(item)
                 self._miss(lane, item)
             else:
                 self._put_frame(lane, item)
@@ -220,8 +235,7 @@ class Slots:
     def _put_frame(self, lane: _Lane, frame: Frame) -> None:
         lane.counts.offered += 1
         if lane.triggers and frame.monotonic >= lane.triggers[0].at:
-            trigger = lane.triggers.popleft()
-            frame = replace(frame, part_id=trigger.part_id, product=trigger.product or frame.product)
+            frame = lane.triggers.popleft().takes(frame)
         elif lane.policy.triggered_only:
             lane.counts.untriggered += 1
             return
@@ -258,7 +272,7 @@ class Slots:
                 captured=datetime.now(timezone.utc),
                 monotonic=trigger.at,
                 part_id=trigger.part_id,
-                product=trigger.product,
+                product=trigger.product or trigger.expected,
                 detail="no frame came before the trigger's deadline",
             )
             self._miss(lane, item)

@@ -56,6 +56,19 @@ def test_a_part_is_judged_as_the_product_that_is_asked_for_unless_there_is_none_
         assert (verdict["part_id"], verdict["label"], verdict["product"]) == (part, "OK", judged_as)
 
 
+def test_a_product_that_comes_after_a_trigger_is_of_the_parts_behind_it(
+    start_line: Callable[..., RunningLine], consumer: Any
+) -> None:
+    trigger = {"delay_ms": 1_000, "timeout_ms": 60_000}
+    line = start_line({"cam0": {"source": LIVE, "product": "mono", "queue": 8, "trigger": trigger}})
+    assert line.command("cam0", "trigger", part_id="A-1")["ok"]
+    assert line.command("cam0", "product", product="poly")["ok"]
+    assert not consumer.of("verdict"), "the product came before the part's picture"
+    assert line.command("cam0", "trigger", part_id="A-2")["ok"]
+    verdicts = consumer.wait_for("verdict", 2)
+    assert [(v["part_id"], v["product"]) for v in verdicts] == [("A-1", "mono"), ("A-2", "poly")]
+
+
 def test_a_trigger_without_a_frame_is_unknown(start_line: Callable[..., RunningLine], consumer: Any) -> None:
     dead = {"kind": "gstreamer", "pipeline": "videotestsrc is-live=true ! valve drop=true"}
     cameras = {"cam0": {"source": dead, "product": "mono", "stale_after": None, "trigger": {"timeout_ms": 300}}}

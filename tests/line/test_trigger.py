@@ -148,6 +148,35 @@ def test_triggers_wait_in_order_and_bring_their_product() -> None:
     assert [(item.part_id, item.product) for item in drain(slots)] == [("p1", "mono"), ("p2", "poly")]
 
 
+def test_a_part_is_of_the_product_that_was_expected_when_it_was_announced() -> None:
+    slots, clock = triggered()
+    for part in "p1", "p2", "p3", "p4":
+        slots.trigger("a", Trigger(part, 100.0, 105.0, product="asked" if part == "p3" else None, expected="old"))
+    slots.put(frame(at=101))
+    slots.put(frame(at=101, product="the frame's"))
+    slots.put(frame(at=101, product="the frame's"))
+    clock.now = 105
+    products = [(item.part_id, item.product) for item in drain(slots)]
+    assert products == [("p1", "old"), ("p2", "the frame's"), ("p3", "asked"), ("p4", "old")]
+
+
+def test_a_picture_that_cannot_be_read_is_the_parts_and_not_the_next_one() -> None:
+    slots, _ = triggered()
+    bad = Missed("a", 0, "bad_frame", datetime.now(timezone.utc), 101.0, path="p1.png")
+    early = Missed("a", 0, "bad_frame", datetime.now(timezone.utc), 99.0)
+    stale = Missed("a", 0, "camera_stale", datetime.now(timezone.utc), 101.0)
+    for part in "p1", "p2":
+        slots.trigger("a", Trigger(part, 100.0, 105.0))
+    for item in early, stale, bad, frame(at=101.5):
+        slots.put(item)
+    assert [(item.part_id, item.monotonic) for item in drain(slots)] == [
+        (None, 99.0),
+        (None, 101.0),
+        ("p1", 101.0),
+        ("p2", 101.5),
+    ]
+
+
 def test_a_trigger_without_a_frame_is_no_frame_at_its_deadline() -> None:
     slots, clock = triggered()
     slots.trigger("a", Trigger("p1", 100.0, 101.0))
@@ -197,6 +226,7 @@ EVENTS = st.lists(
     st.one_of(
         st.tuples(st.just("trigger"), st.floats(0, 2), st.floats(0.1, 3)),
         st.tuples(st.just("frame"), st.floats(0, 1), st.just(0.0)),
+        st.tuples(st.just("bad"), st.floats(0, 1), st.just(0.0)),
         st.tuples(st.just("wait"), st.floats(0, 2), st.just(0.0)),
         st.tuples(st.just("take"), st.just(0.0), st.just(0.0)),
     ),
@@ -218,6 +248,8 @@ def test_every_trigger_gets_exactly_one_item(events: list[Any], queue: int, only
             slots.trigger("a", Trigger(part, clock.now + first, clock.now + first + second))
         elif kind == "frame":
             slots.put(frame(at=clock.now - first))
+        elif kind == "bad":
+            slots.put(Missed("a", 0, "bad_frame", datetime.now(timezone.utc), clock.now - first))
         elif kind == "wait":
             clock.now += first
         elif (item := slots.take(0)) is not None:
