@@ -140,9 +140,12 @@ def _others(records: Sequence[Record]) -> str:
             key = (str(r["set"]), str(r["product"] or "all"), str(r["shots"] or "–"), str(r.get("setting") or ""))
             groups[key][r["metric"]].append(r["value"])
         metrics = sorted({r["metric"] for r in mine})
-        rows = [[*key, *(_cell(values[m]) for m in metrics)] for key, values in sorted(groups.items())]
+        rows = [
+            [*key, *(_cell(values[m]) for m in metrics), str(max(map(len, values.values())))]
+            for key, values in sorted(groups.items())
+        ]
         title = f"## {method}: {family}\n\n"
-        out.append(title + _table(["set", "product", "shots", "setting", *metrics], rows))
+        out.append(title + _table(["set", "product", "shots", "setting", *metrics, "draws"], rows))
     return "\n".join(out)
 
 

@@ -100,8 +100,8 @@ def test_samplers_are_recorded_with_their_cost(tmp_path: Path, monkeypatch: pyte
     study.main(_args(tmp_path, *arguments))
     assert calls[-1][0] == "eval" and calls[-1][-3:] == ["--limit", "10", "--json"]
     page = (tmp_path / "results.md").read_text()
-    assert "| elpv | mono | – | sampler ddim10 | 0.900 | – |" in page
-    assert "| elpv | all | – | sampler ddim10 | – | 40.000 |" in page
+    assert "| elpv | mono | – | sampler ddim10 | 0.900 | – | 1 |" in page
+    assert "| elpv | all | – | sampler ddim10 | – | 40.000 | 1 |" in page
 
 
 def test_a_failed_run_ends_the_study() -> None:
@@ -117,7 +117,7 @@ def test_few_shots_and_cost_have_tables_of_their_own(tmp_path: Path) -> None:
         {**base, "shots": None, "metric": "GMAC", "value": 1.5},
     ]
     page = results_page.write_page(records, tmp_path / "p.md").read_text()
-    assert "| tile | tile | 1 |  | 0.750 ± 0.071 |" in page
+    assert "| tile | tile | 1 |  | 0.750 ± 0.071 | 2 |" in page
     assert "| foct | tile | – | – | 1.50 | – |" in page
     assert "MVTec-AD" in page  # the papers' figures
     assert "(selection.md)" in page and "| hgad | On validation alone" in page
