@@ -191,7 +191,8 @@ class LineApp:
         if config is None:
             return None
         folder = config.path or self.folder / "evidence"
-        store = stack.enter_context(EvidenceStore(config, folder, self._publish_picture))
+        cameras = None if config.path is None else list(self.config.cameras)  # a named one may be other lines', too
+        store = stack.enter_context(EvidenceStore(config, folder, self._publish_picture, cameras))
         self.state.section(
             "evidence", lambda: {name: getattr(store, name) for name in ("written", "skipped", "failed", "removed")}
         )

@@ -10,9 +10,12 @@ import errno
 import logging
 import os
 import queue
+import re
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +33,11 @@ log = logging.getLogger(__name__)
 WAITING = 8
 #: Bytes that pictures leave free on their disk, for verdicts; on a small one this share of it.
 FREE, FREE_SHARE = 16 * 2**20, 0.25
-#: Seconds between looks at the disk while no picture comes.
-_LOOK = 5.0
+#: Seconds between looks at the disk while no picture comes; seconds that a stop waits for the last pictures.
+_LOOK, _STOP = 5.0, 10.0
+#: A picture lies in <camera>/<day>/ and is named as its verdict, by a ULID; .part while it is written.
+_DAY = re.compile(r"\d{4}-\d\d-\d\d")
+_PICTURE = re.compile(r"[0-7][0-9A-HJKMNP-TV-Z]{25}\.(jpg|part)")
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ def overlay(image: Array, anomaly_map: Array, box: Box, threshold: float | None)
 class EvidenceStore:
     """Writes pictures on a thread of its own, within the quota and what the disk has to spare. A context manager.
 
+    Nobody else waits for the disk, neither at the start nor in between, and a stop only for seconds: a share may hang.
     Counters: written, skipped (the disk was too slow), failed, removed.
     """
 
@@ -64,11 +71,14 @@ class EvidenceStore:
         config: EvidenceConfig,
         folder: Path,
         published: Callable[[str, str, bytes], None] = lambda camera, identifier, jpeg: None,
+        cameras: Collection[str] | None = None,
     ):
         """published: told of each picture (camera, id of the verdict, JPEG) after it is written, if the
-        configuration says `publish`; called on the store's thread.
+        configuration says `publish`; called on the store's thread. cameras: those whose earlier pictures are counted
+        and removed; None: of all, which the folder must then be this line's alone for.
         """
         self._config = config
+        self._cameras = cameras
         self._published = published
         self._folder = folder
         self._jobs: queue.Queue[_Job | None] = queue.Queue(WAITING)
@@ -78,19 +88,16 @@ class EvidenceStore:
         self.written = self.skipped = self.failed = self.removed = 0
 
     def __enter__(self) -> EvidenceStore:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for left in self._folder.glob("*/*/*.part"):  # of a process that was killed while it wrote
-            with contextlib.suppress(OSError):
-                left.unlink()
-        kept = [path for path in self._folder.rglob("*.jpg") if path.is_file()]
-        stats = sorted((path.stat().st_mtime, path, path.stat().st_size) for path in kept)
-        self._files = {path: size for _, path, size in stats}
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._jobs.put(None)
-        self._thread.join()
+        until = time.monotonic() + _STOP
+        with contextlib.suppress(queue.Full):
+            self._jobs.put(None, timeout=_STOP)
+        self._thread.join(max(0.0, until - time.monotonic()))
+        if self._thread.is_alive():
+            log.error("evidence: %s does not take the last pictures within %g s; they are lost", self._folder, _STOP)
 
     def keep(
         self, verdict: Verdict, image: Array, anomaly_map: Array | None, box: Box, pixel: float | None
@@ -108,9 +115,12 @@ class EvidenceStore:
         return str(path)
 
     def _run(self) -> None:
-        broken = ""
+        broken, found = "", False  # what went wrong last; whether earlier pictures are known
         job: _Job | None
         while True:
+            if not found:  # a share may be away at the start
+                failed = self._attempt(self._find, broken)
+                found, broken = not failed, failed or broken
             try:
                 job = self._jobs.get(timeout=_LOOK)
             except queue.Empty:
@@ -119,16 +129,51 @@ class EvidenceStore:
                 continue
             if job is None:
                 return
-            try:
-                self._write(job)
-                if broken:
-                    log.info("evidence is written again")
-                broken = ""
-            except Exception as error:  # noqa: BLE001 - a picture that cannot be drawn must not end the others
-                self.failed += 1
-                if str(error) != broken:
-                    log.error("evidence cannot be written: %s", error)
-                broken = str(error)
+            failed = self._attempt(partial(self._write, job), broken)
+            self.failed += bool(failed)
+            if broken and not failed:
+                log.info("evidence is written again")
+            broken = failed
+
+    @staticmethod
+    def _attempt(work: Callable[[], None], before: str) -> str:
+        """What went wrong, empty if nothing did; said unless it is what went wrong before."""
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 - a picture that cannot be drawn must not end the others
+            if str(error) != before:
+                log.error("evidence cannot be written: %s", error)
+            return str(error) or type(error).__name__
+        return ""
+
+    def _find(self) -> None:
+        """Take stock of the pictures of earlier runs, in the order in which they were judged: that of their names.
+
+        Not by the time of the file, which a clock that was not set yet has given to some. What is named or lies
+        otherwise is not ours. Half pictures of a process that was killed while it wrote are removed.
+
+        Raises:
+            OSError: the folder cannot be made or listed.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        found: dict[Path, int] = {}
+        others: list[str] = []
+        for day in self._folder.glob("*/*"):
+            if not (_DAY.fullmatch(day.name) and day.is_dir()):
+                continue
+            if self._cameras is not None and day.parent.name not in self._cameras:
+                others.append(day.parent.name)
+                continue
+            for path, size in _pictures(day):
+                if path.suffix == ".jpg":
+                    found[path] = size
+                else:
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+        self._files = {path: found[path] for path in sorted(found, key=lambda path: path.name)}
+        if others:
+            names = ", ".join(sorted(set(others)))
+            log.warning("%s has pictures of cameras that this line has not (%s): they stay", self._folder, names)
 
     def _write(self, job: _Job) -> None:
         image = job.image
@@ -142,12 +187,15 @@ class EvidenceStore:
         )[1].tobytes()
         job.path.parent.mkdir(parents=True, exist_ok=True)  # first: only a folder that is there says what room it has
         self._make_room(len(encoded))
-        partial = job.path.with_suffix(".part")
+        part = job.path.with_suffix(".part")
         try:
-            partial.write_bytes(encoded)
-            partial.replace(job.path)
+            with part.open("wb") as file:
+                file.write(encoded)
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut leaves an empty file under the name that the verdict gives
+            part.replace(job.path)
         except OSError:
-            partial.unlink(missing_ok=True)  # what a full disk took of it counts towards no quota
+            part.unlink(missing_ok=True)  # what a full disk took of it counts towards no quota
             raise
         self._files[job.path] = len(encoded)
         self.written += 1
@@ -191,3 +239,12 @@ class EvidenceStore:
         oldest.unlink(missing_ok=True)
         self.removed += 1
         return size
+
+
+def _pictures(day: Path) -> Iterator[tuple[Path, int]]:
+    """The pictures of a day, whole and half, with their bytes; none of a folder that this user may not read."""
+    with contextlib.suppress(PermissionError), os.scandir(day) as entries:
+        for entry in entries:
+            if _PICTURE.fullmatch(entry.name):
+                with contextlib.suppress(FileNotFoundError):  # removed since it was listed
+                    yield Path(entry.path), entry.stat(follow_symlinks=False).st_size

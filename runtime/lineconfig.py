@@ -225,7 +225,11 @@ class OutboxConfig(Settings):
 class EvidenceConfig(Settings):
     """Pictures kept as evidence."""
 
-    path: LocalPath | None = Field(default=None, description="Folder; null: evidence in the state directory")
+    path: LocalPath | None = Field(
+        default=None,
+        description="Folder, with pictures as <camera>/<day>/<id of the verdict>.jpg, which may have other files, and "
+        "pictures of other lines whose cameras have other names; null: evidence in the state directory",
+    )
     labels: tuple[Literal["OK", "NG", "UNKNOWN"], ...] = Field(
         default=("NG",), description="Verdicts that keep a picture"
     )

@@ -6,11 +6,13 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
-from andon.runtime.evidence import EvidenceStore, overlay
+from andon.runtime.evidence import WAITING, EvidenceStore, overlay
 from andon.runtime.judge import Judge, Judgement
 from andon.runtime.lineconfig import EvidenceConfig
 
@@ -73,24 +75,129 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_the_others(
 def test_a_picture_that_cannot_be_stored_leaves_nothing_behind(
     make_judge: Callable[..., Judge], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def half(path: Path, data: bytes) -> int:
-        with path.open("wb") as file:
-            file.write(data[: len(data) // 2])
+    def full_disk(file: int) -> None:
         raise OSError("No space left on device")
 
     bad = make_judge().judge(frame(picture(250)))
     folder = tmp_path / "evidence"
     with monkeypatch.context() as full:
-        full.setattr(Path, "write_bytes", half)
+        full.setattr(os, "fsync", full_disk)
         with EvidenceStore(EvidenceConfig(), folder) as store:
             path = store.keep(bad.verdict, picture(250), bad.scored.map, bad.box, 0.5)
     assert (store.failed, store.written) == (1, 0) and path is not None
     assert [left for left in folder.rglob("*") if left.is_file()] == []
-    killed, foreign = Path(path).with_suffix(".part"), folder / "download.part"
-    killed.write_bytes(b"half a picture")
-    foreign.write_bytes(b"not ours")
-    with EvidenceStore(EvidenceConfig(), folder):
-        assert not killed.exists() and foreign.exists(), "what a killed process left is removed at the start"
+    killed = Path(path).with_suffix(".part")
+    foreign = [folder / "download.part", killed.with_name("download.part"), folder / "other/2026-11-22" / killed.name]
+    for part in (killed, *foreign):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(b"half a picture")
+    with EvidenceStore(EvidenceConfig(), folder, cameras=["cam"]):
+        pass
+    assert not killed.exists() and all(part.exists() for part in foreign), "what a killed process left is removed"
+
+
+def picture_file(folder: Path, camera: str, day: str, number: int, size: int) -> Path:
+    """One of an earlier run; number: place in the order of judging, which says nothing of the file's time."""
+    path = folder / camera / day / f"{number:026d}.jpg"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes(size))
+    return path
+
+
+def test_what_is_not_a_picture_of_this_line_is_neither_counted_nor_removed(
+    make_judge: Callable[..., Judge], tmp_path: Path
+) -> None:
+    """A share with the shop's other pictures, and another station's."""
+    bad, size = make_judge().judge(frame(picture(250))), 2**16
+    own = picture_file(tmp_path, "cam", "2026-11-20", 1, size)
+    others = [picture_file(tmp_path, "press-9", "2026-11-20", 2, size), tmp_path / "logo.jpg", own.with_name("x.jpg")]
+    others += [own.parents[1] / "golden" / own.name, own.parent / "more" / "0" / own.name]
+    for path in others:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(size))
+    with EvidenceStore(EvidenceConfig(max_bytes=size + 100), tmp_path, cameras=["cam"]) as store:
+        path = store.keep(bad.verdict, picture(250), bad.scored.map, bad.box, 0.5)
+    assert (store.written, store.removed) == (1, 1) and path is not None and Path(path).is_file()
+    assert not own.exists() and all(path.exists() for path in others)
+
+
+def test_the_picture_judged_first_goes_first_whatever_the_clock_said(
+    make_judge: Callable[..., Judge], tmp_path: Path
+) -> None:
+    """Before the network has set it, a device without a battery lives in 1970."""
+    bad, size = make_judge().judge(frame(picture(250))), 2**16
+    early = [picture_file(tmp_path, "cam", "2026-11-20", number, size) for number in range(3)]
+    unset = [picture_file(tmp_path, "cam", "1970-01-01", number, size) for number in range(3, 6)]
+    for path in unset:
+        os.utime(path, (1000, 1000))
+    with EvidenceStore(EvidenceConfig(max_bytes=4 * size), tmp_path) as store:
+        store.keep(bad.verdict, picture(250), bad.scored.map, bad.box, 0.5)
+    assert store.removed == 3 and not any(path.exists() for path in early)
+    assert all(path.exists() for path in unset)
+
+
+def test_a_share_that_hangs_holds_up_neither_the_start_nor_the_stop(
+    make_judge: Callable[..., Judge],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    eventually: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("andon.runtime.evidence._STOP", 0.2)
+    bad, answers, asked, mkdir = make_judge().judge(frame(picture(250))), Event(), Event(), Path.mkdir
+
+    def hangs(path: Path, *args: Any, **more: Any) -> None:
+        asked.set()
+        assert answers.wait(60)
+        mkdir(path, *args, **more)
+
+    monkeypatch.setattr(Path, "mkdir", hangs)
+    with EvidenceStore(EvidenceConfig(), tmp_path / "evidence") as store:
+        assert asked.wait(60)
+        for _ in range(WAITING + 2):
+            store.keep(bad.verdict, picture(250), bad.scored.map, bad.box, 0.5)
+        assert store.skipped == 2, "the others wait"
+    assert "does not take the last pictures" in caplog.text
+    answers.set()
+    eventually(lambda: store.written == WAITING)
+
+
+def test_a_folder_that_comes_later_is_used_then(
+    make_judge: Callable[..., Judge], tmp_path: Path, caplog: pytest.LogCaptureFixture, eventually: Callable[..., None]
+) -> None:
+    bad, folder = make_judge().judge(frame(picture(250))), tmp_path / "share"
+    folder.write_text("not mounted")
+    with EvidenceStore(EvidenceConfig(), folder) as store:
+        store.keep(bad.verdict, picture(250), bad.scored.map, bad.box, 0.5)
+        eventually(lambda: store.failed == 1)
+        folder.unlink()
+        path = store.keep(bad.verdict, picture(250), bad.scored.map, bad.box, 0.5)
+        eventually(lambda: store.written == 1)
+    assert path is not None and Path(path).is_file()
+    assert "evidence cannot be written" in caplog.text
+
+
+def test_a_picture_has_its_name_once_the_disk_has_it(
+    make_judge: Callable[..., Judge], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut the file that a verdict names would be empty."""
+    synced: dict[int, int] = {}
+    fsync, replace_file = os.fsync, Path.replace
+
+    def noting(file: int) -> None:
+        fsync(file)
+        synced[os.fstat(file).st_ino] = os.fstat(file).st_size
+
+    def named(path: Path, target: Path) -> Path:
+        assert synced.get(path.stat().st_ino) == path.stat().st_size > 0
+        return replace_file(path, target)
+
+    bad = make_judge().judge(frame(picture(250)))
+    with monkeypatch.context() as patch, EvidenceStore(EvidenceConfig(), tmp_path) as store:
+        patch.setattr(os, "fsync", noting)
+        patch.setattr(Path, "replace", named)
+        store.keep(bad.verdict, picture(250), bad.scored.map, bad.box, 0.5)
+    assert (store.written, store.failed) == (1, 0)
 
 
 def test_pictures_yield_to_verdicts_on_a_full_disk(
