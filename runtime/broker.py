@@ -7,13 +7,13 @@ import logging
 import shutil
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import DeliveryError
+from .tempfolder import TemporaryFolder
 
 log = logging.getLogger(__name__)
 _START_TIMEOUT = 10.0
@@ -40,7 +40,7 @@ class EmbeddedBroker:
         self.port = port
         self._settings = tuple(settings)
         self._persistence = persistence
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: TemporaryFolder | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._command: list[str] = []
         self._started_at = 0.0
@@ -62,7 +62,7 @@ class EmbeddedBroker:
                 next_step="apt-get install -y mosquitto, or set broker.embedded: false and name a broker",
             )
         self.port = _bindable(self.port)
-        self._folder = tempfile.TemporaryDirectory(prefix="andon-broker-")
+        self._folder = TemporaryFolder("broker")
         folder = Path(self._folder.name)
         (folder / "mosquitto.conf").write_text(self._configuration())
         self._command = [*_bound_to_us(), program, "-c", str(folder / "mosquitto.conf")]

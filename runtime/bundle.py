@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,6 +26,7 @@ from ..calib.snapshots import write_atomic
 from .bundlefiles import COPY_AGAIN, MAX_FILE_BYTES, MAX_FILES, MAX_TOTAL_BYTES, inside
 from .errors import BundleError, ConfigError, ProductError, quoted
 from .manifest import Manifest, State, Table, Threshold, Variant
+from .tempfolder import TemporaryFolder
 from .unpack import unpack
 from .wiring import check
 
@@ -68,7 +68,7 @@ class Bundle:
         """
         path = Path(path)
         if path.is_file():
-            unpacked = tempfile.TemporaryDirectory(prefix="andon-bundle-")
+            unpacked = TemporaryFolder("bundle")
             try:
                 return cls._load(path, unpack(path, Path(unpacked.name)), unpacked)
             except BaseException:
@@ -84,7 +84,7 @@ class Bundle:
         return cls._load(path, path, None)
 
     @classmethod
-    def _load(cls, path: Path, root: Path, unpacked: Any) -> Bundle:
+    def _load(cls, path: Path, root: Path, unpacked: TemporaryFolder | None) -> Bundle:
         with _locked(root, fcntl.LOCK_SH):
             manifest, digest = _signed_manifest(root)
         _check_files(root, manifest)

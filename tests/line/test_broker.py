@@ -26,7 +26,11 @@ def test_port_in_use_is_said(broker: EmbeddedBroker) -> None:
 
 
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="THE END OF AN ORPHANED BROKER IS NOT TESTED: no setpriv")
-def test_broker_ends_with_a_process_that_is_killed(eventually: Any) -> None:
+def test_broker_ends_with_a_process_that_is_killed(
+    eventually: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     script = (
         "import os, signal\n"
         "from andon.runtime.broker import EmbeddedBroker\n"
@@ -43,6 +47,10 @@ def test_broker_ends_with_a_process_that_is_killed(eventually: Any) -> None:
 
     assert killed.returncode == -9
     eventually(gone)
+    (left,) = tmp_path.iterdir()
+    with EmbeddedBroker():
+        assert not left.exists() and len(list(tmp_path.iterdir())) == 1, "nor does its folder stay"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_mosquitto_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:

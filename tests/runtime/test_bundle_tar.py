@@ -6,6 +6,9 @@ import bz2
 import gzip
 import io
 import lzma
+import signal
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,31 @@ def test_a_tar_is_unpacked_while_it_is_open(make_bundle: MakeBundle, tmp_path: P
         with pytest.raises(BundleError, match="packed and cannot be changed"):
             bundle.save_thresholds({"a": {"default": THRESHOLD}})
     assert not root.exists()
+
+
+def test_what_a_killed_process_has_unpacked_is_removed_and_what_others_use_is_not(
+    make_bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service that is killed again and again would fill its disk."""
+    temp = tmp_path / "temp"
+    temp.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temp))
+    monkeypatch.setattr("tempfile.tempdir", str(temp))
+    path = pack(make_bundle(), tmp_path / "b.tar", "")
+    script = (
+        "import os, signal, sys\n"
+        "from andon.runtime.bundle import Bundle\n"
+        "bundle = Bundle.load(sys.argv[1])\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", script, path], check=False).returncode == -signal.SIGKILL
+    (left,) = temp.iterdir()
+    (temp / "andon-bundle.link").symlink_to(tmp_path)
+    with Bundle.load(path) as first, Bundle.load(path) as second:
+        assert not left.exists() and first.root != second.root
+        for bundle in (first, second):
+            assert bundle.stage_path("encode", "fp32").is_file()
+    assert [each.name for each in temp.iterdir()] == ["andon-bundle.link"] and path.exists()
 
 
 STREAMS = {"gzip": gzip.compress, "bz2": lambda raw: bz2.compress(raw, 1), "xz": lzma.compress}
