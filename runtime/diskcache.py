@@ -105,6 +105,14 @@ def prune(entries: Iterable[Entry], most: int | None, name: str, say: Callable[[
         (say or _stderr)(text)
 
 
+def remove_unfinished(files: Iterable[Path]) -> None:
+    """Remove half-written files of processes that were killed; who still writes one holds a lock on it."""
+    for path in files:
+        with _free(Entry(0.0, 0, path, (path,))) as free:
+            if free:
+                _remove((path,))
+
+
 def size_text(count: int) -> str:
     """Bytes in words: "1.5 GB"."""
     return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"

@@ -8,6 +8,7 @@ that were not used for longest go, never those of a process that has them open.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -21,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..diskcache import Entry, Lease, limit, prune, used
+from ..diskcache import Entry, Lease, limit, prune, remove_unfinished, used
 from ..errors import EngineError
 from ..manifest import Variant
 from .cuda import Device
@@ -139,6 +140,7 @@ class PlanStore:
             self.built.append(Built(stage, variant, path, path.stat().st_size, trtexec=line))
             return plan
         log.info("stage %s %s: building its plan: %s", stage, variant, reason)
+        remove_unfinished(self._folder.glob("*.tmp"))
         started = time.monotonic()
         serialized, fallback = self._build(stage, variant, model, onnx.name, options)
         seconds = time.monotonic() - started
@@ -384,6 +386,8 @@ def _replace(path: Path, content: bytes) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as stream:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(stream, fcntl.LOCK_SH)
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())

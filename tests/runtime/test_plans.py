@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
 import shlex
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +79,24 @@ def test_plans_that_cannot_be_kept_are_used_all_the_same(
     assert "cannot be kept" in caplog.text and not list(cache.parent.rglob("*.tmp")), "half a plan takes no room"
     code, _, text = run(capsys, "build", "--bundle", root, "--cache", cache)
     assert code == 1 and "cannot be kept" in text and "Traceback" not in text
+
+
+def test_half_a_plan_of_a_killed_process_goes_and_one_that_is_being_written_stays(
+    world: trtdouble.World, make_bundle: MakeBundle, cache: Path
+) -> None:
+    script = (
+        "import os, signal, sys, pathlib\n"
+        "from andon.runtime.engine import build\n"
+        "os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "build._replace(pathlib.Path(sys.argv[1]), bytes(1 << 20))"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, cache / "encode.fp32.0123.plan"], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = cache.iterdir()
+    with (cache / "score.fp32.4567.plan.1.tmp").open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        assert all(built.kept for built in open_all(Bundle.load(make_bundle()), cache))
+    assert not left.exists() and [path.name for path in cache.glob("*.tmp")] == [Path(other.name).name]
 
 
 def test_the_plans_unused_for_longest_go_but_none_in_use_and_none_of_the_program_that_opens(
