@@ -47,26 +47,38 @@ class Stored:
     products: Mapping[str, str] = field(default_factory=dict)
 
 
+class DamagedOverrides(ConfigError):
+    """The file is not what was written."""
+
+
 def read_overrides(folder: Path) -> Stored:
     """What commands have set on the line with this state folder; writes nothing and needs no line.
 
     Raises:
-        ConfigError: the file is damaged or cannot be read.
+        DamagedOverrides: the file can be read, but not understood.
+        ConfigError: it cannot be read, perhaps only this time.
     """
-    path = folder / FILE
+    path, expected = folder / FILE, "products and thresholds, as commands have set them"
     try:
         content = json.loads(path.read_bytes())
         thresholds = {str(name): _threshold(entry) for name, entry in content["thresholds"].items()}
         return Stored(thresholds, {str(k): str(v) for k, v in content["products"].items()})
     except (FileNotFoundError, NotADirectoryError):
         return Stored()
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise ConfigError(
-            f"{path} is damaged or cannot be read",
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedOverrides(
+            f"{path} is damaged",
             found=error,
-            expected="products and thresholds, as commands have set them",
-            next_step="see that this user may read it; a damaged one is set aside at the next start, and the commands "
-            "have to be sent again",
+            expected=expected,
+            next_step="it is set aside at the next start, and the commands have to be sent again",
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read",
+            found=error,
+            expected=expected,
+            next_step="see that this user may read it; only if it never can be read again, delete it and send the "
+            "commands again",
         ) from error
 
 
@@ -93,20 +105,21 @@ class Overrides:
         """folder: the state directory, made if missing. A damaged file is set aside; then nothing is overridden.
 
         Raises:
-            ConfigError: the folder cannot be used.
+            ConfigError: the folder cannot be used, or the file in it not be read: what commands have set would not be
+                in force, and the next one would write over it.
         """
         self._path = folder / FILE
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._audit = AuditLog(folder / "audit.jsonl")
-            self._audit.open()
-        except OSError as error:
-            raise unusable_state(folder, error) from error
         # Replaced, never changed: other threads read them, and a change that cannot be written must not be in force.
         self._thresholds: Mapping[str, ThresholdOverride] = {}
         self._products: Mapping[str, str] = {}
         self._used: tuple[Bundle, str] | None = None
-        self._load()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._load()
+            self._audit = AuditLog(folder / "audit.jsonl")
+            self._audit.open()
+        except OSError as error:
+            raise unusable_state(folder, error) from error
 
     @property
     def thresholds(self) -> MappingProxyType[str, float]:
@@ -218,7 +231,7 @@ class Overrides:
         try:
             stored = read_overrides(self._path.parent)
             self._thresholds, self._products = stored.thresholds, stored.products
-        except ConfigError as error:
+        except DamagedOverrides as error:
             aside = self._path.with_suffix(".damaged")
             self._path.replace(aside)
             found = error.found

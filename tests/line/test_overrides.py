@@ -185,3 +185,20 @@ def test_damaged_overrides_are_set_aside(tmp_path: Path, threshold: str) -> None
     (tmp_path / "overrides.json").write_text(f'{{"products": {{}}, "thresholds": {{"mono": {threshold}}}')
     overrides = Overrides(tmp_path)
     assert dict(overrides.thresholds) == {} and (tmp_path / "overrides.damaged").exists()
+
+
+def test_overrides_that_cannot_be_read_this_time_refuse_the_start_and_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a process that has too many files open: set aside, the thresholds of the bundle would be in force again."""
+    Overrides(tmp_path).set_product("cam", "poly", "mono", None)
+
+    def fails(path: Path) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fails)
+        with pytest.raises(ConfigError, match=r"overrides\.json cannot be read") as refused:
+            Overrides(tmp_path)
+    assert "Too many open files" in str(refused.value.found)
+    assert dict(Overrides(tmp_path).products) == {"cam": "poly"} and not (tmp_path / "overrides.damaged").exists()
