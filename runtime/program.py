@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
 from types import TracebackType
@@ -108,6 +109,7 @@ class Program:
         self._index = {name: i for i, name in enumerate(self.stage_names)}
         self._zeros = array("d", bytes(8 * len(self.stage_names)))
         self._ms = array("d", self._zeros)
+        self._to_reset = False
 
     def _head_length(self) -> int:
         """Number of leading steps that yield the classifier's logits without knowing the class; 0 if there are none."""
@@ -219,10 +221,12 @@ class Program:
             class_index: index of the product; None runs to the logits, chooses the most likely product and goes on.
 
         Raises:
-            EngineError: a stage failed; persistent state is then back at the bundle's values.
+            EngineError: a stage failed; persistent state is back at the bundle's values before the next frame runs.
             ConfigError: None was given and the program has no classifier, or the index is out of range.
         """
         self._ms[:] = self._zeros
+        if self._to_reset:
+            self.reset()
         try:
             if self._upload:
                 self.backend.upload(self._tensors.frame, self._tensors.staging)
@@ -239,7 +243,9 @@ class Program:
             logits = None if compiled.logits is None else self._fetch(compiled.logits)[0]
             return Result(float(self._fetch(compiled.score)[0]), self._fetch(compiled.map)[0, 0], class_index, logits)
         except EngineError:
-            self.reset()
+            self._to_reset = True
+            with suppress(EngineError):  # after a fault of the device it fails as well, and is not what went wrong
+                self.reset()
             raise
 
     def _classify(self) -> int:
@@ -356,6 +362,7 @@ class Program:
         self._tensors.restore()
         for counter in self._tensors.counters.values():
             counter.reset()
+        self._to_reset = False
 
     def close(self) -> None:
         """Close the engines."""

@@ -28,7 +28,7 @@ from ..manifest import Variant
 from .cuda import Device
 from .network import make_config, parse_network
 from .progress import BuildProgress
-from .trt import Trt
+from .trt import Trt, start
 
 log = logging.getLogger(__name__)
 CACHE = "ANDON_CACHE"
@@ -107,6 +107,7 @@ class PlanStore:
 
     Raises:
         ConfigError: $ANDON_CACHE_LIMIT is not a size.
+        EngineError: TensorRT does not start.
     """
 
     def __init__(self, trt: Trt, logger: Any, folder: Path, target: Target, options: BuildOptions | None):
@@ -115,7 +116,7 @@ class PlanStore:
         self._folder = folder
         self._target = target
         self._options = options
-        self._runtime = trt.Runtime(logger)
+        self._runtime = start(trt.Runtime, logger)
         self._most = limit(PLANS_LIMIT)
         self._leases: list[Lease] = []
         self._grown = False
@@ -276,7 +277,7 @@ class PlanStore:
         self, stage: str, variant: str, model: bytes, name: str, options: BuildOptions
     ) -> tuple[bytes, tuple[str, ...]]:
         trt, logger = self._trt, self._logger
-        builder = trt.Builder(logger)
+        builder = start(trt.Builder, logger)
         network, parser = parse_network(trt, builder, logger, model, name)
         config, fallback = make_config(trt, builder, network, options, stage)
         cache = self._attach_timing_cache(config)

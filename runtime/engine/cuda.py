@@ -7,6 +7,7 @@ pycuda has no call for them, and the driver's C interface is stable across CUDA 
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -17,6 +18,7 @@ import numpy as np
 from ..errors import EngineError
 from .base import Array, Launch
 
+log = logging.getLogger(__name__)
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may call CUDA while this one captures
 
 
@@ -51,7 +53,7 @@ class Cuda(Protocol):
     def synchronize(self) -> None: ...
 
     def close(self) -> None:
-        """Free everything."""
+        """Free everything, as far as the device lets us; the context leaves the thread in any case."""
         ...
 
 
@@ -87,12 +89,16 @@ class PyCuda:
         self._call(driver.init)
         handle = self._call(driver.Device, device)
         self._context = self._call(handle.retain_primary_context)
-        self._context.push()
-        self._stream = self._call(driver.Stream)
-        self.stream = int(self._stream.handle)
-        major, minor = handle.compute_capability()
-        self.device = Device(handle.name(), f"{major}.{minor}", int(handle.total_memory()))
         self._blocks: list[Any] = []
+        self._context.push()
+        try:
+            self._stream = self._call(driver.Stream)
+            self.stream = int(self._stream.handle)
+            major, minor = handle.compute_capability()
+            self.device = Device(handle.name(), f"{major}.{minor}", int(handle.total_memory()))
+        except BaseException:
+            self.close()
+            raise
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -124,10 +130,10 @@ class PyCuda:
 
     def close(self) -> None:
         for block in self._blocks:
-            block.free()
+            _let_go(self._call, block.free)
         self._blocks.clear()
-        self._context.pop()
-        self._context.detach()
+        _let_go(self._call, self._context.pop)
+        _let_go(self._call, self._context.detach)
 
 
 class CudaPython:
@@ -140,9 +146,19 @@ class CudaPython:
         self._call("cuInit", 0)
         self._handle = self._call("cuDeviceGet", device)
         self._context = self._call("cuDevicePrimaryCtxRetain", self._handle)
+        self._stream: Any = None
+        self._blocks: list[Any] = []
+        self._pinned: list[int] = []
         self._call("cuCtxPushCurrent", self._context)
-        self._stream = self._call("cuStreamCreate", 0)
-        self.stream = int(self._stream)
+        try:
+            self._stream = self._call("cuStreamCreate", 0)
+            self.stream = int(self._stream)
+            self.device = self._describe()
+        except BaseException:
+            self.close()
+            raise
+
+    def _describe(self) -> Device:
         attributes = self._driver.CUdevice_attribute
         major = self._call(
             "cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, self._handle
@@ -151,9 +167,7 @@ class CudaPython:
             "cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, self._handle
         )
         name = self._call("cuDeviceGetName", 128, self._handle).split(b"\0")[0].decode()
-        self.device = Device(name, f"{major}.{minor}", int(self._call("cuDeviceTotalMem", self._handle)))
-        self._blocks: list[Any] = []
-        self._pinned: list[int] = []
+        return Device(name, f"{major}.{minor}", int(self._call("cuDeviceTotalMem", self._handle)))
 
     def _call(self, name: str, *arguments: Any) -> Any:
         """A driver call: the error code comes first in its result."""
@@ -191,14 +205,15 @@ class CudaPython:
 
     def close(self) -> None:
         for block in self._blocks:
-            self._call("cuMemFree", block)
+            _let_go(self._call, "cuMemFree", block)
         for address in self._pinned:
-            self._call("cuMemFreeHost", address)
+            _let_go(self._call, "cuMemFreeHost", address)
         self._blocks.clear()
         self._pinned.clear()
-        self._call("cuStreamDestroy", self._stream)
-        self._call("cuCtxPopCurrent")
-        self._call("cuDevicePrimaryCtxRelease", self._handle)
+        if self._stream is not None:
+            _let_go(self._call, "cuStreamDestroy", self._stream)
+        _let_go(self._call, "cuCtxPopCurrent")
+        _let_go(self._call, "cuDevicePrimaryCtxRelease", self._handle)
 
 
 class Graphs:
@@ -254,6 +269,14 @@ def _cuda_python() -> ModuleType:
         # Before 12.6 the driver module was cuda.cuda: https://nvidia.github.io/cuda-python/cuda-bindings/latest/
         from cuda import cuda as driver
     return driver
+
+
+def _let_go(call: Callable[..., Any], *arguments: Any) -> None:
+    """A call of the end, of which none may keep the next from being made: after a fault every one of them fails."""
+    try:
+        call(*arguments)
+    except EngineError as error:
+        log.debug("while CUDA was closed: %s", error.found)
 
 
 def _failed(who: str, error: object) -> EngineError:

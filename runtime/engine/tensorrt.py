@@ -219,7 +219,9 @@ class TensorRTBackend:
         graphs: capture frames as CUDA graphs.
 
     Raises:
-        EngineError: TensorRT, the driver or the CUDA bindings are missing; probe.require_tensorrt says it better.
+        EngineError: TensorRT, the driver or the CUDA bindings are missing; probe.require_tensorrt says it better. Or
+            TensorRT does not start.
+        ConfigError: $ANDON_CACHE_LIMIT is not a size.
     """
 
     name = "tensorrt"
@@ -229,13 +231,17 @@ class TensorRTBackend:
         self._trt = import_tensorrt()
         self._thread = threading.get_ident()
         self._cuda = open_cuda()
-        self._logger = make_logger(self._trt)
-        self._graphs = Graphs(self._cuda.stream) if graphs else None
+        try:
+            self._logger = make_logger(self._trt)
+            self._graphs = Graphs(self._cuda.stream) if graphs else None
+            target = Target.of(self._trt, self._cuda.device)
+            self.plans = PlanStore(self._trt, self._logger, cache or default_cache(), target, options)
+        except BaseException:
+            self._cuda.close()  # with a context left on its thread, pycuda ends the process with that thread
+            raise
         self._scratch = Scratch(self._cuda)
         self._engines: list[TensorRTEngine] = []
         self._frames: WeakSet[FrameGraph] = WeakSet()  # a closed program lets go of its contexts
-        target = Target.of(self._trt, self._cuda.device)
-        self.plans = PlanStore(self._trt, self._logger, cache or default_cache(), target, options)
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> DeviceBuffer:
         self._check_thread()

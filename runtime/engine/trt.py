@@ -6,6 +6,7 @@ Nothing here is imported with the package; the module tensorrt is passed in by t
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -59,6 +60,24 @@ def dtypes(trt: Trt) -> dict[Any, str]:
         kinds.BOOL: "bool",
         kinds.UINT8: "uint8",
     }
+
+
+def start(factory: Callable[[Any], Any], logger: Any) -> Any:
+    """What `trt.Runtime` or `trt.Builder` makes with this logger.
+
+    Raises:
+        EngineError: it makes nothing, which the Python bindings report as a TypeError ("factory function returned
+            nullptr"): TensorRT and the driver's CUDA do not fit, or memory is out.
+    """
+    try:
+        return factory(logger)
+    except TypeError as error:
+        raise EngineError(
+            "TensorRT does not start on this GPU",
+            found=f"{error}; {logger.take()}",
+            expected="a driver for the CUDA of this TensorRT, and free device memory",
+            next_step="end what else uses the GPU; andon doctor",
+        ) from error
 
 
 def make_logger(trt: Trt) -> Any:

@@ -27,6 +27,8 @@ class World:
         self.executed: list[tuple[str, dict[str, int]]] = []
         self.mallocs = self.enqueues = self.graph_launches = self.builds = self.syncs = 0
         self.refuse_capture = self.refuse_execute = self.refuse_build = self.refuse_plan = False
+        self.fault = self.refuse_stream = self.refuse_start = False
+        self.pushed = 0  # contexts on the thread
         self.scratch: set[int] = set()
         self.contexts = 0
         self.dla_cores = 0
@@ -117,6 +119,21 @@ def pycuda_driver(world: World) -> Any:
     class Error(Exception):
         pass
 
+    def check() -> None:
+        """After a fault every call fails with it, whatever it is for."""
+        if world.fault:
+            raise Error("an illegal memory access was encountered")
+
+    def checked(work: Callable[..., None]) -> Callable[..., None]:
+        def call(*arguments: Any) -> None:
+            check()
+            work(*arguments)
+
+        return call
+
+    def push(step: int) -> None:
+        world.pushed += step
+
     class Allocation:
         def __init__(self, size: int):
             self.address = world.malloc(size)
@@ -125,12 +142,18 @@ def pycuda_driver(world: World) -> Any:
             return self.address
 
         def free(self) -> None:
+            check()
             del world.blocks[self.address]
 
     class Stream:
         handle = 77
 
+        def __init__(self) -> None:
+            if world.refuse_stream:
+                raise Error("out of memory")
+
         def synchronize(self) -> None:
+            check()
             world.synchronize()
 
     class Device:
@@ -138,7 +161,7 @@ def pycuda_driver(world: World) -> Any:
             self.index = index
 
         def retain_primary_context(self) -> Any:
-            return SimpleNamespace(push=lambda: None, pop=lambda: None, detach=lambda: None)
+            return SimpleNamespace(push=lambda: push(1), pop=lambda: push(-1), detach=check)
 
         def name(self) -> str:
             return "Orin (double)"
@@ -161,9 +184,9 @@ def pycuda_driver(world: World) -> Any:
         mem_alloc=Allocation,
         memset_d8=lambda target, value, count: world.fill(target, count),
         pagelocked_zeros=pagelocked_zeros,
-        memcpy_htod_async=lambda target, source, stream: world.copy_in(target, source),
-        memcpy_dtoh_async=lambda target, source, stream: world.copy_out(target, source),
-        memcpy_dtod_async=lambda target, source, size, stream: world.copy(target, source, size),
+        memcpy_htod_async=checked(lambda target, source, stream: world.copy_in(target, source)),
+        memcpy_dtoh_async=checked(lambda target, source, stream: world.copy_out(target, source)),
+        memcpy_dtod_async=checked(lambda target, source, size, stream: world.copy(target, source, size)),
     )
 
 
@@ -179,8 +202,17 @@ def cuda_python_driver(world: World) -> Any:
 
     def done(work: Callable[..., object]) -> Callable[..., tuple[int]]:
         def call(*arguments: Any) -> tuple[int]:
+            if world.fault:
+                return (700,)
             work(*arguments)
             return (0,)
+
+        return call
+
+    def push(step: int) -> Callable[..., tuple[int, ...]]:
+        def call(*_: Any) -> tuple[int, ...]:
+            world.pushed += step
+            return (0, 1)
 
         return call
 
@@ -192,11 +224,11 @@ def cuda_python_driver(world: World) -> Any:
         cuInit=lambda flags: (0,),
         cuDeviceGet=lambda index: (0, index),
         cuDevicePrimaryCtxRetain=lambda device: (0, 1),
-        cuDevicePrimaryCtxRelease=lambda device: (0,),
-        cuCtxPushCurrent=lambda context: (0,),
-        cuCtxPopCurrent=lambda: (0, 1),
-        cuStreamCreate=lambda flags: (0, 77),
-        cuStreamDestroy=lambda stream: (0,),
+        cuDevicePrimaryCtxRelease=done(lambda device: None),
+        cuCtxPushCurrent=push(1),
+        cuCtxPopCurrent=push(-1),
+        cuStreamCreate=lambda flags: (2, None) if world.refuse_stream else (0, 77),
+        cuStreamDestroy=done(lambda stream: None),
         cuStreamSynchronize=done(lambda stream: world.synchronize()),
         cuDeviceGetAttribute=lambda attribute, device: (0, {"major": 8, "minor": 7}[attribute]),
         cuDeviceGetName=lambda length, device: (0, b"Orin (double)\0"),
@@ -204,7 +236,7 @@ def cuda_python_driver(world: World) -> Any:
         cuMemAlloc=lambda size: (0, world.malloc(size)),
         cuMemFree=done(lambda block: world.blocks.pop(block)),
         cuMemHostAlloc=host_alloc,
-        cuMemFreeHost=lambda address: (0,),
+        cuMemFreeHost=done(lambda address: None),
         cuMemsetD8Async=done(lambda target, value, count, stream: world.fill(target, count)),
         cuMemcpyHtoDAsync=done(lambda target, source, size, stream: world.copy_in(target, at(source, size))),
         cuMemcpyDtoHAsync=done(lambda target, source, size, stream: world.copy_out(at(target, size), source)),

@@ -72,8 +72,15 @@ def tensorrt(world: World) -> Any:
     if new:
         trt.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
         trt.IProgressMonitor = type("IProgressMonitor", (), {})
-    trt.Runtime = lambda logger: Runtime(world, trt, logger)
-    trt.Builder = lambda logger: Builder(world, trt, logger)
+
+    def start(kind: Any, logger: Any) -> Any:
+        if world.refuse_start:
+            logger.log("ERROR", "CUDA initialization failure with error: 35")
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+        return kind(world, trt, logger)
+
+    trt.Runtime = lambda logger: start(Runtime, logger)
+    trt.Builder = lambda logger: start(Builder, logger)
     trt.OnnxParser = Parser
     return trt
 
