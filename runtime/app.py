@@ -244,6 +244,7 @@ class LineApp:
         backend = stack.enter_context(open_backend(self.config.backend, threads=self.options.threads, rebuild=rebuild))
         variant = pick_variant(self.config, bundle, backend.name)
         detector = stack.enter_context(Detector(bundle, backend, variant, self.config.program))
+        detector.warm_up(self.overrides.products.get(name, c.product) for name, c in self.config.cameras.items())
         memory = open_memory(self.config, detector, self.folder)
         if memory is not None:
             stack.callback(memory.close)

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -17,7 +17,7 @@ import numpy as np
 from .bundle import Bundle
 from .engine.base import Array, Backend
 from .engine.select import open_backend
-from .errors import SourceError
+from .errors import ConfigError, SourceError
 from .manifest import Threshold, Variant
 from .preprocess import resize
 from .program import Program, Result
@@ -205,15 +205,24 @@ class Detector:
             latency,
         )
 
-    def warm_up(self, frames: int = 1) -> None:
-        """Run black frames of every product, so that the first real frame meets compiled programs.
+    def warm_up(self, products: Iterable[str]) -> None:
+        """Let no real frame of these products, or of AUTO, be the one that an asynchronous backend prepares itself on.
 
-        Persistent state is back at the bundle's values afterwards.
+        Runs black frames; state that persists is back at the bundle's values afterwards. What cannot be judged is
+        passed over here: its frames say why. Elsewhere, where nothing is put off to the first frame, it does nothing.
+
+        Raises:
+            EngineError: a stage failed.
         """
+        if not self.backend.asynchronous:
+            return
         self.program.frame.fill(0)
-        for _ in range(frames):
-            for index in range(len(self._classes)):
-                self.program.run(index)
+        for product in dict.fromkeys(products):
+            if product in self._classes:
+                self.program.warm_up(self._classes.index(product))
+            elif product == AUTO:
+                with suppress(ConfigError):  # several products and no classifier
+                    self.program.warm_up(None)
         self.program.reset()
 
     def close(self) -> None:

@@ -27,6 +27,8 @@ from .tensors import Tensors
 from .wiring import Source, WiredStep, parse_source, wire
 
 Group = tuple[str, Sequence[Launch]]
+#: Frames after which a launch is what it stays: engine/tensorrt.py FrameGraph.
+_WARM_FRAMES = 2
 
 
 @dataclass(frozen=True)
@@ -247,6 +249,22 @@ class Program:
             with suppress(EngineError):  # after a fault of the device it fails as well, and is not what went wrong
                 self.reset()
             raise
+
+    def warm_up(self, class_index: int | None) -> None:
+        """Run what is in `frame` until :meth:`run` of this argument has nothing left to prepare.
+
+        On TensorRT the first frame makes execution contexts, the second is captured as a graph, for each product and,
+        where the product is to be told, for what follows on telling each.
+
+        Raises:
+            EngineError, ConfigError: as :meth:`run`.
+        """
+        for _ in range(_WARM_FRAMES):
+            self.run(class_index)
+        if class_index is None and self._head:
+            for index in range(len(self._manifest.classes)):
+                for _ in range(_WARM_FRAMES):
+                    self._execute(self._for_class(index).tail, index)
 
     def _classify(self) -> int:
         if self._head:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from andon.runtime.bundle import Bundle
+from andon.runtime.detector import Detector
 from andon.runtime.engine.base import Backend
 from andon.runtime.engine.cuda import CudaPython
 from andon.runtime.engine.onnxruntime import OnnxRuntimeBackend
@@ -90,6 +91,33 @@ def test_auto_product_runs_the_head_once(world: trtdouble.World, make_bundle: Ma
                 assert program.run(None).class_index == channel
                 assert [name for name, _ in world.executed] == ["u", "map"]
         assert set(program.stage_ms) == {"frame"} and program.stage_ms["frame"] > 0
+
+
+@pytest.mark.parametrize("classifier", [True, False])
+def test_after_a_warm_up_no_product_makes_anything_ready(
+    world: trtdouble.World, make_bundle: MakeBundle, cache: Path, classifier: bool
+) -> None:
+    outputs = {"score": "score.score", "map": "score.map"}
+    root = make_bundle() if classifier else make_bundle(outputs=outputs)
+    with Bundle.load(root) as bundle, TensorRTBackend(cache) as backend, Detector(bundle, backend) as detector:
+        detector.warm_up(["a", "a", "auto", "of another bundle"])
+        prepared, launches = (world.contexts, world.enqueues, world.mallocs), world.graph_launches
+        for channel in (0, 1) if classifier else (0,):
+            image = np.zeros((4, 4, 3), np.uint8)
+            image[:, :, channel] = 200
+            assert detector.judge_image(image, "auto" if classifier else "a").class_index == channel
+        detector.judge_image(image, "a")
+        assert (world.contexts, world.enqueues, world.mallocs) == prepared and world.graph_launches > launches
+
+
+def test_a_warm_up_leaves_nothing_in_what_persists(world: trtdouble.World, tmp_path: Path, cache: Path) -> None:
+    bundle = looped(tmp_path / "bundle", 3, persist=True, counter=True, read_old=False)
+    scores = []
+    for products in ([], ["a"]):
+        with TensorRTBackend(cache) as backend, Detector(bundle, backend) as detector:
+            detector.warm_up(products)
+            scores.append([detector.judge_image(frame, "a").score for frame in FRAMES])
+    assert scores[0] == scores[1] and len(set(scores[0])) > 1
 
 
 def test_buffers_are_allocated_once_and_a_frame_is_one_graph_launch(
