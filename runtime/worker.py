@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from .alarm import AlarmBoard, AlarmEvent
 from .bundle import Bundle
+from .enginewatch import EngineWatch
 from .errors import AndonError, EngineError, NotNowError
 from .evidence import EvidenceStore
 from .judge import Judge, Judgement, OnlineMemory, with_evidence
@@ -72,6 +73,7 @@ class LineWorker:
         self.failure: AndonError | None = None
         self._memory_trouble = ""
         self._kept_at: dict[str, float] = {}
+        self._engine_watch = EngineWatch()
 
     def start(self) -> None:
         """Start the thread; it opens the engines first."""
@@ -197,7 +199,9 @@ class LineWorker:
                     return
                 continue
             if isinstance(item, Frame):
-                self._hand_over(judge.judge(item), item)
+                judgement = judge.judge(item)
+                self._hand_over(judgement, item)
+                self._look_at_engine(judgement)
             else:
                 self._hand_over(judge.unknown(item), None)
             if self._left is not None:
@@ -227,6 +231,13 @@ class LineWorker:
         self._state.record(judgement, frame, (time.monotonic() - started) * 1e3)
         if self.memory is not None and self.judge is not None and frame is not None and judgement.scored is not None:
             self._learn(self.memory, self.judge, judgement, frame)
+
+    def _look_at_engine(self, judgement: Judgement) -> None:
+        """Have the line stopped in good order where only a restart helps; until then, what comes is UNKNOWN."""
+        if self.failure is None and (failure := self._engine_watch.look(judgement)) is not None:
+            log.error("the line ends: %s", failure)
+            self.failure = failure
+            self._on_finished()
 
     def _learn(self, memory: OnlineMemory, judge: Judge, judgement: Judgement, frame: Frame) -> None:
         """The memory's trouble must not become the line's: it is said once, and `unusable` decides about verdicts."""
