@@ -76,19 +76,19 @@ class Autosave:
         with self.lock:
             return self._store.save(arrays, meta, kind)
 
-    def flush(self) -> None:
+    def flush(self) -> Exception | None:
         """Write what was offered, if anything; what goes wrong is logged once and tried again later. Raises nothing.
 
-        From any thread; when it returns, all that was offered before is on the disk, if the disk takes it.
+        From any thread; when it returns None, all that was offered before is on the disk. Else: why it is not.
         """
         with self._flushing:
-            self._flush()
+            return self._flush()
 
-    def _flush(self) -> None:
+    def _flush(self) -> Exception | None:
         with self._handover:
             pending, self._pending = self._pending, None
         if pending is None:
-            return
+            return None
         now = self._clock()
         self._before()
         try:
@@ -100,12 +100,13 @@ class Autosave:
             self._failing = True
             with self._handover:
                 self._pending = self._pending or pending
-            return
+            return error
         if self._failing:
             log.info("memory is saved again")
         self._failing = False
         if kind == "ring":
             self._ring_due = now + self._ring_interval
+        return None
 
     def _is_new(self, arrays: Arrays) -> bool:
         """Whether the content is another than that of the ring's newest usable snapshot."""

@@ -207,7 +207,7 @@ class LineMemory:
 
         Raises:
             ConfigError: unknown action, or there is no memory to command.
-            CalibrationError: no snapshot to roll back to, or it cannot be written.
+            CalibrationError: no snapshot to roll back to; or it is in force and could not be written.
         """
         actions: dict[str, Callable[[Mapping[str, Any]], None]] = {
             "freeze": lambda _: self._banks.freeze(True),
@@ -231,8 +231,18 @@ class LineMemory:
         self._note(entry, sync=True)
         if name != "snapshot":
             self._offer()
-            self._saver.flush()  # what a person was told is done must not come undone by a power cut within the minute
+            self._save_now(name)
         return {"version": self._versions.number, "before": before, **self.describe()}
+
+    def _save_now(self, name: str) -> None:
+        """What a person was told is done must not come undone by a power cut within the minute."""
+        if (error := self._saver.flush()) is not None:
+            raise CalibrationError(
+                f"{name} is in force, but not saved: a restart may undo it",
+                found=error,
+                expected="a state folder that can be written",
+                next_step="mend that; saving is tried again every minute (memory.save_every) and at the stop",
+            )
 
     def _snapshot(self) -> None:
         self._saver.write(self._arrays(), self._meta(), "pinned")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from andon.runtime.errors import CalibrationError
 
 from .memorystation import DRIFTS, drift_up
 
@@ -29,7 +30,9 @@ def test_an_audit_log_that_cannot_be_written_costs_nothing_but_its_lines(station
         disk.setattr("andon.calib.snapshots.write_atomic", full)
         for value in (104, 104, 104, 105, 106):
             line.see(value)
-        assert line.memory.command("freeze", {})["frozen"]
+        with pytest.raises(CalibrationError, match="freeze is in force, but not saved"):
+            line.memory.command("freeze", {})
+        assert line.memory.describe()["frozen"]
     line.memory.command("unfreeze", {})
     line.see(103)
     assert line.memory.version("a") == 4

@@ -36,6 +36,30 @@ def test_a_command_outlives_a_power_cut_right_after_its_answer(station):
     assert station().memory.describe()["rows"]["a"] == 0, "what had been learnt wrongly is not back"
 
 
+@pytest.mark.parametrize("name", ["freeze", "rollback", "reset"])
+def test_what_a_command_did_and_the_disk_refused_is_not_answered_as_done(station, monkeypatch, name):
+    line = station()
+    for _ in range(3):
+        line.see(104)
+    line.memory.command("snapshot", {})
+    line.see(108)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr("andon.calib.snapshots.write_atomic", full)
+        with pytest.raises(CalibrationError, match=f"{name} is in force, but not saved(.|\n)*No space left"):
+            line.memory.command(name, {})
+    described = line.memory.describe()
+    assert described["frozen"] if name == "freeze" else described["rows"]["a"] == {"rollback": 2, "reset": 0}[name]
+    assert line.memory._saver.flush() is None, "it is saved with the next turn"
+    after = station().memory.describe()
+    assert (after["frozen"], after["rows"], after["version"]) == tuple(
+        described[key] for key in ("frozen", "rows", "version")
+    )
+
+
 def test_rollback_without_a_version_takes_the_newest_older_one(station):
     line = station()
     with pytest.raises(CalibrationError, match="no older version"):
