@@ -228,7 +228,8 @@ class LineApp:
 
     def _alarm_message(self, camera: str) -> bytes:
         # A tuple of frozen alarms: safe to read beside the judging thread, which replaces it.
-        return alarm_payload(self.ids.next(), camera, self.boards[camera].alarms)
+        self.outbox.used(identifier := self.ids.next())
+        return alarm_payload(identifier, camera, self.boards[camera].alarms)
 
     def _open_judge(self, bundle: Bundle, *, rebuild: bool) -> tuple[Judge, OnlineMemory | None]:
         """Open engines, memory and judge; on the judging thread.

@@ -34,6 +34,8 @@ _RETRY = 1.0
 _HOUSEKEEPING = 5.0
 #: Seconds between two words about messages that the caps drop, which may be every one that comes.
 _SAID_AGAIN = 60.0
+#: State of the file: the greatest identifier as of the last :meth:`Outbox.used`.
+_USED = "used_id"
 
 
 Event = Callable[[str, str], None]
@@ -108,7 +110,7 @@ class Outbox:
             self._say("set_aside", self._file.set_aside)
         self._next = self._file.last_key + 1
         self._committed = self._file.last_key
-        self._last_id = self._file.last_id
+        self._last_id = max(self._file.last_id, (self._file.load_state(_USED) or b"").decode())
         self._take_stock()
         self._said_dropped = self._file.dropped
         self._stopping = False
@@ -183,6 +185,13 @@ class Outbox:
             self._states[name] = value
             self._lock.notify_all()
 
+    def used(self, identifier: str) -> None:
+        """An identifier was given that no message here carries: new ones come after it all the same, see `last_id`."""
+        with self._lock:
+            self._last_id = max(self._last_id, identifier)
+            self._states[_USED] = self._last_id.encode()
+            self._lock.notify_all()
+
     def load_state(self, name: str) -> bytes | None:
         """What :meth:`save_state` or :meth:`put` kept, or None."""
         with self._lock:
@@ -204,7 +213,7 @@ class Outbox:
 
     @property
     def last_id(self) -> str | None:
-        """The greatest identifier ever put: the floor for new ones."""
+        """The greatest identifier ever put or told of: the floor for new ones."""
         with self._lock:
             return self._last_id or None
 

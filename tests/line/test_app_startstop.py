@@ -21,7 +21,7 @@ from andon.runtime.errors import ConfigError, EngineError
 from andon.runtime.outbox import Outbox
 from andon.runtime.source.camera import Camera
 from andon.runtime.startup import Options
-from andon.runtime.verdict import dumps
+from andon.runtime.verdict import Ids, dumps
 
 from .running import LIVE, RunningLine, andon_run, at, finish
 
@@ -207,3 +207,18 @@ def test_what_happens_while_engines_are_built_is_attended_to_afterwards(
         release.set()
         app.stop()
         thread.join(20)
+
+
+def test_no_identifier_is_given_twice_where_the_clock_stands(
+    start_line: Callable[..., RunningLine], consumer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A station without a clock of its own. That a board is announced is in no outbox."""
+    monkeypatch.setitem(Ids.__init__.__kwdefaults__, "clock_ns", lambda: 0)
+    camera = {"source": LIVE, "product": "mono", "trigger": {"only": True}}
+    for start in (1, 2):
+        line = start_line({"cam0": camera})
+        consumer.until(lambda start=start: len(consumer.of("alarm")) >= start)
+        line.app.stop()
+        line.thread.join(60)
+    given = [message["id"] for message in consumer.of("alarm")]
+    assert len(given) == len(set(given)) >= 2 and given == sorted(given)

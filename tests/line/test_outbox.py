@@ -53,6 +53,17 @@ def test_kept_over_a_restart_until_acknowledged(tmp_path: Path) -> None:
         assert outbox.last_id == last, "the floor of identifiers outlives the messages"
 
 
+def test_an_identifier_that_no_message_carries_is_a_floor_all_the_same(tmp_path: Path) -> None:
+    ids = Ids(clock_ns=lambda: 0)
+    first, second, third = (ids.next() for _ in range(3))
+    with Outbox(tmp_path / "o.db") as outbox:
+        outbox.used(third)
+        outbox.used(second)  # another camera's connection, a moment late
+        outbox.wait(outbox.put("cam0", "verdict", first, b"{}"), 10)
+    with Outbox(tmp_path / "o.db") as outbox:
+        assert outbox.last_id == third
+
+
 def test_nothing_that_waits_is_no_bytes_and_no_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At once, not when the acknowledged rows have left the file: a run's closing summary looks at that moment."""
     monkeypatch.setattr("andon.runtime.outbox._ACK_DELAY", 60.0)
