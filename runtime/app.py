@@ -31,7 +31,7 @@ from .lineconfig import CameraConfig
 from .linestate import LineState
 from .memory import open_memory
 from .mqtt.commands import Commands
-from .mqtt.delivery import Delivery
+from .mqtt.delivery import Delivery, published_version
 from .operation import Operation
 from .outbox import Outbox
 from .overrides import Overrides
@@ -246,7 +246,7 @@ class LineApp:
         variant = pick_variant(self.config, bundle, backend.name)
         detector = stack.enter_context(Detector(bundle, backend, variant, self.config.program))
         detector.warm_up(self.overrides.products.get(name, c.product) for name, c in self.config.cameras.items())
-        memory = open_memory(self.config, detector, self.folder)
+        memory = open_memory(self.config, detector, self.folder, published_version(self.outbox))
         if memory is not None:
             stack.callback(memory.close)
         judge = Judge(detector, self.config.cameras, self.config.judge, self.overrides, self.ids.next, memory)

@@ -37,8 +37,10 @@ from .warmstart import WarmStart
 log = logging.getLogger(__name__)
 
 
-def open_memory(config: LineConfig, detector: Detector, folder: Path) -> LineMemory | None:
+def open_memory(config: LineConfig, detector: Detector, folder: Path, published: int = 0) -> LineMemory | None:
     """Online calibration of a line, in `memory` under its state folder; None if there is nothing to watch or learn.
+
+    published: the newest version that a verdict was given with.
 
     Raises:
         CalibrationError: see :class:`LineMemory`.
@@ -46,7 +48,7 @@ def open_memory(config: LineConfig, detector: Detector, folder: Path) -> LineMem
     learns = config.memory.enabled and detector.bundle.manifest.memory is not None
     if not learns and not config.memory.drift.enabled and not WarmStart(detector.program).active:
         return None
-    return LineMemory(detector.program, config.memory, folder / "memory")
+    return LineMemory(detector.program, config.memory, folder / "memory", published)
 
 
 class LineMemory:
@@ -58,6 +60,7 @@ class LineMemory:
         program: the opened program; saved state is written into it here.
         config: the `memory` section of the line configuration.
         folder: where snapshots and audit.jsonl live; made if missing.
+        published: a version that was in use already, whatever the folder knows of it.
         clock: seconds, monotonic.
 
     Raises:
@@ -69,6 +72,7 @@ class LineMemory:
         program: Program,
         config: MemoryConfig,
         folder: Path,
+        published: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._program = program
@@ -84,7 +88,7 @@ class LineMemory:
         self._audit_failing = False
         with self._auditing():
             self._audit.open()
-        self._restore_last()
+        self._restore_last(published)
         every = config.save_every, config.snapshot_every
         self._saver = Autosave(self._store, *every, clock, content=learnt_rows, before=self._sync_audit)
 
@@ -289,11 +293,12 @@ class LineMemory:
             "watched": "first score",
         }
 
-    def _restore_last(self) -> None:
+    def _restore_last(self, published: int) -> None:
         """Take the newest snapshot that fits; what cannot be used is logged and passed over."""
         last = 0
         with self._auditing():
             last = max((int(e["version"]) for e in self._audit.entries() if "version" in e), default=0)
+        last = max(last, published)  # a power cut takes the last lines of that log, which waits for no disk
         for item in self._store.usable():
             if isinstance(item, Refusal):
                 log.warning("snapshot %s is not used: %s", item.path.name, item.reason)

@@ -36,7 +36,7 @@ class MemoryVersions:
         self.number += 1
 
     def restored(self, saved: int, last: int) -> None:
-        """A start goes on from version `saved`; `last` is the newest that the audit log knows.
+        """A start goes on from version `saved`; `last` is the newest that audit log or verdicts know.
 
         Killed after the last save, the line may have published later versions: their numbers are not used again.
         """

@@ -36,6 +36,8 @@ STATUS_SCHEMA = "andon.status/1"
 METRICS_SCHEMA = "andon.metrics/1"
 
 
+#: State of the outbox: the memory's version in the newest verdict, committed with it.
+_MEMORY_VERSION = "memory/version"
 #: Seconds that a loss stays a trouble; the alarm it raises is latched or not as the line is configured.
 _LOSS_SHOWN = 60.0
 
@@ -95,6 +97,11 @@ class DeliveryHealth:
             elif link.connected and (why := link.trouble):
                 found.setdefault("refused" if link.refused else "silent", why)
         return {cause: text for cause, text in found.items() if text}
+
+
+def published_version(outbox: Outbox) -> int:
+    """The newest version of the memory that any verdict of this outbox was given with, delivered or not; else 0."""
+    return int(outbox.load_state(_MEMORY_VERSION) or 0)
 
 
 class Delivery:
@@ -201,7 +208,9 @@ class Delivery:
 
     def verdict(self, verdict: Verdict) -> int:
         """Store a verdict for delivery; returns its key in the outbox without waiting for the disk."""
-        return self._outbox.put(verdict.camera, "verdict", verdict.id, verdict_payload(verdict))
+        version = verdict.memory_version
+        state = None if version is None else (_MEMORY_VERSION, str(version).encode())
+        return self._outbox.put(verdict.camera, "verdict", verdict.id, verdict_payload(verdict), state)
 
     def alarm(self, board: AlarmBoard, events: Sequence[AlarmEvent], ids: Ids) -> None:
         """Store the transitions of a board, and the board itself, so that a restart finds it as it was."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from andon.calib.snapshots import Snapshot, SnapshotStore, _encode
 from andon.runtime.errors import CalibrationError, ConfigError
+from andon.runtime.memory import LineMemory
 
 from .memorystation import CONFIG, DRIFTS
 
@@ -155,6 +156,17 @@ def test_a_number_that_was_published_is_not_used_again_where_no_snapshot_is_left
     again = station()  # the first one was killed within its first minute
     assert again.memory.version("a") == 3 and again.memory.describe()["rows"]["a"] == 0
     assert station().memory.version("a") == 3, "nothing has changed since"
+
+
+def test_a_number_that_was_published_is_not_used_again_where_a_power_cut_took_the_audit_log(station, tmp_path):
+    line = station()
+    for value in (104, 105, 104, 108):
+        line.see(value)
+    line.memory._audit.path.unlink()
+    after = LineMemory(line.detector.program, CONFIG, tmp_path / "state", published=line.memory.version("a"))
+    assert after.version("a") == 3
+    after.close()
+    assert station().memory.version("a") == 3
 
 
 def test_state_of_another_bundle_is_refused(station, memory_bundle, caplog):
