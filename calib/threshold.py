@@ -90,9 +90,8 @@ def achievable_rate(samples: int, confidence: float | None = None) -> float | No
     """The lowest false-alarm rate that so many good images can promise; None for no images."""
     if samples < 1:
         return None
-    if confidence is None:
-        return 1 / (samples + 1)
-    return 1 - (1 - confidence) ** (1 / samples)
+    marginal = 1 / (samples + 1)  # asked for with a confidence, too
+    return marginal if confidence is None else max(marginal, 1 - (1 - confidence) ** (1 / samples))
 
 
 def promised_rate(samples: int, confidence: float | None = None) -> float | None:

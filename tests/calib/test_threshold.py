@@ -83,6 +83,14 @@ def test_the_rate_that_is_named_is_one_that_so_many_images_promise() -> None:
         assert rate is not None and rank(samples, rate) is not None and rate < 1 / (samples + 1) + 0.001, samples
 
 
+@given(samples=st.integers(1, 300), confidence=st.floats(0.05, 0.99))
+def test_the_rate_that_is_named_is_one_that_they_promise_with_any_confidence(samples: int, confidence: float) -> None:
+    """Below .63 or so the average is what asks for more images, not the confidence."""
+    rate = promised_rate(samples, confidence)
+    assert rate is None or rank(samples, rate, confidence) is not None
+    assert promised_rate(10, 0.3) == 0.091
+
+
 def test_nonsense_is_refused() -> None:
     with pytest.raises(CalibrationError, match="not a number"):
         conformal_threshold([0.0, np.nan], 0.5)
