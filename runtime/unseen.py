@@ -65,8 +65,8 @@ def unseen_good(bundle: Bundle, dataset: Dataset, only: Sequence[str] | None = N
 
 def _by_content(bundle: Bundle, good: Dataset, seen: Seen, untested: frozenset[str]) -> Unseen:
     """untested: products that nobody split and that have no defects to test on."""
-    # Of copies the first alone: another promises nothing more.
-    known = {k.fingerprint: k for k in reversed(seen.sort(good.samples))}.values()
+    # Of a product's copies the first alone: another promises nothing more. Two products may share an image.
+    known = {(k.sample.product, k.fingerprint): k for k in reversed(seen.sort(good.samples))}.values()
     whole = untested - {k.sample.product for k in known if k.use not in (None, "calibrated")}
     kept = {k.sample.key for k in known if k.use is None and k.sample.split == "test" and k.sample.product not in whole}
     held = [k.sample for k in known if k.use == "thresholds"]

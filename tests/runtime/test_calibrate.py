@@ -236,6 +236,16 @@ def test_calibrate_refuses_when_the_model_has_seen_all_there_is(
     assert result["found"] == "36 trained on, 4 enrolled from" and "collect some" in result["next"]
 
 
+def test_two_products_may_share_images(make_bundle: MakeBundle, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = make_bundle(report={"fingerprints": {"fitted": "0" * 16}})
+    shutil.rmtree(data / "b")
+    shutil.copytree(data / "a", data / "b")
+    arguments = ("--bundle", root, "--data", data, "--false-alarm-rate", 0.05, *ENGINE)
+    code, result, text = run(capsys, "calibrate", *arguments)
+    assert code == 0 and result["images"] == 80, text
+    assert [t["default"]["samples"] for t in result["thresholds"].values()] == [40, 40]
+
+
 def test_an_undecodable_image_is_left_out_on_request_and_at_once_where_training_did(
     make_bundle: MakeBundle, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
