@@ -225,8 +225,10 @@ def bounded(schedule: Schedule, images: int) -> Schedule:
 def lr_factor(schedule: Schedule, step: int, seconds: float) -> float:
     """Learning rate at a step as a share of its peak: linear warm-up, then `schedule.decay`.
 
-    Progress is counted in steps; where `max_seconds` will end the run before its last step, in time, so that the
-    schedule comes to its end either way. A run that does not meet its time limit is reproducible to the bit.
+    Progress is counted in steps; while the share of `max_seconds` that is gone is well ahead of the share of the steps,
+    in time, so that the schedule comes to its end where the limit ends the run. A run that never falls behind like
+    that is reproducible to the bit; one that does for a while (the machine slept, or had other work) is not, even
+    where it makes up for it. Without `max_seconds` every run is.
     """
     if step < schedule.warmup:
         return (step + 1) / (schedule.warmup + 1)
