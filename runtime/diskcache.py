@@ -7,6 +7,7 @@ Locks go with the process that holds them, so a killed one leaves nothing locked
 from __future__ import annotations
 
 import fcntl
+import inspect
 import os
 import re
 import shutil
@@ -58,6 +59,11 @@ class Entry(NamedTuple):
     size: int
     lock: Path
     paths: tuple[Path, ...]
+
+
+def code_of(*functions: Callable[..., object]) -> str:
+    """Source of the modules that these functions are from: what they make is made anew when it is another."""
+    return "\n".join(inspect.getsource(sys.modules[function.__module__]) for function in functions)
 
 
 def limit(default: str = DEFAULT_LIMIT) -> int | None:

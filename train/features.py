@@ -1,8 +1,9 @@
 """What training reads: outputs of a frozen front end (or resized images), computed once and memory-mapped.
 
-The cache entry's name is a hash of everything its content depends on: the images' bytes, the preprocessing, the front
-end's structure, code and weights, and the versions of the libraries involved. It is written beside its final place and
-renamed, under a lock, so that a second process waits for the first and then reads what it made.
+The cache entry's name is a hash of everything its content depends on: the images' bytes, the code that reads and
+resizes them, the preprocessing, the front end's structure, code and weights, and the versions of the libraries
+involved. It is written beside its final place and renamed, under a lock, so that a second process waits for the first
+and then reads what it made.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..runtime.dataset import Sample, read_rgb
-from ..runtime.diskcache import Lease, limit, used
+from ..runtime.diskcache import Lease, code_of, limit, used
 from ..runtime.fingerprint import image_hash
 from ..runtime.manifest import Preprocess
 from ..runtime.preprocess import resize
@@ -146,7 +147,7 @@ def _key(model: AnomalyModel, samples: Sequence[Sample], hashes: Sequence[str]) 
     digest = hashlib.sha256()
     versions = {"torch": torch.__version__, "timm": timm.__version__, "cv2": cv2.__version__, "format": _FORMAT}
     digest.update(json.dumps([versions, model.preprocess.model_dump()], sort_keys=True).encode())
-    digest.update(inspect.getsource(sys.modules[resize.__module__]).encode())
+    digest.update(code_of(read_rgb, resize).encode())
     if model.frontend is not None:
         digest.update(_frontend_key(model.frontend).encode())
     for sample, hashed in zip(samples, hashes, strict=True):

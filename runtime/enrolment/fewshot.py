@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..bundle import Bundle
 from ..dataset import Dataset
-from ..diskcache import Entry, Lease, limit, prune, used
+from ..diskcache import Entry, Lease, code_of, limit, prune, used
 from ..engine.base import Backend
 from ..errors import ConfigError
 from ..fingerprint import image_hash
@@ -53,8 +53,8 @@ class Memory:
 class FeatureCache:
     """Patch features of a data set's images, float16 on disk: [N, m, c].
 
-    Kept under $ANDON_CACHE (else .cache) by a hash of the feature stage's file, the preprocessing and the images, and
-    to $ANDON_CACHE_LIMIT (diskcache.py).
+    Kept under $ANDON_CACHE (else .cache) by a hash of the feature stage's file, the preprocessing, the code that reads
+    and resizes, and the images, and to $ANDON_CACHE_LIMIT (diskcache.py).
 
     Raises:
         ConfigError: that is not a size.
@@ -128,12 +128,13 @@ def _kept(path: Path, shape: tuple[int, ...]) -> Array | None:
 
 
 def _cache_path(bundle: Bundle, dataset: Dataset) -> Path:
-    """Named by all that the features depend on: the stage that makes them, the resizing, the images in their order."""
+    """Named by all that the features depend on: the stage that makes them, code that reads images, those in order."""
     stage = bundle.manifest.stages[parse_source(memory_of(bundle).candidates).name]
     digest = hashlib.sha256()
     for part in (
         bundle.manifest.files[stage.files["fp32"]].sha256,
         bundle.manifest.preprocess.model_dump_json(),
+        code_of(read_rgb, resize),
         *(image_hash(s.path) for s in dataset.samples),
     ):
         digest.update(part.encode() + b"\0")

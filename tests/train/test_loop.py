@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import os
 import signal
@@ -10,13 +11,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from andon.runtime import diskcache
+from andon.runtime import diskcache, images, preprocess
 from andon.runtime.dataset import open_dataset
 from andon.runtime.errors import ConfigError
 from andon.train.errors import TrainingError
@@ -64,7 +66,15 @@ def test_features_are_what_the_front_end_gives_and_are_cached(
     assert [len(b.indices) for b in first.batches(40)] == [40, 2]
 
 
-def test_cache_depends_on_images_and_weights(toy: ModuleType, synthetic_data: Path, tmp_path: Path) -> None:
+def changed_source(module: ModuleType) -> Callable[[ModuleType], str]:
+    """inspect.getsource as it would be were that module's code another."""
+    real = inspect.getsource
+    return lambda asked: real(asked) + ("#" if asked is module else "")
+
+
+def test_cache_depends_on_images_code_and_weights(
+    toy: ModuleType, synthetic_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     samples = [s for s in open_dataset(synthetic_data).samples if s.split == "train"][:4]
 
     def entries() -> int:
@@ -81,6 +91,11 @@ def test_cache_depends_on_images_and_weights(toy: ModuleType, synthetic_data: Pa
     other.patches.setting = 3
     extract(other, samples, root=tmp_path, progress=False)
     assert entries() == 4, "settings"
+    for code in (images, preprocess):  # another version of Andon may read or resize otherwise
+        with monkeypatch.context() as patch:
+            patch.setattr(inspect, "getsource", changed_source(code))
+            extract(other, samples, root=tmp_path, progress=False)
+            assert entries() == (5 if code is images else 6)
 
 
 def test_method_without_front_end_gets_images(toy: ModuleType, synthetic_data: Path, tmp_path: Path) -> None:
