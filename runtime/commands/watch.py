@@ -25,6 +25,12 @@ from ..startup import broker_at, state_elsewhere, state_folder
 from . import numbers
 
 _REMEMBERED = 100_000
+#: Seconds after which silence is remarked on. What is retained comes at once.
+_SILENCE = 5.0
+#: For a login that is none or the wrong one.
+_LOGIN = "give --config, which has the station's login, or --username and --password-file of one that may read"
+#: Slashes of andon/v1/<site>/<line>/<station>/<camera>/#
+_CAMERA_LEVEL = 6
 _RED, _GREEN, _YELLOW, _DIM, _BOLD, _PLAIN = "\033[31m", "\033[32m", "\033[33m", "\033[2m", "\033[1m", "\033[0m"
 _COLOURS = {"NG": _BOLD + _RED, "OK": _GREEN, "UNKNOWN": _YELLOW, "raised": _BOLD + _RED, "latched": _RED}
 
@@ -33,6 +39,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `andon watch`."""
     parser.add_argument("--config", type=Path, help="line configuration: its broker, login and topics")
     parser.add_argument("--broker", metavar="HOST:PORT", help="broker, instead of the configuration's")
+    parser.add_argument("--username", help="login that may read, instead of the configuration's; with --password-file")
+    parser.add_argument("--password-file", type=Path, metavar="FILE", help="file that holds its password")
     parser.add_argument("--topic", help="base topic; default: the line's, or andon/v1/# without a configuration")
     parser.add_argument("--count", type=numbers.count, help="end after so many verdicts")
     parser.add_argument(
@@ -48,7 +56,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """Print messages until --count, --timeout or Ctrl-C; returns the summary.
 
     Raises:
-        ConfigError: no broker is named, or --topic is none. DeliveryError: the broker refuses.
+        ConfigError: no broker is named, --topic is none, or half a login. DeliveryError: the broker refuses.
     """
     broker, topic = _where(args)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -82,6 +90,8 @@ class Watch:
         self._labels: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
         self._refusal: DeliveryError | None = None
+        self._heard = False  # anything that a line has published
+        self._granted: float | None = None  # when the subscription was, until silence was remarked on
         self._at = time.monotonic()
 
     def follow(
@@ -98,9 +108,13 @@ class Watch:
             lost = client.loop(0.2) != paho.MQTT_ERR_SUCCESS
             if self._refusal is not None:
                 raise self._refusal
+            if self._granted is not None and time.monotonic() - self._granted > _SILENCE:
+                self._remark_silence(broker, topic)
             if lost and not self.interrupted:
                 self._say(f"-- connection to {broker.host}:{broker.port} lost, waiting for it", _YELLOW)
                 self._reconnect(client, count, timeout)
+        if not self.interrupted:  # whoever interrupts has not waited
+            self._remark_silence(broker, topic)
         client.disconnect()
 
     def take(self, topic: str, payload: bytes, retained: bool) -> None:
@@ -113,6 +127,7 @@ class Watch:
 
     def _show(self, levels: list[str], document: dict[str, Any], payload: bytes, retained: bool) -> None:
         schema, camera = document["schema"], levels[5]
+        self._heard = self._heard or schema.startswith("andon.")
         if schema == "andon.verdict/1":
             self._verdict(camera, document, payload)
         elif schema == "andon.alarm/1":
@@ -179,13 +194,32 @@ class Watch:
 
     def _connected(self, client: paho.Client, reason: Any, broker: BrokerConfig, topic: str) -> None:
         if reason.is_failure:
-            self._refusal = DeliveryError("the broker refuses the connection", found=explain_connack(reason, broker))
+            self._refusal = DeliveryError(
+                "the broker refuses the connection",
+                found=explain_connack(reason, broker),
+                next_step=_LOGIN if reason.value in (4, 5, 134, 135) else None,
+            )
             return
         client.subscribe(topic, qos=1)
         self._say(f"-- watching {topic} on {broker.host}:{broker.port}", _DIM)
 
+    def _remark_silence(self, broker: BrokerConfig, topic: str) -> None:
+        """mosquitto grants every subscription and holds back what the login may not read, which looks like a line
+        without parts; but for the status, which is retained. A filter below a camera's topic may leave that out.
+        """
+        if self._granted is not None and not self._heard and topic.count("/") <= _CAMERA_LEVEL:
+            login = "clients without a login" if broker.username is None else f"'{broker.username}'"
+            self._say(
+                f"-- nothing came, not even the status that the broker keeps of every line: none has been connected to "
+                f"it, or {login} may not read {topic}: see the broker's ACL (docs/mosquitto/acl) or give --username "
+                "and --password-file of a login that may",
+                _YELLOW,
+            )
+        self._granted = None
+
     def _subscribed(self, reason: Any, topic: str) -> None:
         """A broker that refuses would be silent like a line without parts."""
+        self._granted = time.monotonic()
         if reason.is_failure:
             self._refusal = DeliveryError(
                 f"the broker refuses the subscription to {topic}",
@@ -268,7 +302,26 @@ def _where(args: argparse.Namespace) -> tuple[BrokerConfig, str]:
         elsewhere = state_elsewhere(line, args.config, "watch")
         host, port = _announced(announcement(state_folder(line, args.config)), args.wait, elsewhere)
         broker = broker.model_copy(update={"host": host, "port": port})
-    return broker, _filter(args.topic or (line.topic if line is not None else "andon/v1"))
+    return _login(args, broker), _filter(args.topic or (line.topic if line is not None else "andon/v1"))
+
+
+def _login(args: argparse.Namespace, broker: BrokerConfig) -> BrokerConfig:
+    """The broker with the login of the command line, if there is one.
+
+    Raises:
+        ConfigError: half of one.
+    """
+    if (args.username is None) != (args.password_file is None):
+        raise ConfigError(
+            "half a login",
+            found="--password-file alone" if args.username is None else "--username alone",
+            expected="both: the password comes from a file, so that no list of processes shows it",
+            next_step="andon watch --username NAME --password-file FILE",
+        )
+    if args.username is None:
+        return broker
+    login = {"username": args.username, "password_file": args.password_file, "password_env": None}
+    return broker.model_copy(update=login)
 
 
 def _filter(topic: str) -> str:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import paho.mqtt.client as paho
 import pytest
 from andon.cli import main
 from andon.runtime.broker import EmbeddedBroker
+from andon.runtime.commands import watch as watching
 from andon.runtime.commands.watch import Watch, verdict_line
 from andon.runtime.errors import DeliveryError
 from andon.runtime.lineconfig import BrokerConfig
 from andon.runtime.mqtt.bench import delivery_benchmark
+from paho.mqtt.enums import CallbackAPIVersion
 
+DOCS = Path(__file__).parents[2] / "docs"
 WATCH = [sys.executable, "-m", "andon.cli", "watch", "--json"]
 TOPIC = "andon/v1/site/line/station/cam0"
 VERDICT = {
@@ -190,3 +196,60 @@ def test_delivery_benchmark_counts_what_it_says(tmp_path: Path) -> None:
     latency = result["latency_ms"]
     assert 0 < latency["p50"] <= latency["p95"] <= latency["p99"] <= latency["max"]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[EmbeddedBroker]:
+    """A broker with the access control of docs/mosquitto, in which press-2 has written its status."""
+    passwords = tmp_path / "passwords"
+    passwords.write_text("")
+    for user in ("press-2", "viewer", "stranger"):
+        subprocess.run(["mosquitto_passwd", "-b", str(passwords), user, "secret"], check=True, capture_output=True)
+    (tmp_path / "pw").write_text("secret\n")
+    shutil.copy(DOCS / "mosquitto" / "acl", tmp_path / "acl")
+    settings = ["allow_anonymous false", f"password_file {passwords}", f"acl_file {tmp_path / 'acl'}"]
+    with EmbeddedBroker(settings=settings) as broker:
+        client = paho.Client(CallbackAPIVersion.VERSION2, protocol=paho.MQTTv5)
+        client.username_pw_set("press-2", "secret")
+        client.connect("127.0.0.1", broker.port)
+        client.loop_start()
+        status = {"schema": "andon.status/1", "state": "online", "outbox": {"messages": 0}}
+        topic = "andon/v1/plant1/line3/press-2/cam0/status"
+        client.publish(topic, json.dumps(status).encode(), 1, retain=True).wait_for_publish(30)
+        client.disconnect()
+        client.loop_stop()
+        yield broker
+
+
+def test_a_station_may_watch_itself_with_the_access_control_of_the_documents(
+    tmp_path: Path, guarded: EmbeddedBroker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "line.yaml"
+    config.write_text(
+        "site: plant1\nline: line3\nstation: press-2\ncameras: {cam0: {source: {kind: test}}}\n"
+        f"broker: {{port: {guarded.port}, username: press-2, password_file: pw}}\n"
+    )
+    assert main(["watch", "--config", str(config), "--timeout", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "-- cam0 is online" in said and "nothing came" not in said
+    other = ["--username", "viewer", "--password-file", str(tmp_path / "pw")]
+    assert main(["watch", "--config", str(config), "--timeout", "1", *other]) == 0
+    assert "-- cam0 is online" in capsys.readouterr().out
+
+
+def test_a_login_that_may_not_read_is_not_as_silent_as_a_line_without_parts(
+    tmp_path: Path, guarded: EmbeddedBroker, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mosquitto grants the subscription, with MQTT 5 too, and holds back what the login may not read."""
+    monkeypatch.setattr(watching, "_SILENCE", 0.2)
+    address = ["--broker", f"127.0.0.1:{guarded.port}"]
+    login = ["--username", "stranger", "--password-file", str(tmp_path / "pw")]
+    assert main(["watch", *address, *login, "--timeout", "2"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("nothing came") == 1 and "'stranger' may not read andon/v1/#" in said
+    assert said.index("nothing came") < said.index("0 verdicts")
+    assert main(["watch", *address, "--timeout", "2"]) == 1
+    refused = capsys.readouterr().err
+    assert "anonymous clients are not allowed" in refused and "--username" in refused
+    assert main(["watch", *address, "--username", "viewer"]) == 1
+    assert "--password-file FILE" in capsys.readouterr().err
