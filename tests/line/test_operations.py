@@ -121,3 +121,15 @@ def test_node_red_flow_is_whole() -> None:
             levels = node["topic"].split("/")
             assert levels[:2] == ["andon", "v1"] and levels[6] in ("verdict", "alarm", "status", "cmd")
             assert levels[6] != "cmd" or len(levels) in (8, 9)
+
+
+def test_node_red_keeps_its_session_and_may_trigger_more_than_once() -> None:
+    nodes = {node["id"]: node for node in json.loads((DOCS / "node-red" / "flow.json").read_text())}
+    broker = nodes["andon-broker"]
+    # Node-RED makes the session a clean one where there is no client id, and unsubscribes at every end unless told.
+    assert (broker["cleansession"], broker["autoUnsubscribe"]) == (False, False) and int(broker["sessionExpiry"]) > 0
+    assert broker["clientid"]
+    inject = next(node for node in nodes.values() if node["type"] == "inject")
+    assert "id" not in json.loads(inject["payload"]), "a repeated id is answered from memory"
+    (numbered,) = inject["wires"][0]
+    assert "msg.payload.id = msg._msgid" in nodes[numbered]["func"] and nodes[numbered]["wires"] == [["andon-trigger"]]
