@@ -24,7 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from .errors import ConfigError, SourceError
+from .errors import ConfigError, SourceError, quoted
 from .images import IMAGE_SUFFIXES, on_disk, read_mask, read_rgb
 from .verdict import readable
 
@@ -113,7 +113,7 @@ class Dataset:
                 f"{self.spec} has no product {', '.join(sorted(wanted - set(self.products)))}",
                 found=", ".join(sorted(wanted)),
                 expected=", ".join(self.products),
-                next_step="name products of this set",
+                next_step=f"name products of this set, or {named_by_folder(sorted(wanted - set(self.products)))}",
             )
         only = None if keys is None else set(keys)
         if only is not None and (missing := only - {s.key for s in self.samples}):
@@ -178,6 +178,15 @@ def open_dataset(spec: str | Path) -> Dataset:
     return _checked(Dataset(readable(str(spec)), root, tuple(samples), drawn=_drawn(_folders(root))))
 
 
+def named_by_folder(products: Sequence[str]) -> str:
+    """What to do about a set whose folder is not called as the product that a person means: one of these."""
+    which = products[0] if len(products) == 1 else "one of them"
+    return (
+        f"if it has images of {which}, call their folder so (its name is the product's): rename it, or give --data "
+        f"FOLDER with a link FOLDER/{products[0]} to it"
+    )
+
+
 def _drawn(folders: Sequence[Path]) -> frozenset[str]:
     return frozenset(readable(folder_name(f)) for f in folders if not (f / "train").is_dir())
 
@@ -202,12 +211,13 @@ def split_readable(
 
 
 def _unclear(root: Path, found: str) -> SourceError:
-    return SourceError(
-        f"cannot tell the layout of {root}",
-        found=found,
-        expected=_LAYOUTS,
-        next_step="arrange the images in one of these layouts",
-    )
+    step = "arrange the images in one of these layouts"
+    if _images(root):
+        name = folder_name(root)
+        parent = root.parent if root.name == name else root.resolve().parent  # of `.` it is not `.`
+        above = f"give --data {quoted(parent)}" if name.lower() in _GOOD_FOLDERS else "put them into PRODUCT/good"
+        step = f"{above}, if these are images of good parts; the folder around good is called as the product"
+    return SourceError(f"cannot tell the layout of {root}", found=found, expected=_LAYOUTS, next_step=step)
 
 
 def _checked(dataset: Dataset) -> Dataset:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .dataset import Sample
+from .dataset import Sample, named_by_folder
 from .detector import AUTO, Detector
-from .errors import ProductError
+from .errors import ProductError, quoted
 from .images import read_mask, read_rgb
 from .quality import Metrics, map_at, mask_at, mean_metrics, summarize
 
@@ -87,15 +87,15 @@ def evaluate(
         ProductError: a sample's product is not one of the bundle's.
         SourceError: an image or mask cannot be read.
     """
-    for sample in samples:
-        detector.bundle.class_index(sample.product)
+    products = sorted({s.product for s in samples})
+    _require_known(detector.bundle.manifest.classes, products)
     if not samples:
         raise ProductError("there is no image to judge", found="no sample", next_step="name another --data or --split")
     judged: list[Judged] = []
     timings: list[dict[str, float]] = []
     results: dict[str, Metrics] = {}
     start = perf_counter()
-    for product in sorted({s.product for s in samples}):
+    for product in products:
         mine = [s for s in samples if s.product == product]
         detector.program.reset()
         results[product] = _product(detector, mine, auto, judged, timings, step)
@@ -104,6 +104,18 @@ def evaluate(
     latency = {name: np.array([t[name] for t in timings]) for name in names}
     without = frozenset(product for product in results if detector.threshold(product) is None)
     return Evaluated(tuple(judged), results, mean_metrics(results), _right_product(judged), latency, seconds, without)
+
+
+def _require_known(classes: Sequence[str], products: Sequence[str]) -> None:
+    """Raises ProductError where the set has a product that the bundle does not know."""
+    if unknown := [p for p in products if p not in classes]:
+        known = " ".join(quoted(p) for p in products if p in classes)
+        raise ProductError(
+            f"unknown product {unknown[0]!r}",
+            found=", ".join(unknown),
+            expected=", ".join(classes),
+            next_step=(f"evaluate the others with --products {known}; " if known else "") + named_by_folder(classes),
+        )
 
 
 def _product(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from .bundle import Bundle
-from .dataset import Dataset, Sample
+from .dataset import Dataset, Sample, named_by_folder
 from .errors import CalibrationError
 from .fingerprint import Seen, counted, read_report, tally
 
@@ -48,11 +48,12 @@ def unseen_good(bundle: Bundle, dataset: Dataset, only: Sequence[str] | None = N
     """
     wanted = bundle.manifest.classes if only is None else only
     if missing := [p for p in wanted if p not in dataset.products]:
+        some = "give a data set with every product of the bundle, or name with --products those that it has; "
         raise CalibrationError(
             f"{dataset.spec} has no images of {', '.join(missing)}",
             found=", ".join(dataset.products),
             expected=", ".join(wanted),
-            next_step="give a data set with every product of the bundle, or name with --products those that it has",
+            next_step=(some if len(missing) < len(wanted) else "") + named_by_folder(missing),
         )
     if (seen := Seen.of(bundle)) is not None:
         tested = {s.product for s in dataset.samples if not s.good}

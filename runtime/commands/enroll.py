@@ -137,7 +137,7 @@ def summarize(bundle: Bundle, seconds: float) -> dict[str, Any]:
     shots, repeated = len(report["enrolled"]["support"]), report["enrolled"]["repeated"]
     foreground = report["foreground"]
     shown = quoted(bundle.path)
-    calibrate = f"andon calibrate --bundle {shown} --data FOLDER (new good images)"
+    calibrate = f"andon calibrate --bundle {shown} --data FOLDER (new good images in FOLDER/{product}/good)"
     if repeated:
         print(
             f"warning: {len(repeated)} of {shots + len(repeated)} support images are copies of another and are left "

@@ -95,6 +95,10 @@ def test_calibrate_of_one_product_needs_images_of_no_other(
     assert code == 1 and "has no images of b" in result["error"] and "--products" in result["next"]
     code, result, text = run(capsys, "calibrate", "--bundle", root, *arguments, "--products", "a")
     assert code == 0 and result["images"] == 35 and result["left_out"] == {"fitted": 5}, text
+    (data / "a").rename(data / "parts")
+    code, result, _ = run(capsys, "calibrate", "--bundle", root, *arguments, "--products", "a")
+    assert code == 1 and "--products" not in result["next"], "there is none that the set has"
+    assert "call their folder so" in result["next"] and "FOLDER/a" in result["next"]
 
 
 @pytest.mark.parametrize("top", ["bundle", ""], ids=["in a folder", "bare"])

@@ -212,6 +212,7 @@ def test_copies_are_left_out_and_a_burst_is_not(engines, tmp_path, capsys):
         said, result = enrolled(engines, "knn", tmp_path / name, tmp_path / f"{name} bundle", capsys)
         assert result["repeated"] == [] and result["shots"] == 3 and result["alike"] and "much alike" in said
         assert f"andon calibrate --bundle {quoted(tmp_path / f'{name} bundle')} --data FOLDER" in said.splitlines()[0]
+        assert "FOLDER/p/good" in said.splitlines()[0], "the folder's name is the product's"
         assert result["thresholds"]["default"]["value"] < strict, "not that of one image's mirror images"
 
 

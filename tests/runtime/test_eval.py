@@ -173,8 +173,13 @@ def test_eval_refuses_a_product_it_does_not_know(
     make_bundle: MakeBundle, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (data / "b").rename(data / "c")
-    code, _, text = run(capsys, "eval", "--bundle", make_bundle(), "--data", data, *ENGINE)
+    root = make_bundle()
+    code, result, text = run(capsys, "eval", "--bundle", root, "--data", data, *ENGINE)
     assert code == 1 and "unknown product 'c'" in text and "Traceback" not in text
+    assert "--products a; " in result["next"] and "call their folder so" in result["next"]
+    assert run(capsys, "eval", "--bundle", root, "--data", data, "--products", "a", *ENGINE)[0] == 0
+    code, result, _ = run(capsys, "eval", "--bundle", root, "--data", data / "c", *ENGINE)
+    assert code == 1 and "--products" not in result["next"] and "a link FOLDER/a" in result["next"]
 
 
 def test_eval_puts_the_figures_of_its_own_checkpoint_beside_and_refuses_another_models(

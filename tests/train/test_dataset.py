@@ -184,6 +184,22 @@ def test_unclear_folder_names_what_was_found(tmp_path: Path, layout: str) -> Non
     assert expected in str(caught.value) and "good" in str(caught.value.expected)
 
 
+def test_a_flat_folder_of_good_images_leads_to_one_that_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "new parts" / "good" / "1.png")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "bolt").symlink_to(tmp_path / "new parts")
+    folder = tmp_path / "new parts" / "good"
+    monkeypatch.chdir(folder)
+    for spec in (folder, Path()):
+        with pytest.raises(SourceError, match="cannot tell the layout") as caught:
+            open_dataset(spec)
+        assert f"--data '{tmp_path}/new parts'," in str(caught.value.next_step)
+    with pytest.raises(ConfigError) as missing:
+        open_dataset(folder.parent).select(products=["bolt"])
+    assert "a link FOLDER/bolt" in str(missing.value.next_step)
+    assert open_dataset(tmp_path / "set").products == ("bolt",)
+
+
 def test_missing_folder_and_missing_mask(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="no data set at"):
         open_dataset(tmp_path / "none")
