@@ -11,7 +11,7 @@ from typing import Any
 
 from ..runtime.commands import enroll as device
 from ..runtime.enrolment.support import support_paths
-from ..runtime.errors import ConfigError, quoted
+from ..runtime.errors import ConfigError
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             "engines cannot be exported here",
             found="torch is not installed",
             expected=f"--backbone-bundle with any {args.method} bundle, or a workstation with torch",
-            next_step=f"andon enroll --method {args.method} --backbone-bundle BUNDLE --support {quoted(args.support)}",
+            next_step=device.same_again(args, args.method, "BUNDLE"),
         )
     support_paths(args.support, args.shots, args.seed)  # refused before torch is loaded and engines are exported
     started = time.monotonic()

@@ -24,13 +24,14 @@ from . import numbers
 
 #: Methods that keep a memory of normal, into which a product can be enrolled; the others are trained on every product.
 METHODS = ("foct", "knn")
+_SHOTS, _FOREGROUND = 4, "auto"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `andon enroll`."""
     parser.add_argument("--method", choices=METHODS, default="foct", help="memory method (foct)")
     parser.add_argument("--support", type=Path, required=True, metavar="DIR", help="images of good parts")
-    parser.add_argument("--shots", type=numbers.count, default=4, metavar="K", help="how many of them (4)")
+    parser.add_argument("--shots", type=numbers.count, default=_SHOTS, metavar="K", help="how many of them (4)")
     parser.add_argument(
         "--seed", type=numbers.natural, metavar="N", help="draw them at random; default: the first by name"
     )
@@ -44,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--foreground",
-        default="auto",
+        default=_FOREGROUND,
         metavar="HOW",
         help="auto (GrabCut) | all (textures) | mask:FILE-OR-FOLDER | onnx:FILE[,MEAN,STD] | sam:ENCODER,DECODER",
     )
@@ -116,16 +117,32 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     return summarize(bundle, time.monotonic() - started)
 
 
+def same_again(args: argparse.Namespace, method: str, backbone_bundle: object = None) -> str:
+    """The command as it was given, to be pasted, with another method or bundle of engines."""
+    parts = [f"andon enroll --method {method} --support {quoted(args.support)}"]
+    given = {
+        "shots": None if args.shots == _SHOTS else args.shots,
+        "seed": args.seed,
+        "name": args.name,
+        "out": args.out,
+        "foreground": None if args.foreground == _FOREGROUND else args.foreground,
+        "threads": args.threads,
+        "backbone-bundle": backbone_bundle,
+    }
+    parts += [f"--{option} {quoted(value)}" for option, value in given.items() if value is not None]
+    return " ".join(parts)
+
+
 def _other_method(args: argparse.Namespace, method: str) -> ConfigError:
     """The bundle's engines are those of another method, which may be one that nothing can be enrolled into."""
-    again = f"andon enroll --method {method if method in METHODS else args.method} --support {quoted(args.support)}"
     if method in METHODS:
-        found, step = method, f"{again} --backbone-bundle {quoted(args.backbone_bundle)}"
+        found, step = method, same_again(args, method, args.backbone_bundle)
     else:
         found = f"{method}, which is trained on every product and keeps no memory to enroll one into"
         step = (
-            f"{again} (exports the engines itself, on a workstation), or with --backbone-bundle of a {args.method} "
-            f"bundle; for {method} itself: andon train --method {method} with the new product's images in --data"
+            f"{same_again(args, args.method)} (exports the engines itself, on a workstation), or with "
+            f"--backbone-bundle of a {args.method} bundle; for {method} itself: andon train --method {method} with the "
+            "new product's images in --data"
         )
     what = f"{args.backbone_bundle} is a bundle of another method"
     return ConfigError(what, found=found, expected=f"a bundle of {args.method}", next_step=step)

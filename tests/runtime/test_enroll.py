@@ -283,6 +283,13 @@ def test_a_bundle_of_another_method_is_refused_with_a_command_that_exists(make_b
         assert answer["found"].startswith("hvq, which is trained on every product")
         assert answer["next"].startswith(f"andon enroll --method foct --support '{support}' (exports")
         assert "andon train --method hvq" in answer["next"]
+    options = ["--support", str(support), "--shots", "2", "--seed", "0", "--name", "M8 x", "--out", str(tmp_path / "b")]
+    options += ["--foreground", "mask:my masks", "--threads", "1"]
+    assert main(["enroll", *options, "--backbone-bundle", str(bundle), "--json"]) == 1
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    pasted = shlex.split(answer["next"].partition(" (")[0])
+    engines = ["--backbone-bundle", str(bundle)] if method == "knn" else []
+    assert pasted == ["andon", "enroll", "--method", "knn" if method == "knn" else "foct", *options, *engines]
 
 
 def test_a_checkpoint_is_no_bundle_and_the_message_says_so(tmp_path, capsys):
