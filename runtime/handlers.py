@@ -5,8 +5,11 @@ They run on the commands' thread, one after another; `trigger` runs on its conne
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from .detector import AUTO
@@ -86,22 +89,33 @@ class Handlers:
         return result
 
     def trigger(self, camera: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Announce a part; its verdict follows, UNKNOWN if no frame comes in time. Must not wait for anything."""
+        """Announce a part; its verdict follows, UNKNOWN if no frame comes in time. Must not wait for anything.
+
+        One that is late gets no more time for it: its part has gone on, and a picture would be of the next.
+
+        Raises:
+            ConfigError: its `ts` is no time. See :meth:`andon.runtime.slot.Slots.trigger`.
+        """
         settings = self._app.config.cameras[camera].trigger
-        at = time.monotonic() + (settings.delay_ms / 1000 if settings else 0.0)
+        now, delay = time.monotonic(), settings.delay_ms / 1000 if settings else 0.0
         timeout = settings.timeout_ms / 1000 if settings else TRIGGER_TIMEOUT
         judge = self._app.worker.judge  # none while engines are built: then the line has no product to expect yet
         expected = judge.product_of(camera) if judge is not None else AUTO
-        self._app.slots.trigger(
-            camera,
-            Trigger(
-                arguments["part_id"],
-                at,
-                at + timeout,
-                arguments.get("product"),
-                expected=None if expected == AUTO else expected,
-            ),
+        age = _age(arguments["ts"]) if "ts" in arguments else 0.0
+        late = max(age, arguments.get("late", 0.0))
+        trigger = Trigger(
+            arguments["part_id"],
+            at=now + max(0.0, delay - late),
+            deadline=now + delay + timeout - late,
+            product=arguments.get("product"),
+            expected=None if expected == AUTO else expected,
         )
+        if age < -timeout:  # one of the clocks is wrong: nothing says when it was sent
+            detail = f"the trigger's ts is {-age:.1f} s ahead of this station's clock"
+            trigger = replace(trigger, deadline=now - timeout, detail=detail)
+        elif late >= 0.1:
+            trigger = replace(trigger, detail=f"no frame came in time for the trigger, which came {late:.1f} s late")
+        self._app.slots.trigger(camera, trigger)
         return {"part_id": arguments["part_id"]}
 
     def memory(self, camera: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -131,3 +145,17 @@ class Handlers:
         if judge is None:
             raise NotNowError("the line is still starting", next_step="repeat it when its status says ready")
         return judge
+
+
+def _age(ts: str) -> float:
+    """Seconds since an RFC 3339 time, by this station's clock; below 0: it lies ahead.
+
+    Raises:
+        ConfigError: it is no time.
+    """
+    try:
+        # Python 3.10 reads neither a Z nor any other number of digits than three or six.
+        digits = re.sub(r"\.(\d+)", lambda part: f".{part[1]:0<6.6}", ts.replace("Z", "+00:00"))
+        return (datetime.now(timezone.utc) - datetime.fromisoformat(digits)).total_seconds()
+    except (ValueError, OverflowError) as error:
+        raise ConfigError("the trigger's ts is no time", found=ts, expected="e.g. 2026-11-21T22:28:32.104Z") from error

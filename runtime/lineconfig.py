@@ -35,7 +35,11 @@ Milliseconds = Annotated[float, Field(gt=0)]
 class TriggerConfig(Settings):
     """Triggered operation: a trigger (command) names a part, the next frame captured after it is that part's."""
 
-    timeout_ms: Milliseconds = Field(default=1000, description="Without a frame by then the part is UNKNOWN, no_frame")
+    timeout_ms: Milliseconds = Field(
+        default=1000,
+        description="Without a frame by then the part is UNKNOWN, no_frame. A trigger that comes late has so much less "
+        "time: one with a ts by its age, any by what the station itself was held up",
+    )
     delay_ms: float = Field(default=0, ge=0, description="Time from the trigger until the part is in view")
     only: bool = Field(default=True, description="True: frames without a trigger are not judged")
 

@@ -46,6 +46,7 @@ class Trigger:
 
     product: as which it was announced; expected: what the camera expected then, for a frame that brings none: a product
     commanded afterwards is of the parts behind it.
+    detail: what is said of a part that has no frame by the deadline.
     """
 
     part_id: str
@@ -53,6 +54,7 @@ class Trigger:
     deadline: float
     product: str | None = None
     expected: str | None = None
+    detail: str = "no frame came before the trigger's deadline"
 
     def takes(self, item: _Item) -> _Item:
         """What comes from the camera, as this part's."""
@@ -273,7 +275,7 @@ class Slots:
                 monotonic=trigger.at,
                 part_id=trigger.part_id,
                 product=trigger.product or trigger.expected,
-                detail="no frame came before the trigger's deadline",
+                detail=trigger.detail,
             )
             self._miss(lane, item)
 

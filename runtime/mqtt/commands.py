@@ -42,7 +42,7 @@ _WAITING = 64
 _ID = 64
 
 #: (camera, the command's fields without schema and id) -> fields of the result. Called in the commands' own thread,
-#: those of AT_ONCE in the connection's.
+#: those of AT_ONCE in the connection's, with `late` (seconds that it may have lain unread) where it is not 0.
 Handler = Callable[[str, dict[str, Any]], Mapping[str, Any] | None]
 Reply = Callable[[str, bytes], None]
 _Key = tuple[str, str, str]  # camera, command, id
@@ -136,8 +136,11 @@ class Commands:
             self._asked.clear()
         self._thread = None
 
-    def receive(self, camera: str, name: str, payload: bytes, retained: bool, reply: Reply) -> None:
-        """Take one message; never blocks, never raises. ``reply`` gets (name, result), here or in the worker."""
+    def receive(self, camera: str, name: str, payload: bytes, retained: bool, reply: Reply, late: float = 0.0) -> None:
+        """Take one message; never blocks, never raises. ``reply`` gets (name, result), here or in the worker.
+
+        late: seconds for which the message may have lain here unread.
+        """
         if retained and not payload:
             return  # somebody clears the topic: no command
         rate = RATES.get(name, RATE) if name in COMMANDS else _REFUSALS
@@ -158,7 +161,8 @@ class Commands:
             return
         job = _Job(camera, name, identifier, arguments, reply)
         if name in AT_ONCE:
-            self._run(self._as_asked(job))
+            job = self._as_asked(job)
+            self._run(replace(job, arguments={**job.arguments, "late": late}) if late else job)
             return
         try:
             with self._lock:  # or the worker could have finished it before it is noted

@@ -280,7 +280,7 @@ class Delivery:
         return Hooks(
             status=lambda state: self._status_payload(camera, state),
             alarm=lambda: self._alarms(camera),
-            command=lambda name, payload, retained: self._on_command(camera, name, payload, retained),
+            command=lambda name, payload, retained, late: self._on_command(camera, name, payload, retained, late),
             acknowledged=self._acknowledged,
             refused=lambda topic, reason: None,
             too_large=lambda kind, size, limit: None,
@@ -311,13 +311,15 @@ class Delivery:
             }
         )
 
-    def _on_command(self, camera: str, name: str, payload: bytes, retained: bool) -> None:
+    def _on_command(self, camera: str, name: str, payload: bytes, retained: bool, late: float) -> None:
         if self._commands is None:
             return
         publisher = self._publishers[camera]
-        self._commands.receive(
-            camera, name, payload, retained, lambda leaf, result: publisher.send(Direct(f"cmd/{leaf}/result", result))
-        )
+
+        def reply(leaf: str, result: bytes) -> None:
+            publisher.send(Direct(f"cmd/{leaf}/result", result))
+
+        self._commands.receive(camera, name, payload, retained, reply, late)
 
     def _acknowledged(self, messages: list[Stored]) -> None:
         with self._count_lock:

@@ -19,7 +19,8 @@ from ..errors import AndonError, DeliveryError
 from ..lineconfig import BrokerConfig
 from ..outbox import Outbox
 from .hooks import Direct, Hooks
-from .session import KINDS, Heavy, Lost, Session
+from .packets import Heavy
+from .session import KINDS, Lost, Session
 
 log = logging.getLogger("andon.mqtt")
 

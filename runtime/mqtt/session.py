@@ -10,7 +10,6 @@ import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import paho.mqtt.client as paho
@@ -23,8 +22,10 @@ from ..lineconfig import BrokerConfig
 from ..outbox import Outbox
 from ..stored import Stored
 from ..verdict import mark_replayed
+from .backlog import LOOK, Backlog
 from .client import CONNECT_TIMEOUT, Will, explain, explain_connack, explain_lost, make_client, tls_context
 from .hooks import Direct, Hooks
+from .packets import HEAVY, Heavy, packet_size
 from .stream import Stream
 
 log = logging.getLogger(__name__)
@@ -33,8 +34,6 @@ log = logging.getLogger(__name__)
 KINDS = ("alarm", "verdict")
 #: Largest command we let a broker send us, in bytes.
 MAX_COMMAND = 65536
-#: No broker has a limit below so many bytes that we would want to know of.
-HEAVY = 2048
 #: Bytes that the kernel takes beyond what it can send, or a picture would be "sent" and in a verdict's way for seconds.
 _UNSENT = 16384
 #: Seconds until what is retained is published again on a topic that the broker has refused.
@@ -45,27 +44,6 @@ _SHOWN = 60.0
 
 class Lost(Exception):
     """The connection could not be made or has ended; the text says why."""
-
-
-@dataclass(frozen=True)
-class Heavy:
-    """A message of more than HEAVY bytes that was sent; nothing says yet that the broker took any so large.
-
-    before: packet ids in flight when it was sent; an acknowledgement of one of them proves nothing.
-    """
-
-    kind: str
-    size: int
-    before: frozenset[int]
-
-
-def packet_size(topic: str, payload: bytes, qos: int, protocol: str = "5") -> int:
-    """Bytes of a PUBLISH packet without properties, all headers included."""
-    rest = 2 + len(topic.encode()) + (2 if qos else 0) + (protocol == "5") + len(payload)  # packet id, properties
-    length = 1
-    while rest >= 128**length:  # a variable byte integer: seven bits a byte
-        length += 1
-    return 1 + length + rest
 
 
 class Session:
@@ -117,6 +95,7 @@ class Session:
         }
         self._owed: dict[str, Callable[[], bytes | None]] = {}
         self._misc_at = 0.0
+        self._backlog = Backlog(time.monotonic())
         self._selector = selectors.DefaultSelector()
         will = Will(f"{self._topic}/status", hooks.status("offline"))
         self._client = make_client(broker, client_id, will, tls_context(broker.tls))
@@ -321,11 +300,13 @@ class Session:
         pending = getattr(sock, "pending", None)  # TLS may hold bytes that select() does not see
         if pending is not None and pending():
             timeout = 0
-        ready = self._selector.select(timeout)
+        ready = self._selector.select(min(timeout, LOOK))
         for key, events in ready:
             if key.fileobj is sock and events & selectors.EVENT_WRITE:
                 self._client.loop_write()
-        if any(key.fileobj is sock for key, _ in ready) or timeout == 0:
+        ours = any(key.fileobj is sock for key, _ in ready)
+        self._backlog.looked(time.monotonic(), empty=not (ours or timeout == 0))
+        if ours or timeout == 0:
             self._client.loop_read()
         if time.monotonic() >= self._misc_at:
             self._client.loop_misc()
@@ -401,7 +382,8 @@ class Session:
         self._heavy, self._proved = None, heavy.size
 
     def _on_message(self, _client: Any, _data: Any, message: paho.MQTTMessage) -> None:
-        self._hooks.command(message.topic.rsplit("/", 1)[1], bytes(message.payload), message.retain)
+        late = self._backlog.late(time.monotonic())
+        self._hooks.command(message.topic.rsplit("/", 1)[1], bytes(message.payload), message.retain, late)
 
     def _on_disconnect(self, _client: Any, _data: Any, flags: Any, reason: ReasonCode, _properties: Any) -> None:
         if flags.is_disconnect_packet_from_server:

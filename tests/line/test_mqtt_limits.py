@@ -17,7 +17,7 @@ from andon.runtime.broker import EmbeddedBroker
 from andon.runtime.lineconfig import BrokerConfig
 from andon.runtime.mqtt import publisher, session
 from andon.runtime.mqtt.hooks import Direct, Hooks
-from andon.runtime.mqtt.session import packet_size
+from andon.runtime.mqtt.packets import packet_size
 from andon.runtime.outbox import Outbox
 from andon.runtime.types import Region, Verdict
 from andon.runtime.verdict import Ids
