@@ -3,11 +3,13 @@
 Every camera has a lane. With drop: latest a newer frame replaces the oldest waiting one and the loss is counted; with
 drop: block the source waits. A frame that carries a part id is never dropped in silence: it becomes a :class:`Missed`
 with reason overload. The same holds for a trigger that no frame answered (no_frame) and for a frame that waited past
-its deadline (deadline_missed). So every part that was announced gets exactly one verdict.
+its deadline (deadline_missed). So every announced part gets exactly one verdict, and one that could get none is
+refused.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -16,11 +18,13 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Literal, TypeVar
 
-from .errors import ConfigError
+from .errors import ConfigError, NotNowError
 from .types import Frame
 
-#: Missed items (they hold no picture) and triggers that one lane keeps at most; beyond it the oldest are counted lost.
-MAX_WAITING = 1024
+log = logging.getLogger(__name__)
+#: Missed items (they hold no picture) and triggers that one lane keeps: what fits into minutes of building engines at a
+#: fast line's pace. Triggers are refused from there on; of others, which cannot be, the oldest are lost and counted.
+MAX_WAITING = 32768
 
 _Item = TypeVar("_Item", "Frame", "Missed")
 
@@ -73,7 +77,10 @@ class LanePolicy:
 
 @dataclass
 class LaneCounts:
-    """Counters of one camera since the start. offered = taken + dropped + untriggered + waiting."""
+    """Counters of one camera since the start. offered = taken + dropped + untriggered + waiting.
+
+    lost: parts without a picture that were too many to wait, and got no verdict.
+    """
 
     offered: int = 0
     taken: int = 0
@@ -81,6 +88,7 @@ class LaneCounts:
     untriggered: int = 0
     missed: int = 0
     triggers: int = 0
+    lost: int = 0
 
 
 @dataclass
@@ -91,9 +99,8 @@ class _Lane:
     triggers: deque[Trigger] = field(default_factory=deque)
     counts: LaneCounts = field(default_factory=LaneCounts)
     seq: int = 0
-
-    def frames(self) -> int:
-        return sum(isinstance(item, Frame) for item in self.items)
+    frames: int = 0  # of the items
+    losing: bool = False
 
 
 class Slots:
@@ -133,7 +140,7 @@ class Slots:
         """
         lane = self._lanes[item.camera]
         with self._lock:
-            while wait and not self._closed and lane.policy.drop == "block" and lane.frames() >= lane.policy.queue:
+            while wait and not self._closed and lane.policy.drop == "block" and lane.frames >= lane.policy.queue:
                 lane.space.wait()
             if self._closed:
                 return False
@@ -160,14 +167,22 @@ class Slots:
         """Announce a part: the next frame of the camera captured at or after `trigger.at` is taken for it.
 
         Raises:
-            ConfigError: no such camera, or too many triggers wait already.
+            ConfigError: no such camera.
+            NotNowError: the slots are closed, or too many parts wait already.
         """
         with self._lock:
             lane = self._lanes.get(camera)
             if lane is None:
                 raise ConfigError(f"no camera '{camera}'", found=camera, expected=", ".join(self._order))
-            if self._closed or len(lane.triggers) >= MAX_WAITING:
-                raise ConfigError(f"camera {camera} takes no more triggers", found=f"{len(lane.triggers)} waiting")
+            if self._closed:
+                raise NotNowError("the line is stopping", next_step="repeat it after the restart")
+            waiting = len(lane.triggers) + len(lane.items)
+            if waiting >= MAX_WAITING:
+                raise NotNowError(
+                    f"camera {camera} takes no more triggers",
+                    found=f"{waiting} parts that wait for their verdict",
+                    next_step="repeat it when its status says ready",
+                )
             lane.triggers.append(trigger)
             lane.counts.triggers += 1
             self._ready.notify()
@@ -242,27 +257,48 @@ class Slots:
             lane.counts.untriggered += 1
             return
         lane.items.append(frame)
-        if lane.frames() > lane.policy.queue:
+        lane.frames += 1
+        if lane.frames > lane.policy.queue:
             self._displace(lane)
 
     def _displace(self, lane: _Lane) -> None:
         """One frame must go: the oldest without a part id, else the oldest, which then is a missed part."""
-        frames = [(index, item) for index, item in enumerate(lane.items) if isinstance(item, Frame)]
+        frames: list[tuple[int, Frame]] = []  # the newest first: few frames wait, but many missed ones may
+        last = len(lane.items) - 1
+        for distance, item in enumerate(reversed(lane.items)):
+            if isinstance(item, Frame):
+                frames.append((last - distance, item))
+                if len(frames) == lane.frames:
+                    break
+        frames.reverse()
         index, victim = next(((i, item) for i, item in frames if item.part_id is None), frames[0])
+        lane.frames -= 1
         lane.counts.dropped += 1
         if victim.part_id is None:
             del lane.items[index]
         else:
             lane.items[index] = missed(victim, "overload", "a newer frame came before this one could be judged")
             lane.counts.missed += 1
+            self._bound(lane)
 
     def _miss(self, lane: _Lane, item: Missed) -> None:
         lane.items.append(item)
         lane.counts.missed += 1
-        if len(lane.items) - lane.frames() > MAX_WAITING:
-            oldest = next(index for index, other in enumerate(lane.items) if isinstance(other, Missed))
-            del lane.items[oldest]
-            lane.counts.dropped += 1
+        self._bound(lane)
+
+    def _bound(self, lane: _Lane) -> None:
+        """Memory has an end: the oldest missed one goes, which is said once until none waits any more."""
+        if len(lane.items) - lane.frames <= MAX_WAITING:
+            return
+        oldest, item = next((index, other) for index, other in enumerate(lane.items) if isinstance(other, Missed))
+        del lane.items[oldest]
+        lane.counts.lost += 1
+        if not lane.losing:
+            lane.losing = True
+            log.error(
+                "camera %s: more than %d parts wait for judgement; from %s on the oldest get no verdict (slots.lost)",
+                item.camera, MAX_WAITING, item.part_id or f"number {item.seq}",
+            )  # fmt: skip
 
     def _expire(self, name: str, lane: _Lane, now: float) -> None:
         for trigger in [trigger for trigger in lane.triggers if trigger.deadline <= now]:
@@ -285,9 +321,11 @@ class Slots:
             if not lane.items:
                 continue
             item = lane.items.popleft()
+            lane.losing = lane.losing and bool(lane.items)
             self._served += 1
             self._order = self._order[position + 1 :] + self._order[: position + 1]
             if isinstance(item, Frame):
+                lane.frames -= 1
                 lane.counts.taken += 1
                 lane.space.notify()
                 if item.deadline is not None and now > item.deadline:

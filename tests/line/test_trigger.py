@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from andon.runtime.errors import ConfigError
-from andon.runtime.slot import LanePolicy, Missed, Slots, Trigger
+from andon.runtime.errors import ConfigError, NotNowError
+from andon.runtime.slot import MAX_WAITING, LanePolicy, Missed, Slots, Trigger
 from andon.runtime.types import Frame
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -212,8 +212,44 @@ def test_closing_answers_the_triggers_that_wait() -> None:
     slots.trigger("a", Trigger("p1", 100.0, 1000.0))
     slots.close()
     assert [(item.reason, item.part_id) for item in drain(slots)] == [("no_frame", "p1")]
-    with pytest.raises(ConfigError, match="no more triggers"):
+    with pytest.raises(NotNowError, match="is stopping"):
         slots.trigger("a", Trigger("p2", 100.0, 1000.0))
+
+
+def test_every_part_that_is_announced_while_nothing_is_judged_gets_its_item() -> None:
+    """As while engines are built, for minutes: each waits, and one that could not is refused."""
+    slots, clock = triggered()
+    taken, refused = [], 0
+    for number in range(MAX_WAITING + 100):
+        clock.now += 0.005
+        try:
+            slots.trigger("a", Trigger(f"p{number}", clock.now, clock.now + 1))
+        except NotNowError as error:
+            assert "no more triggers" in str(error)
+            refused += 1
+        else:
+            taken.append(f"p{number}")
+        if number % 2:
+            slots.put(frame(at=clock.now))
+    assert refused == 100 and len(taken) == MAX_WAITING
+    clock.now += 10
+    assert sorted(str(item.part_id) for item in drain(slots)) == sorted(taken)
+    assert slots.counts()["a"].lost == 0
+    slots.trigger("a", Trigger("later", clock.now, clock.now + 1))
+
+
+def test_parts_that_cannot_be_refused_and_are_too_many_are_counted(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("andon.runtime.slot.MAX_WAITING", 3)
+    slots = Slots({"a": LanePolicy()})
+    for _ in range(2):
+        for number in range(10):
+            slots.put(frame(part_id=f"p{number}"))
+        assert [item.part_id for item in drain(slots)] == ["p6", "p7", "p8", "p9"]
+    counts = slots.counts()["a"]
+    assert (counts.lost, counts.offered, counts.taken, counts.dropped) == (12, 20, 2, 18)
+    assert caplog.text.count("from p0 on the oldest get no verdict") == 2, "once each time"
 
 
 def test_a_trigger_for_an_unknown_camera_is_refused() -> None:
