@@ -182,7 +182,7 @@ class _Run:
         self._say("the torch model beside them")
         chosen = _indices(evidence.labelled, max(MODEL_FRAMES, len(self._staged.classes)))
         some = evidence.labelled.select(chosen)
-        torch_side = verify.reference(self._model, some)
+        torch_side = verify.reference(self._staged.whole or self._model.eval(), some)
         engine_side = Scored(full.score[chosen], full.map[chosen])
         self._checks += verify.model_parity(engine_side, torch_side, some, threshold)
         self._checks += verify.alternatives_parity(self._root, manifest, self._staged, _ends(some))

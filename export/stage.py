@@ -6,13 +6,18 @@ precision, parity, gates, golden set, bundle) is common to all methods.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..runtime.manifest import Memory, Outputs, Preprocess, Step
+from ..train.method import Scores
+
+#: (images uint8 [B, H, W, 3], class_ids [B]) -> scores and maps
+Whole = Callable[[Tensor, Tensor], Scores]
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class StagedModel:
         class as leading axis.
     tables: name -> array [rows, ...].
     constants: numbers for the record.
+    whole: the default program in one piece, which it is held against; None: the model's own forward, unless an option
+        of the cut has made another program the default.
     """
 
     method: str
@@ -60,3 +67,4 @@ class StagedModel:
     alternatives: Mapping[str, tuple[Step, ...]] = field(default_factory=dict)
     memory: Memory | None = None
     constants: Mapping[str, float] = field(default_factory=dict)
+    whole: Whole | None = None

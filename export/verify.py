@@ -21,9 +21,8 @@ from ..runtime.engine.onnxruntime import OnnxRuntimeBackend
 from ..runtime.manifest import Loop, Manifest, Variant
 from ..runtime.program import Program
 from ..runtime.replay import LIMITS, difference, flipped
-from ..train.method import AnomalyModel
 from .frames import Frames
-from .stage import StagedModel
+from .stage import StagedModel, Whole
 from .walk import Array, Walk, programs, torch_call
 
 #: Largest relative score difference between the torch model and the FP32 engines; the device's replay keeps the same
@@ -145,10 +144,9 @@ def _session(path: Path) -> ort.InferenceSession:
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def reference(model: AnomalyModel, frames: Frames) -> Scored:
+def reference(model: Whole, frames: Frames) -> Scored:
     """The torch model's own scores, image by image."""
     scores, maps = [], []
-    model.eval()
     with torch.no_grad():
         for image, class_id in zip(frames.images, frames.class_ids, strict=True):
             result = model(torch.from_numpy(image[None]), torch.tensor([int(class_id)]))

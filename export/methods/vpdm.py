@@ -154,4 +154,5 @@ def cut(model: AnomalyModel, options: Mapping[str, Any]) -> StagedModel:
         tables=_tables(model),
         alternatives={name: _program(model, s) for name, s in known.items() if name != default.name},
         constants={"temperature": float(model.temperature)},
+        whole=lambda images, ids: model.score_features(model.front(images)["features"], ids, default),
     )

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import onnxruntime
 import pytest
 import torch
+from andon.export import verify
+from andon.export.bundle import Provenance
+from andon.export.exporter import Request, export_bundle
 from andon.export.methods.vpdm import cut
 from andon.export.onnx import export_stage
 from andon.export.walk import Walk, examples, programs, torch_call
@@ -14,6 +20,8 @@ from andon.runtime.manifest import Loop
 from andon.train.methods.vpdm.config import VpdmConfig
 from andon.train.methods.vpdm.model import Vpdm
 from andon.train.methods.vpdm.samplers import find_sampler
+
+from .conftest import evidence  # type: ignore[import-not-found]
 
 CLASSES = torch.tensor([0, 1])
 
@@ -112,3 +120,14 @@ def test_stages_export_and_match(kind: str, scope: str) -> None:
         session = onnxruntime.InferenceSession(graph.model.SerializeToString())
         for name, value in zip(stage.outputs, session.run(None, inputs), strict=True):
             np.testing.assert_allclose(value, outputs[name], rtol=1e-3, atol=1e-4 * np.abs(outputs[name]).max())
+
+
+def test_another_default_sampler_is_held_against_itself(tmp_path: Path, provenance: Provenance) -> None:
+    """docs/precision.md advises `--option sampler=...`, and the model itself goes on with the checkpoint's sampler."""
+    model, some = small_model(), evidence(4, 64)
+    staged = replace(cut(model, {"sampler": "ddim10"}), alternatives={})
+    result = export_bundle(model, staged, some, provenance, Request(tmp_path / "b"))
+    assert verify.passed(result.checks) and model.config.sampler == "restore"
+    own = verify.reference(model, some.labelled).score
+    other = verify.run_engines(tmp_path / "b", result.manifest, "fp32", some.labelled).score
+    assert np.abs(other / own - 1).max() > verify.SCORE_PARITY, "two samplers that the test could not tell apart"
