@@ -105,7 +105,7 @@ class Handlers:
         late = max(age, arguments.get("late", 0.0))
         trigger = Trigger(
             arguments["part_id"],
-            at=now + max(0.0, delay - late),
+            at=now + delay,  # not from `ts`: clocks that are a little off would shift every picture
             deadline=now + delay + timeout - late,
             product=arguments.get("product"),
             expected=None if expected == AUTO else expected,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from types import SimpleNamespace
 from typing import Any
@@ -26,40 +27,44 @@ def ago(seconds: float) -> str:
 
 
 def announced(age: float | None = None, **arguments: Any) -> Trigger:
-    """What the slots are told by a camera with delay_ms 10 s and timeout_ms 100 s; age: seconds since its ts."""
+    """What the slots are told by a camera with delay_ms 20 s and timeout_ms 100 s, in seconds from now.
+
+    age: seconds since its ts.
+    """
     if age is not None:
         arguments["ts"] = ago(age)
-    camera = SimpleNamespace(trigger=TriggerConfig(delay_ms=10_000, timeout_ms=100_000))
-    slots = Mock()
-    app: Any = SimpleNamespace(config=SimpleNamespace(cameras={"a": camera}), slots=slots)
+    camera = SimpleNamespace(trigger=TriggerConfig(delay_ms=20_000, timeout_ms=100_000))
+    slots, before = Mock(), time.monotonic()
+    worker = SimpleNamespace(judge=None)
+    app: Any = SimpleNamespace(config=SimpleNamespace(cameras={"a": camera}), slots=slots, worker=worker)
     Handlers(app).trigger("a", {"part_id": "p", **arguments})
     trigger = slots.trigger.call_args.args[1]
     assert isinstance(trigger, Trigger)
-    assert trigger.at == pytest.approx(time.monotonic() + 10, abs=5), "never a frame of before it came"
-    return trigger
+    assert trigger.at >= before, "never a frame of before it came"
+    return replace(trigger, at=trigger.at - before, deadline=trigger.deadline - before)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "left"),
+    ("arguments", "deadline"),
     [
-        ({}, 100),
-        ({"late": 40.0}, 60),
-        ({"age": 0}, 100),
-        ({"age": 40}, 60),
-        ({"age": 20, "late": 40.0}, 60),
-        ({"age": 40, "late": 20.0}, 60),
-        ({"age": -40}, 100),
+        ({}, 120),
+        ({"late": 40.0}, 80),
+        ({"age": 0}, 120),
+        ({"age": 40}, 80),
+        ({"age": 20, "late": 40.0}, 80),
+        ({"age": 40, "late": 20.0}, 80),
+        ({"age": -40}, 120),
     ],
 )
-def test_the_time_for_a_frame_counts_from_when_the_trigger_was_sent(arguments: Any, left: float) -> None:
+def test_the_time_for_a_frame_counts_from_when_the_trigger_was_sent(arguments: Any, deadline: float) -> None:
     trigger = announced(**arguments)
-    assert trigger.deadline - trigger.at == pytest.approx(left, abs=15)
+    assert (trigger.at, trigger.deadline) == pytest.approx((20, deadline), abs=5)
 
 
 @pytest.mark.parametrize("arguments", [{"age": 200}, {"late": 200.0}, {"age": -200}])
 def test_a_trigger_that_came_too_late_has_no_time_left(arguments: Any) -> None:
     trigger = announced(**arguments)
-    assert trigger.deadline < trigger.at - 50
+    assert trigger.deadline < -50
     assert ("ahead of this station's clock" in trigger.detail) is (arguments.get("age", 0) < 0)
 
 
@@ -68,7 +73,7 @@ def test_a_trigger_that_came_too_late_has_no_time_left(arguments: Any) -> None:
 def test_times_are_read_as_rfc_3339_writes_them(fraction: str, zone: str) -> None:
     moment = datetime.now(timezone.utc) + (timedelta(hours=2) if zone != "Z" else timedelta())
     trigger = announced(ts=moment.strftime("%Y-%m-%dT%H:%M:%S") + fraction + zone)
-    assert trigger.deadline - trigger.at == pytest.approx(100, abs=15)
+    assert trigger.deadline == pytest.approx(120, abs=5)
 
 
 @pytest.mark.parametrize("ts", ["2026-13-01T00:00:00Z", "2026-02-30T00:00:00Z", "2026-01-01T00:00:00+99:00"])
