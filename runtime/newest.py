@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Iterable
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 from .bundle import MANIFEST, MAX_MANIFEST_BYTES
@@ -26,26 +26,45 @@ def may_be_bundle(path: Path) -> bool:
         return path.is_file()
     try:
         return (path / MANIFEST).is_file()
-    except PermissionError:  # another user's: as an old one it must not stop the line, as the newest it is refused
+    except PermissionError:  # another user's: as an old one it must not stop the line, as the newest it is told
         return True
 
 
 def newest(bundles: Iterable[Path]) -> Path:
-    """The bundle (folder or .tar) that was exported last; at least one must be given.
+    """The bundle (folder or .tar) that was exported last; at least one must be given."""
+    return newest_first(bundles)[0]
+
+
+def newest_first(bundles: Iterable[Path]) -> list[Path]:
+    """Bundles (folders or .tar) by when they were exported.
 
     A calibration writes to an old bundle and a copy makes new files, so times of files count only where there is no
     manifest that can be read, and between exports of the same second.
     """
-    return max(bundles, key=lambda path: (_exported(path), path.stat().st_mtime, path.name))
+
+    def age(path: Path) -> tuple[float, float, str]:
+        created, touched = _created(path), path.stat().st_mtime
+        return touched if created is None else created.timestamp(), touched, path.name
+
+    return sorted(bundles, key=age, reverse=True)
 
 
-def _exported(path: Path) -> float:
-    """Seconds since 1970."""
+def export_time(older: Iterable[Path]) -> datetime:
+    """When a bundle is exported now that is to be newer than these, in UTC and whole seconds.
+
+    It is the time, unless that is not set yet, as on a device without a battery before it has reached the network.
+    """
+    times = [created + timedelta(seconds=1) for path in older if (created := _created(path)) is not None]
+    return max([datetime.now(timezone.utc), *times]).astimezone(timezone.utc).replace(microsecond=0)
+
+
+def _created(path: Path) -> datetime | None:
+    """What the manifest says; None where there is none that says it."""
     try:
         created = datetime.fromisoformat(json.loads(_manifest(path))["created"].replace("Z", "+00:00"))
     except (OSError, *DAMAGED, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return path.stat().st_mtime
-    return (created if created.tzinfo else created.replace(tzinfo=timezone.utc)).timestamp()
+        return None
+    return created if created.tzinfo else created.replace(tzinfo=timezone.utc)
 
 
 def _manifest(path: Path) -> bytes:

@@ -20,6 +20,7 @@ from ..engine.base import Backend
 from ..errors import ConfigError
 from ..fingerprint import image_hash, pack
 from ..manifest import FileEntry, Manifest, State, Threshold
+from ..newest import export_time
 from ..program import Program
 from ..replay import GOLDEN
 from ..wiring import check, programs
@@ -135,6 +136,7 @@ def enroll(source: Bundle, backend: Backend, name: str, support: Support, target
 def _write(source: Bundle, root: Path, title: str, product: str, new: Mapping[str, Array]) -> Bundle:
     """Stages and tables copied, state replaced; the manifest is loadable but its thresholds are still missing."""
     manifest = source.manifest
+    siblings = (path.parent for path in root.parent.glob(f"*/{MANIFEST}"))  # a line's * may mean them as well
     copied = {file for stage in manifest.stages.values() for file in stage.files.values()}
     copied |= {table.file for table in manifest.tables.values()}
     for file in copied:
@@ -157,7 +159,7 @@ def _write(source: Bundle, root: Path, title: str, product: str, new: Mapping[st
     draft = manifest.model_copy(
         update={
             "name": title,
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
+            "created": export_time([source.path, *siblings]).isoformat().replace("+00:00", "Z"),
             "checkpoint_sha256": "",
             "classes": (product,),
             "state": entries,

@@ -9,15 +9,17 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from datetime import datetime
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from andon.runtime.bundle import Bundle
+from andon.runtime.bundle import MANIFEST, Bundle
 from andon.runtime.commands.enroll import default_out, product_name
 from andon.runtime.engine.select import open_backend
 from andon.runtime.errors import quoted
+from andon.runtime.newest import newest
 
 from .parts import part
 
@@ -98,12 +100,23 @@ def test_device_enrols_without_torch_and_onnx(engines, method, tmp_path):
         assert detector.judge_image(good, "other").score < detector.judge_image(damaged, "other").score
 
 
-def test_both_ways_give_the_same_state(engines, tmp_path, capsys):
-    """Enrolling the same support again from the exported bundle changes nothing."""
+class Unset(datetime):
+    """The clock of a device without a battery, before the network has set it."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return datetime(1970, 1, 1, tzinfo=tz)
+
+
+def test_both_ways_give_the_same_state(engines, tmp_path, capsys, monkeypatch):
+    """Enrolling the same support again from the exported bundle changes nothing, and it is the newest bundle."""
     from andon.cli import main
 
     made, folder = engines
-    target = tmp_path / "once again"
+    target, before = tmp_path / "once again", tmp_path / "before"
+    before.mkdir()
+    (before / MANIFEST).write_text('{"created": "2100-01-01T00:00:00Z"}')
+    monkeypatch.setattr("andon.runtime.newest.datetime", Unset)
     arguments = ["--method", "foct", "--support", str(folder), "--shots", "3", "--out", str(target)]
     assert main(["enroll", *arguments, "--backbone-bundle", str(made["foct"])]) == 0
     command = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("next: "))
@@ -111,6 +124,7 @@ def test_both_ways_give_the_same_state(engines, tmp_path, capsys):
     with Bundle.load(made["foct"]) as a, Bundle.load(target) as b:
         for name, entry in a.manifest.state.items():
             np.testing.assert_array_equal(a.array(entry), b.array(b.manifest.state[name]), err_msg=name)
+    assert newest([made["foct"], target, before]) == target
 
 
 def test_calibrate_leaves_out_the_images_enrolled_from(engines, tmp_path, capsys):
