@@ -138,7 +138,7 @@ class LineApp:
         """
         with ExitStack() as stack:
             stack.enter_context(Signals(self._events))
-            bundle = stack.enter_context(open_bundle(self.config))
+            bundle = stack.enter_context(open_bundle(self.config, starting=True))
             self.bundle_path = bundle.path
             stack.enter_context(sole_user(self.folder))
             self.overrides = Overrides(self.folder)

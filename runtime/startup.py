@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import queue
 import signal
@@ -16,14 +17,16 @@ from typing import Any
 from .alarm import AlarmRule
 from .bundle import Bundle
 from .engine.probe import require_tensorrt, tensorrt_missing
-from .errors import ConfigError, quoted
+from .errors import BundleError, ConfigError, quoted
 from .lineconfig import AlarmConfig, BrokerConfig, LineConfig, load_line
 from .manifest import Variant
 from .memorybanks import require_memory
-from .newest import may_be_bundle, newest
+from .newest import may_be_bundle, newest_first
 from .overrides import unusable_state
 from .products import require_products
 from .wiring import wire
+
+log = logging.getLogger("andon.line")
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,15 @@ def bundle_path(config: LineConfig) -> Path:
     Raises:
         ConfigError: none is named, or none matches.
     """
+    return _matching(config)[0].resolve()
+
+
+def _matching(config: LineConfig) -> list[Path]:
+    """The bundle that is named, or those that a * in its name may mean, the newest first; at least one."""
     if config.bundle is None:
         raise ConfigError("no bundle is named", next_step="set 'bundle' in the configuration, or give --bundle")
     if "*" not in config.bundle.name:
-        return config.bundle.resolve()
+        return [config.bundle]
     matches = list(config.bundle.parent.glob(config.bundle.name))
     bundles = [path for path in matches if may_be_bundle(path)]
     if not bundles:
@@ -108,16 +116,41 @@ def bundle_path(config: LineConfig) -> Path:
             expected="a folder with a manifest.json, or a .tar of one" if matches else None,
             next_step="andon export --method METHOD",
         )
-    return newest(bundles).resolve()
+    return newest_first(bundles)
 
 
-def open_bundle(config: LineConfig) -> Bundle:
+def _load_whole(config: LineConfig) -> Bundle:
+    """The newest bundle that is whole: a line that ran must not stay down because a newer one was half copied.
+
+    Raises:
+        BundleError: none is; about the newest.
+    """
+    refused: list[tuple[Path, BundleError | PermissionError]] = []
+    for path in _matching(config):
+        try:
+            bundle = Bundle.load(path.resolve())
+        except (BundleError, PermissionError) as error:
+            refused.append((path, error))
+            continue
+        for newer, why in refused:
+            log.error(
+                "%s is newer and cannot be used, the line runs with %s; mend it, then send the command rebuild: %s",
+                newer, path, str(why).replace("\n", "; "),
+            )  # fmt: skip
+        return bundle
+    raise refused[0][1]
+
+
+def open_bundle(config: LineConfig, *, starting: bool = False) -> Bundle:
     """The bundle that is meant, loaded and held against the configuration; only its engines are not opened yet.
+
+    starting: the line has none yet. Then, with a * in the name, an older bundle is taken if the newest is damaged or
+    not wholly copied; a line that runs keeps what it has.
 
     Raises:
         AndonError: it cannot be found, is damaged, or does not fit the configuration or this machine.
     """
-    bundle = Bundle.load(bundle_path(config))
+    bundle = _load_whole(config) if starting else Bundle.load(bundle_path(config))
     try:
         require_engine(config, bundle)
         require_products(config, bundle)

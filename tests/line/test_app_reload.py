@@ -166,6 +166,7 @@ def test_rebuild_takes_over_the_newest_export(
         return path
 
     export("hvq-1", 1)
+    (export("hvq-1-half", 1) / "stages/judge.onnx").unlink()  # newer by its name; the start passes it over
     white = {"cam0": {"source": {**LIVE, "pattern": "white"}, "product": "mono"}}
     line = start_line(white, bundle=str(tmp_path / "bundles/hvq-*"))
     consumer.wait_for("verdict", 1)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import tarfile
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 from andon.runtime.bundle import MANIFEST
-from andon.runtime.errors import ConfigError
-from andon.runtime.newest import newest
-from andon.runtime.startup import Options, bundle_path, effective
+from andon.runtime.errors import BundleError, ConfigError
+from andon.runtime.newest import export_time, newest
+from andon.runtime.startup import Options, bundle_path, effective, open_bundle
 
 LINE = "site: s\nline: l\nstation: p\nbundle: hvq-*\ncameras: {cam0: {source: {kind: test}, product: mono}}\n"
 
@@ -33,6 +37,26 @@ def packed(folder: Path, top: str, touched: float) -> Path:
     folder.rmdir()
     os.utime(path, (touched, touched))
     return path
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    """As another user's folder is."""
+    stat, open_file = Path.stat, Path.open
+
+    def refuse(path: Path) -> None:
+        if path.parent.name == folder:
+            raise PermissionError(13, "Permission denied", str(path))
+
+    def refusing_stat(self: Path, *, follow_symlinks: bool = True) -> os.stat_result:
+        refuse(self)
+        return stat(self, follow_symlinks=follow_symlinks)
+
+    def refusing_open(self: Path, *args: Any, **more: Any) -> Any:
+        refuse(self)
+        return open_file(self, *args, **more)
+
+    monkeypatch.setattr(Path, "stat", refusing_stat)
+    monkeypatch.setattr(Path, "open", refusing_open)
 
 
 def test_the_newest_export_counts_not_the_one_touched_last(tmp_path: Path) -> None:
@@ -68,15 +92,48 @@ def test_a_folder_that_may_not_be_read_stops_no_newer_bundle(tmp_path: Path, mon
     path.write_text(LINE)
     exported(tmp_path / "hvq-theirs", "2020-01-01T00:00:00Z", touched=1e9)
     new = exported(tmp_path / "hvq-a", "2026-01-01T00:00:00Z", touched=2e9)
-    stat = Path.stat
-
-    def refusing(self: Path, *, follow_symlinks: bool = True) -> os.stat_result:
-        if self.parent.name == "hvq-theirs":
-            raise PermissionError(13, "Permission denied", str(self))
-        return stat(self, follow_symlinks=follow_symlinks)
-
-    monkeypatch.setattr(Path, "stat", refusing)
+    forbid(monkeypatch, "hvq-theirs")
     assert bundle_path(effective(Options(config=path))) == new
+
+
+@pytest.mark.parametrize("what", ["half copied", "changed", "half a .tar", "another user's"])
+def test_a_line_starts_with_the_newest_bundle_that_is_whole(
+    what: str,
+    tmp_path: Path,
+    make_bundle: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """After a power cut during a copy it must not stay down with a good one beside."""
+    path = tmp_path / "line.yaml"
+    path.write_text(LINE)
+    config = effective(Options(config=path))
+    bundles = [make_bundle(tmp_path / f"hvq-{n}", created=f"2026-01-0{n}T00:00:00Z") for n in (1, 2, 3)]
+    old, good, bad = bundles
+    if what == "half copied":
+        shutil.rmtree(bad / "stages")
+    elif what == "changed":
+        (bad / "stages/judge.onnx").write_bytes(b"something else")
+    elif what == "half a .tar":
+        with tarfile.open(tmp_path / "hvq-3.tar", "w") as archive:
+            archive.add(bad, bad.name)
+        shutil.rmtree(bad)
+        os.truncate(tmp_path / "hvq-3.tar", 3000)
+        os.utime(tmp_path / "hvq-3.tar", (4e9, 4e9))
+    else:
+        forbid(monkeypatch, bad.name)
+    with open_bundle(config, starting=True) as bundle:
+        assert bundle.path == good
+    assert f"cannot be used, the line runs with {good}" in caplog.text and str(bad) in caplog.text
+    with pytest.raises((BundleError, PermissionError)):  # `rebuild`: the line has one
+        open_bundle(config)
+    for each in (old, good):
+        (each / "stages/judge.onnx").unlink()
+    with pytest.raises((BundleError, PermissionError)) as refused:
+        open_bundle(config, starting=True)
+    with pytest.raises(type(refused.value)) as newest_refused:
+        open_bundle(config)
+    assert str(refused.value) == str(newest_refused.value), "about the newest"
 
 
 @pytest.mark.parametrize("top", ["", "hvq-b", "./"])
@@ -111,3 +168,21 @@ def test_a_damaged_compressed_archive_does_not_hide_the_others(tmp_path: Path) -
     damaged.write_bytes(data[:70_000] + bytes(20_000) + data[90_000:])
     os.utime(damaged, (1e9, 1e9))
     assert newest([good, damaged]) == good
+
+
+def test_an_export_is_newer_than_what_is_there_whatever_the_clock_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = exported(tmp_path / "a", "2026-01-01T00:00:00+01:00", touched=1e9)
+    now = datetime.now(timezone.utc)
+    assert timedelta(seconds=-1) <= export_time([old]) - now <= timedelta(minutes=5)
+
+    class Unset(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime(1970, 1, 1, tzinfo=tz)
+
+    monkeypatch.setattr("andon.runtime.newest.datetime", Unset)
+    assert export_time([old, tmp_path / "none"]).isoformat() == "2025-12-31T23:00:01+00:00"
+    made = exported(tmp_path / "b", export_time([old]).isoformat(), touched=0)
+    assert newest([old, made]) == made
