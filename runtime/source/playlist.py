@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import itertools
 import os
 import re
@@ -103,6 +104,9 @@ _Mark = tuple[int, int, int]
 #: Files that stay which one look compares with what was taken: the latest, and so many others in turn. Thousands may
 #: lie there, on a share that answers slowly, and are listed several times a second.
 _LATEST, _IN_TURN = 64, 512
+#: Files that one look reads, whose content tells what their size and time do not: a chmod or a backup touches them all.
+_READ = 8
+_CHUNK = 1 << 20
 
 
 class Seen:
@@ -114,8 +118,9 @@ class Seen:
 
     def __init__(self, remembered: int = 10_000):
         self._remembered = remembered
-        self._here: dict[str, _Mark] = {}
-        self._gone: dict[str, _Mark] = {}
+        # With the hash of the content; None where it could not be read.
+        self._here: dict[str, tuple[_Mark, bytes | None]] = {}
+        self._gone: dict[str, tuple[_Mark, bytes | None]] = {}
         self._turn: list[str] = []
 
     def new(self, listing: Iterable[str]) -> list[Path]:
@@ -124,9 +129,9 @@ class Seen:
         for path in [path for path in self._here if path not in present]:
             self._gone[path] = self._here.pop(path)
         for path in [path for path in self._gone if path in present]:
-            again = _mark(Path(path))
-            if self._gone.pop(path) == again:
-                self._here[path] = again
+            taken = self._gone.pop(path)
+            if taken[0] == _mark(Path(path)):
+                self._here[path] = taken
         self._forget_rewritten()
         fresh = sorted(path for path in map(Path, present - self._here.keys()) if on_disk(path))
         if self._here or fresh:
@@ -137,20 +142,35 @@ class Seen:
     def _forget_rewritten(self) -> None:
         """A file of other size or time of content is another picture: many cameras write one name again and again.
 
-        Not by its inode, which some shares make up anew, nor by the time of the last change at all: a backup sets it.
+        Where both are as before and only the time of the last change at all is not, the content says: a camera without
+        a clock gives all pictures one time, and a backup or chmod touches a picture that stays the same. The inode says
+        nothing, some shares make it up anew.
         """
         if not self._turn:
             self._turn = list(self._here)
-        looked = {*itertools.islice(reversed(self._here), _LATEST), *self._turn[-_IN_TURN:]}
+        looked = dict.fromkeys([*itertools.islice(reversed(self._here), _LATEST), *self._turn[-_IN_TURN:]])
         del self._turn[-_IN_TURN:]
-        for path in looked & self._here.keys():
-            mark = _mark(Path(path))
-            if mark is not None and mark[:2] != self._here[path][:2]:
-                del self._here[path]
+        read = 0
+        for path in looked:
+            mark = _mark(Path(path)) if path in self._here else None
+            if mark is None or mark == self._here[path][0]:
+                continue
+            taken, content = self._here[path]
+            if mark[:2] == taken[:2]:
+                if read == _READ:  # at a later look
+                    continue
+                read += 1
+                present = _content(Path(path))
+                if present is None:
+                    continue
+                if present == content:
+                    self._here[path] = mark, content
+                    continue
+            del self._here[path]
 
     def take(self, path: Path, mark: _Mark) -> None:
         """This file is taken."""
-        self._here[str(path)] = mark
+        self._here[str(path)] = mark, _content(path)
 
 
 def _mark(path: Path) -> _Mark | None:
@@ -160,6 +180,18 @@ def _mark(path: Path) -> _Mark | None:
     except FileNotFoundError:
         return None
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _content(path: Path) -> bytes | None:
+    """Hash of what a file holds; None where it cannot be read, which whoever judges it will say."""
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    except OSError:
+        return None
+    return digest.digest()
 
 
 def watching(config: FolderSource, seen: Seen) -> Iterator[Part | None]:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 from andon.runtime.errors import SourceError
 from andon.runtime.images import on_disk
@@ -191,6 +193,41 @@ def test_a_name_that_is_written_again_is_judged_again(tmp_path: Path, make_image
             assert source.read(0.001) is None, "while somebody writes"
     shot = source.read(0.001)
     assert shot is not None and shot.part_id == "part000"
+    source.close()
+
+
+def test_a_picture_of_the_same_size_and_time_is_told_by_its_content(
+    tmp_path: Path, make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a camera without a clock that writes BMP files under one name; a backup touches many that stay the same."""
+    monkeypatch.setattr("andon.runtime.source.playlist._READ", 2)
+    folder = make_images(tmp_path / "in", [10] * 5)
+    source = make_source("cam", camera({"kind": "folder", "path": folder, "watch": True}))
+    source.open()
+    path = folder / "part002.bmp"
+
+    def write(shade: int, place: Path) -> None:
+        before = path.stat().st_ctime_ns if path.exists() else 0
+        while True:
+            cv2.imwrite(str(place), np.full((48, 64, 3), shade, np.uint8))
+            os.utime(place, ns=(0, 0))
+            place.replace(path)
+            if path.stat().st_ctime_ns != before:  # clocks of file systems are coarse
+                return
+
+    def shades() -> list[int]:
+        shots = [source.read(0.001) for _ in range(12)]
+        return [int(shot.load()[0, 0, 0]) for shot in shots if shot is not None]
+
+    write(100, tmp_path / "new.bmp")
+    assert sorted(shades()) == [10] * 5 + [100]
+    write(200, tmp_path / "new.bmp")
+    assert shades() == [200], "moved onto the name"
+    write(100, path)
+    assert shades() == [100], "written in place"
+    for each in folder.iterdir():
+        each.chmod(0o600)
+    assert shades() == [], "the same pictures still"
     source.close()
 
 
