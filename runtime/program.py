@@ -360,7 +360,8 @@ class Program:
                 found=f"{values.dtype.name}{list(values.shape)}",
                 expected=f"{buffer.dtype.name}{list(expected)}",
             )
-        self.backend.upload(buffer, np.ascontiguousarray(values), start)
+        self.backend.upload(buffer, values, start)
+        self.backend.synchronize()  # the caller may go on changing them
 
     def has_state(self, name: str) -> bool:
         """Whether a stage reads this state or a loop keeps it; a bundle may have others, which only the host reads."""

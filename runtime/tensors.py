@@ -72,13 +72,15 @@ class Tensors:
             else:
                 self.states[name] = (backend.allocate(state.shape, state.dtype),)
         # From here on the bundle's folder may be replaced or removed, which must reach no running program: what a reset
-        # brings back is kept (a few kB a product: what loops carry), the rest is on the device.
+        # brings back is kept (a few kB a product: what loops carry), the rest is on the device. What is kept is never
+        # changed, nor are the tables of counters: an upload of it waits for nothing.
         self._initial: dict[str, Array] = {}
         for name in self.states:
             values = bundle.array(self._manifest.state[name])
             if name in self.persistent:
                 self._initial[name] = values
             self._upload(name, values)
+            backend.synchronize()  # the values are let go of
         self.counters: dict[str, Counter] = {}
         self._tables: dict[tuple[str, str | None], Sequence[Buffer]] = {}
         for step in steps:
@@ -152,6 +154,7 @@ class Tensors:
         if step.counter is None:
             for buffer, row in zip(buffers, values, strict=True):
                 self._backend.upload(buffer, row)
+            self._backend.synchronize()
             return
         if step.counter not in self.counters:
             shortest = min(self._manifest.tables[t].shape[0] for t in step.tables.values())

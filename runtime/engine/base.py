@@ -88,7 +88,10 @@ class Backend(Protocol):
         ...
 
     def upload(self, buffer: Buffer, array: Array, start: int = 0) -> None:
-        """Host to rows `start` to `start + len(array)` of the buffer's leading axis, ordered before later launches."""
+        """Host to rows `start` to `start + len(array)` of the buffer's leading axis, ordered before later launches.
+
+        The array may still be read when this returns: it has to stay as it is until :meth:`synchronize` or a download.
+        """
         ...
 
     def download(self, buffer: Buffer, out: Array) -> None:

@@ -265,7 +265,10 @@ class TensorRTBackend:
         row = target.nbytes // target.shape[0] if target.shape and start else 0
         if array.nbytes + start * row > target.nbytes:
             raise EngineError("upload past the end of a buffer", found=array.shape, expected=target.shape)
-        self._cuda.upload(target.address + start * row, np.ascontiguousarray(array))
+        whole = array if array.flags.c_contiguous else array.copy(order="C")
+        self._cuda.upload(target.address + start * row, whole)
+        if whole is not array:
+            self._cuda.synchronize()  # the copy goes with this call
 
     def download(self, buffer: Buffer, out: Array) -> None:
         self._check_thread()

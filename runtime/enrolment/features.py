@@ -75,7 +75,7 @@ class FeatureExtractor:
 
     def __call__(self, frame: Array) -> Array:
         """frame: uint8 [height, width, 3] at network size; returns [m, c] float32, the caller's own."""
-        self._backend.upload(self._frame, np.ascontiguousarray(frame)[None])
+        self._backend.upload(self._frame, frame[None])
         self._launch()
         out = np.empty(self._out.shape, self._out.dtype)
         self._backend.download(self._out, out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ class World:
         self.major = int(version.split(".")[0])
         self.blocks: dict[int, np.ndarray] = {}
         self.pinned: list[np.ndarray] = []
+        self.borrowed: list[np.ndarray] = []
         self.queue: list[Callable[[], None]] = []
         self.recording: list[Callable[[], None]] | None = None
         self.graphs: dict[int, list[Callable[[], None]]] = {}
@@ -62,11 +64,19 @@ class World:
             self.queue.pop(0)()
 
     def copy_in(self, target: int, array: np.ndarray) -> None:
+        """The driver may read the array, pageable memory too, until somebody waits for the stream."""
         assert array.flags.c_contiguous
-        pinned = any(np.shares_memory(array, p) for p in self.pinned)
-        source = array if pinned else array.copy()  # the driver stages pageable memory before it returns
-        self.view(target, array.nbytes)
-        self.submit(lambda: np.copyto(self.view(target, source.nbytes), source.reshape(-1).view(np.uint8)))
+        owner = array
+        while isinstance(owner.base, np.ndarray):
+            owner = owner.base
+        kept, address, size = weakref.ref(owner), array.ctypes.data, array.nbytes
+        self.view(target, size)
+
+        def work() -> None:
+            assert kept() is not None, "what was uploaded is gone before anybody waited"
+            ctypes.memmove(self.view(target, size).ctypes.data, address, size)
+
+        self.submit(work)
 
     def copy_out(self, out: np.ndarray, source: int) -> None:
         self.submit(lambda: np.copyto(out.reshape(-1).view(np.uint8), self.view(source, out.nbytes)))
@@ -196,6 +206,13 @@ def cuda_python_driver(world: World) -> Any:
     def at(address: int, size: int) -> np.ndarray:
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
+    def borrowed(address: int, size: int) -> np.ndarray:
+        """Whose memory an address is cannot be told: of pageable memory a copy is kept here."""
+        array = at(address, size)
+        pinned = any(np.shares_memory(array, p) for p in world.pinned)
+        world.borrowed.append(array if pinned else array.copy())
+        return world.borrowed[-1]
+
     def host_alloc(size: int, flags: int) -> tuple[int, int]:
         world.pinned.append(np.zeros(size, np.uint8))
         return 0, world.pinned[-1].ctypes.data
@@ -238,7 +255,7 @@ def cuda_python_driver(world: World) -> Any:
         cuMemHostAlloc=host_alloc,
         cuMemFreeHost=done(lambda address: None),
         cuMemsetD8Async=done(lambda target, value, count, stream: world.fill(target, count)),
-        cuMemcpyHtoDAsync=done(lambda target, source, size, stream: world.copy_in(target, at(source, size))),
+        cuMemcpyHtoDAsync=done(lambda target, source, size, stream: world.copy_in(target, borrowed(source, size))),
         cuMemcpyDtoHAsync=done(lambda target, source, size, stream: world.copy_out(at(target, size), source)),
         cuMemcpyDtoDAsync=done(lambda target, source, size, stream: world.copy(target, source, size)),
     )

@@ -171,6 +171,19 @@ def test_rows_of_a_state_are_written_where_they_belong(world: trtdouble.World, t
             backend.upload(program._tensors.state("v0", 1), np.zeros((2, 2), np.float32), start=1)
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_what_was_written_into_a_state_is_the_callers_again(
+    world: trtdouble.World, tmp_path: Path, cache: Path, order: Any
+) -> None:
+    """The memory goes on with its rows, which are not page-locked; CUDA may read those late."""
+    bundle = looped(tmp_path / "bundle", 2, persist=False, counter=False, read_old=False)
+    with TensorRTBackend(cache) as backend, Program(bundle, backend) as program:
+        values = np.arange(4, dtype=np.float32).reshape(2, 2).copy(order=order)
+        program.write_state("v0", values)
+        values.fill(9)
+        assert program.read_state("v0", 0).tolist() == [[0, 1], [2, 3]]
+
+
 def test_a_frame_that_cannot_be_captured_is_launched_plainly(
     world: trtdouble.World, tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
