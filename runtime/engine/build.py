@@ -1,9 +1,9 @@
 """TensorRT plans: built on the device they run on, kept with a sidecar that says what they are for.
 
-A plan fits one ONNX file, one set of build options, one TensorRT version and one kind of GPU; its name is the hash of
-those. A stage without a fitting plan is built and the reason logged. Files are written atomically, each as soon as it
-is built, so an interrupted build goes on at the next stage. The folder is kept to a limit (diskcache.py): the plans
-that were not used for longest go, never those of a process that has them open.
+A plan fits one ONNX file, one set of build options, one way of building (network.RECIPE), one TensorRT version and one
+kind of GPU; its name is the hash of those. A stage without a fitting plan is built and the reason logged. Files are
+written atomically, each as soon as it is built, so an interrupted build goes on at the next stage. The folder is kept
+to a limit (diskcache.py): the plans that were not used for longest go, never those of a process that has them open.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..diskcache import Entry, Lease, limit, prune, remove_unfinished, used
 from ..errors import EngineError
 from ..manifest import Variant
 from .cuda import Device
-from .network import make_config, parse_network
+from .network import RECIPE, after_failure, make_config, parse_network
 from .progress import BuildProgress
 from .trt import Trt, start
 
@@ -66,17 +66,23 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Target:
-    """What a plan runs on. l4t: release of Jetson Linux, empty elsewhere."""
+    """What a plan runs on. l4t: release of Jetson Linux, empty elsewhere.
+
+    Modules of one family have one name and sm ("Orin", "8.7"); how many multiprocessors and GiB they have differs.
+    """
 
     tensorrt: str
     gpu: str
     sm: str
     l4t: str
+    multiprocessors: int
+    memory_gib: int
 
     @classmethod
     def of(cls, trt: Trt, device: Device) -> Target:
         """This machine."""
-        return cls(str(trt.__version__), device.name, device.sm, l4t_release())
+        memory = round(device.memory_bytes / 2**30)
+        return cls(str(trt.__version__), device.name, device.sm, l4t_release(), device.multiprocessors, memory)
 
 
 @dataclass(frozen=True)
@@ -239,6 +245,7 @@ class PlanStore:
             "variant": variant,
             "onnx": hashlib.sha256(model).hexdigest(),
             "options": options.of(stage),
+            "recipe": RECIPE,
             **asdict(self._target),
         }
 
@@ -269,7 +276,7 @@ class PlanStore:
         for other in others:
             sidecar = _read_sidecar(other)
             if sidecar is not None:
-                differs = [f"{k} was {sidecar.get(k)}" for k in wanted if sidecar.get(k) != wanted[k]]
+                differs = [f"{k} was {sidecar.get(k, 'not recorded')}" for k in wanted if sidecar.get(k) != wanted[k]]
                 return "there is one for something else: " + "; ".join(differs)
         return "there is none yet"
 
@@ -287,12 +294,12 @@ class PlanStore:
         if progress.interrupted:
             raise KeyboardInterrupt
         if serialized is None:
+            said = logger.take()
             raise EngineError(
                 f"TensorRT cannot build stage {stage} ({name})",
-                found=logger.take(),
+                found=said,
                 expected=f"a stage that TensorRT {self._target.tensorrt} builds on {self._target.gpu}",
-                next_step=f"andon build --bundle BUNDLE --variant {variant} with a --workspace of more than "
-                f"{options.workspace_mb} MB, which a run then uses too; or use --backend onnxruntime",
+                next_step=after_failure(said, variant, options.workspace_mb),
             )
         self._save_timing_cache(cache)
         del parser

@@ -29,6 +29,7 @@ class Device:
     name: str
     sm: str
     memory_bytes: int
+    multiprocessors: int
 
 
 class Cuda(Protocol):
@@ -95,7 +96,8 @@ class PyCuda:
             self._stream = self._call(driver.Stream)
             self.stream = int(self._stream.handle)
             major, minor = handle.compute_capability()
-            self.device = Device(handle.name(), f"{major}.{minor}", int(handle.total_memory()))
+            count = int(handle.get_attribute(driver.device_attribute.MULTIPROCESSOR_COUNT))
+            self.device = Device(handle.name(), f"{major}.{minor}", int(handle.total_memory()), count)
         except BaseException:
             self.close()
             raise
@@ -159,15 +161,17 @@ class CudaPython:
             raise
 
     def _describe(self) -> Device:
-        attributes = self._driver.CUdevice_attribute
-        major = self._call(
-            "cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, self._handle
-        )
-        minor = self._call(
-            "cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, self._handle
+        kinds = self._driver.CUdevice_attribute
+        major, minor, count = (
+            int(self._call("cuDeviceGetAttribute", kind, self._handle))
+            for kind in (
+                kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+                kinds.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+            )
         )
         name = self._call("cuDeviceGetName", 128, self._handle).split(b"\0")[0].decode()
-        return Device(name, f"{major}.{minor}", int(self._call("cuDeviceTotalMem", self._handle)))
+        return Device(name, f"{major}.{minor}", int(self._call("cuDeviceTotalMem", self._handle)), count)
 
     def _call(self, name: str, *arguments: Any) -> Any:
         """A driver call: the error code comes first in its result."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EngineError
@@ -9,6 +10,13 @@ from .trt import Trt, strongly_typed, version
 
 if TYPE_CHECKING:
     from .build import BuildOptions
+
+
+#: Part of a plan's key. To be raised with every change here that makes another plan of the same ONNX and options: those
+#: that were built before are then built again.
+RECIPE = 1
+#: How TensorRT and CUDA say that the device's memory is used up; too small a workspace is said in other words.
+_NO_MEMORY = re.compile(r"out ?of ?memory|could not be allocated|not (be )?enough free memory", re.IGNORECASE)
 
 
 def parse_network(trt: Trt, builder: Any, logger: Any, model: bytes, name: str) -> tuple[Any, Any]:
@@ -47,6 +55,17 @@ def make_config(trt: Trt, builder: Any, network: Any, options: BuildOptions, sta
         _constrain_precision(trt, network, config)
     fallback = _use_dla(trt, builder, network, config, options, stage) if stage in options.dla else ()
     return config, fallback
+
+
+def after_failure(said: str, variant: str, workspace_mb: int) -> str:
+    """What to do about a build that failed with these words of TensorRT."""
+    command = f"andon build --bundle BUNDLE --variant {variant} with a --workspace of"
+    if _NO_MEMORY.search(said):
+        return (
+            "the device is out of memory: end what else uses it (desktop, other lines), give it swap space, or "
+            f"{command} less than {workspace_mb} MB, which a run then uses too"
+        )
+    return f"{command} more than {workspace_mb} MB, which a run then uses too; or use --backend onnxruntime"
 
 
 def _network_flags(trt: Trt) -> int:

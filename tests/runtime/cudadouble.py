@@ -29,11 +29,13 @@ class World:
         self.executed: list[tuple[str, dict[str, int]]] = []
         self.mallocs = self.enqueues = self.graph_launches = self.builds = self.syncs = 0
         self.refuse_capture = self.refuse_execute = self.refuse_build = self.refuse_plan = False
+        self.refuse_build_with = "[optimizer] no implementation for node MatMul_3"
         self.fault = self.refuse_stream = self.refuse_start = False
         self.pushed = 0  # contexts on the thread
         self.scratch: set[int] = set()
         self.contexts = 0
         self.dla_cores = 0
+        self.memory, self.multiprocessors = 8 << 30, 8
         self.interrupt_build_of = ""
         self.network: Any = None
         self.config: Any = None
@@ -180,7 +182,10 @@ def pycuda_driver(world: World) -> Any:
             return 8, 7
 
         def total_memory(self) -> int:
-            return 8 << 30
+            return world.memory
+
+        def get_attribute(self, kind: str) -> int:
+            return {"multiprocessors": world.multiprocessors}[kind]
 
     def pagelocked_zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         world.pinned.append(np.zeros(shape, dtype))
@@ -190,6 +195,7 @@ def pycuda_driver(world: World) -> Any:
         Error=Error,
         init=lambda: None,
         Device=Device,
+        device_attribute=SimpleNamespace(MULTIPROCESSOR_COUNT="multiprocessors"),
         Stream=Stream,
         mem_alloc=Allocation,
         memset_d8=lambda target, value, count: world.fill(target, count),
@@ -234,8 +240,11 @@ def cuda_python_driver(world: World) -> Any:
         return call
 
     attributes = SimpleNamespace(
-        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR="major", CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR="minor"
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR="major",
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR="minor",
+        CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT="multiprocessors",
     )
+    values = {"major": 8, "minor": 7, "multiprocessors": world.multiprocessors}
     return SimpleNamespace(
         CUdevice_attribute=attributes,
         cuInit=lambda flags: (0,),
@@ -247,9 +256,9 @@ def cuda_python_driver(world: World) -> Any:
         cuStreamCreate=lambda flags: (2, None) if world.refuse_stream else (0, 77),
         cuStreamDestroy=done(lambda stream: None),
         cuStreamSynchronize=done(lambda stream: world.synchronize()),
-        cuDeviceGetAttribute=lambda attribute, device: (0, {"major": 8, "minor": 7}[attribute]),
+        cuDeviceGetAttribute=lambda attribute, device: (0, values[attribute]),
         cuDeviceGetName=lambda length, device: (0, b"Orin (double)\0"),
-        cuDeviceTotalMem=lambda device: (0, 8 << 30),
+        cuDeviceTotalMem=lambda device: (0, world.memory),
         cuMemAlloc=lambda size: (0, world.malloc(size)),
         cuMemFree=done(lambda block: world.blocks.pop(block)),
         cuMemHostAlloc=host_alloc,

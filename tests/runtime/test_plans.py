@@ -61,6 +61,21 @@ def test_a_plan_is_built_once_and_rebuilt_when_it_does_not_fit(
     assert "tensorrt was 10.3.0" in open_all(bundle, cache)[0].reason
 
 
+def test_a_plan_is_of_one_module_and_of_one_way_of_building(
+    world: trtdouble.World, make_bundle: MakeBundle, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache that came along with a cloned disk, or stayed when Andon was updated."""
+    bundle = Bundle.load(make_bundle())
+    open_all(bundle, cache)
+    world.memory -= 400 << 20  # what the system keeps for itself is not another module
+    assert open_all(bundle, cache)[0].reason == ""
+    world.multiprocessors, world.memory = 16, 64 << 30
+    reason = open_all(bundle, cache)[0].reason
+    assert "multiprocessors was 8" in reason and "memory_gib was 8" in reason
+    monkeypatch.setattr("andon.runtime.engine.build.RECIPE", 2)
+    assert "recipe was 1" in open_all(bundle, cache)[0].reason
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_plans_that_cannot_be_kept_are_used_all_the_same(
     world: trtdouble.World, make_bundle: MakeBundle, cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any,
@@ -164,6 +179,25 @@ def test_a_plan_that_does_not_deserialise_is_rebuilt(
     with caplog.at_level(logging.INFO), pytest.raises(EngineError, match="just built does not deserialise"):
         open_all(bundle, cache)
     assert "it does not deserialise: the plan was made by another version" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("said", "advice"),
+    [
+        ("[optimizer] Could not find any implementation for node MatMul_3.", "a --workspace of more than 1024 MB"),
+        ("Some tactics do not have sufficient workspace memory to run.", "a --workspace of more than 1024 MB"),
+        ("Requested amount of GPU memory (9 bytes) could not be allocated.", "a --workspace of less than 1024 MB"),
+        ("[defaultAllocator.cpp] Error Code 1: Cuda Runtime (out of memory)", "the device is out of memory"),
+        ("Error Code 2: OutOfMemory (no further information)", "the device is out of memory"),
+    ],
+)
+def test_a_build_that_ran_out_of_memory_is_not_told_to_use_more(
+    world: trtdouble.World, make_bundle: MakeBundle, cache: Path, said: str, advice: str
+) -> None:
+    world.refuse_build, world.refuse_build_with = True, said
+    with pytest.raises(EngineError) as refused:
+        open_all(Bundle.load(make_bundle()), cache)
+    assert advice in str(refused.value.next_step) and refused.value.found == said
 
 
 def test_an_interrupted_build_goes_on_at_the_next_stage(

@@ -254,7 +254,7 @@ def test_a_closed_program_leaves_no_contexts(world: trtdouble.World, make_bundle
 def test_cuda_pythons_names_exist_in_the_real_module() -> None:
     driver = pytest.importorskip("cuda.bindings.driver", reason="NOT RUN: cuda-python is not installed here")
     source = inspect.getsource(CudaPython)
-    names = set(re.findall(r'self\._call\(\s*"(cu\w+)"', source)) | set(re.findall(r"attributes\.(\w+)", source))
+    names = set(re.findall(r'self\._call\(\s*"(cu\w+)"', source)) | set(re.findall(r"kinds\.(\w+)", source))
     assert len(names) > 15
     missing = [n for n in names if not hasattr(driver, n) and not hasattr(driver.CUdevice_attribute, n)]
     assert not missing

@@ -145,7 +145,7 @@ class Builder:
         if self._world.interrupt_build_of in outputs:
             raise KeyboardInterrupt
         if self._world.refuse_build:
-            self._logger.log("ERROR", "[optimizer] no implementation for node MatMul_3")
+            self._logger.log("ERROR", self._world.refuse_build_with)
             return None
         if config.progress_monitor is not None:
             monitor = config.progress_monitor
