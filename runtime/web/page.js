@@ -186,7 +186,8 @@ async function refresh() {
   if (!answer.ok) throw new Error(answer.statusText);
   const state = await answer.json();
   const theirs = Date.parse(answer.headers.get("Date"));
-  if (Number.isFinite(theirs) && Math.abs(theirs - Date.now()) > 2000) skew = theirs - Date.now();
+  // The header has whole seconds. Also back to none: the station's clock, or this one, may have been set right since.
+  if (Number.isFinite(theirs)) skew = Math.abs(theirs - Date.now()) > 2000 ? theirs - Date.now() : 0;
   lastContact = Date.now();
   $("lost").hidden = true;
   showLine(state);

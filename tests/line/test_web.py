@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from andon.runtime.errors import ConfigError, DeliveryError
 from andon.runtime.health import Check
 from andon.runtime.lineconfig import WebConfig
 from andon.runtime.startup import Options
+from andon.runtime.web import server
 from andon.runtime.web.server import CONNECTIONS, Backend, WebServer, page_token
 
 LIVE = {"kind": "test", "width": 64, "height": 48, "fps": 10, "pattern": "white"}
@@ -91,6 +93,32 @@ def test_routes(open_page: int, path: str, status: int, kind: str) -> None:
     found, _, headers = ask(open_page, path)
     assert found == status and headers["Content-Type"].startswith(kind)
     assert "default-src 'none'" in headers["Content-Security-Policy"] and headers["Cache-Control"] == "no-store"
+
+
+def test_the_page_goes_by_the_stations_clock_as_it_is_now() -> None:
+    """After a jump that was over, every old verdict was shown as of now."""
+    if (node := shutil.which("node")) is None:
+        pytest.skip("NOT RUN: there is no node to run the page's script")
+    script = (Path(server.__file__).parent / "page.js").read_text()
+    harness = """
+        let ahead = 0;
+        globalThis.document = { getElementById: () => ({}) };
+        globalThis.setTimeout = () => {};
+        globalThis.fetch = async () => ({
+            ok: true, status: 200, json: async () => ({ cameras: {} }),
+            headers: { get: () => new Date(Date.now() + ahead).toUTCString() },
+        });
+        SCRIPT
+        showLine = showDelivery = showLatency = showMemory = () => {};
+        const seen = [];
+        for (ahead of [3600e3, 0, -3600e3, 900]) { await refresh(); seen.push(Math.round(skew / 60e3)); }
+        console.log(JSON.stringify(seen));
+    """
+    harness = harness.replace("SCRIPT", re.sub(r"^import .*$", "", script, flags=re.MULTILINE))
+    command = [node, "--input-type=commonjs", "-e", f"(async () => {{ {harness} }})()"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout) == [60, 0, -60, 0]
 
 
 def test_not_ready_says_why(open_page: int) -> None:
