@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,6 +21,8 @@ from .quality import Metrics, mean_metrics, summarize
 
 #: What is read of a verdict.
 _FIELDS = ("id", "part_id", "product", "label", "score", "threshold", "method", "bundle", "ts_judged", "latency_ms")
+#: More seconds than this between two verdicts, and ten times the usual: the line stood still, or the clock was set.
+_STOOD = 60.0
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,14 @@ def _metrics(judged: Sequence[Judged], threshold: float | None) -> Metrics:
 
 
 def _seconds(verdicts: Sequence[dict[str, Any]]) -> float:
-    """From the first verdict to the last, plus one mean interval: as many intervals as verdicts."""
-    moments = [datetime.fromisoformat(v["ts_judged"].replace("Z", "+00:00")) for v in verdicts]
-    span = (max(moments) - min(moments)).total_seconds()
-    return span * len(moments) / max(len(moments) - 1, 1) or 1e-9
+    """From the first verdict to the last, plus one mean interval: as many intervals as verdicts.
+
+    In the order of judging, which ids tell whatever the clock does. An interval in which it was set (back, or far on),
+    or in which the line stood still, says nothing of how fast it judges and is left out.
+    """
+    ordered = sorted(verdicts, key=lambda v: str(v["id"]))
+    moments = [datetime.fromisoformat(v["ts_judged"].replace("Z", "+00:00")) for v in ordered]
+    intervals = [(later - earlier).total_seconds() for earlier, later in pairwise(moments)]
+    usual = float(np.median([each for each in intervals if each >= 0] or [0.0]))
+    kept = [each for each in intervals if 0 <= each <= max(_STOOD, 10 * usual)]
+    return float(np.mean(kept or [0.0])) * len(moments) or 1e-9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from andon.runtime.quality import table
 from andon.runtime.recorded import from_verdicts, read_verdicts
 from andon.runtime.source.playlist import parts
 from andon.runtime.sourceconfig import DatasetSource
+from andon.runtime.verdict import timestamp
 
 
 def _sample(name: str, label: str) -> Sample:
@@ -53,6 +55,17 @@ def test_figures_are_those_of_the_published_labels(tmp_path: Path) -> None:
     assert evaluated.products["tile"]["unknown_rate_defective"] == 0.5
     assert evaluated.seconds == pytest.approx(4.0)
     assert [line.split() for line in confusion_table(evaluated).splitlines()][1] == ["tile", "1", "1", "0", "1", "1"]
+
+
+@pytest.mark.parametrize("jump", [0, -3600, 86400 * 800, 120])
+def test_a_clock_that_is_set_while_it_is_recorded_changes_no_figure(jump: int) -> None:
+    """A station that started before its network; 120 s: a pause of the line is none of its speed either."""
+    samples = [_sample(f"{k:02d}", "good" if k % 2 else "crack") for k in range(20)]
+    verdicts = [_verdict(sample, "OK", float(k), k) for k, sample in enumerate(samples)]
+    for k, verdict in enumerate(verdicts):
+        moment = datetime(2026, 1, 1, tzinfo=timezone.utc) + timedelta(seconds=0.5 * k + (jump if k >= 8 else 0))
+        verdict |= {"id": f"01{k:024d}", "ts_judged": timestamp(moment)}
+    assert from_verdicts(verdicts[::-1], samples).seconds == pytest.approx(10.0)
 
 
 def test_an_image_without_a_verdict_is_an_error() -> None:
