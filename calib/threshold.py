@@ -5,6 +5,11 @@ with probability at most a, whatever the score's distribution (Vovk et al.; Ange
 promise is marginal: an average over calibration sets. With a confidence c the rank is raised until the false-alarm rate
 of *this* threshold is at most a with probability c over calibration sets (binomial tail, as in Clopper-Pearson; Vovk
 2012, prop. 2b).
+
+Several pictures of one part are not exchangeable with those of others. Parts are: each picture weighs one over the
+number of its part's, and the threshold is the smallest score that has the weight of that rank at or below it
+(hierarchical conformal prediction, Lee, Barber and Willett 2023; Dunn et al. 2022). With one picture each it is the
+same.
 """
 
 from __future__ import annotations
@@ -51,7 +56,11 @@ def samples_needed(false_alarm_rate: float, confidence: float | None = None) -> 
 
 
 def conformal_threshold(
-    scores: Array | Sequence[float], false_alarm_rate: float, confidence: float | None = None, subject: str = ""
+    scores: Array | Sequence[float],
+    false_alarm_rate: float,
+    confidence: float | None = None,
+    subject: str = "",
+    parts: Sequence[str] | None = None,
 ) -> float:
     """The threshold: a part whose score is *above* it is NG.
 
@@ -60,12 +69,15 @@ def conformal_threshold(
         false_alarm_rate: promised upper bound on the share of good parts judged NG.
         confidence: None for the marginal promise, else the probability that the bound holds for this threshold.
         subject: product name, for the message.
+        parts: [n] the part that each score is of, where some show the same one; pictures of a part are not independent,
+            so the number of parts is what counts, and each part's pictures share its weight. The promise is then about
+            a picture of a new part. None: each of its own.
 
     Raises:
-        CalibrationError: too few scores for the promise (the message says how many are needed and what these many can
-            promise), or a score that is not finite.
+        CalibrationError: too few scores (parts) for the promise (the message says how many are needed and what these
+            many can promise), or a score that is not finite.
     """
-    values = np.sort(np.asarray(scores, np.float64).ravel())
+    values = np.asarray(scores, np.float64).ravel()
     if not np.isfinite(values).all():
         raise CalibrationError(
             f"{_about(subject)}a good image has a score that is not a number",
@@ -73,17 +85,22 @@ def conformal_threshold(
             expected="finite scores",
             next_step="andon verify --bundle BUNDLE",
         )
-    k = rank(len(values), false_alarm_rate, confidence)
+    names, which = np.unique(np.arange(len(values)) if parts is None else np.asarray(parts), return_inverse=True)
+    k = rank(len(names), false_alarm_rate, confidence)
     if k is None:
         needed = samples_needed(false_alarm_rate, confidence)
         sure = "" if confidence is None else f" with confidence {confidence:g}"
         raise CalibrationError(
             f"{_about(subject)}too few good images for a false-alarm rate of {false_alarm_rate:g}{sure}",
-            found=f"{len(values)} images",
-            expected=f"at least {needed}",
-            next_step=_less(len(values), confidence) or f"take {needed} images of good parts",
+            found=f"{len(values)} images" + ("" if parts is None else f" of {len(names)} parts"),
+            expected=f"at least {needed}" + ("" if parts is None else " parts"),
+            next_step=_less(len(names), confidence) or f"take {needed} images of good parts",
         )
-    return float(values[k - 1])
+    order = np.argsort(values, kind="stable")
+    below = np.cumsum(
+        (1 / np.bincount(which))[which[order]]
+    )  # how many parts lie below, by the shares of their pictures
+    return float(values[order][np.searchsorted(below, k - 1e-9)])
 
 
 def achievable_rate(samples: int, confidence: float | None = None) -> float | None:

@@ -66,6 +66,7 @@ class Provenance:
     holdout: keys of the good training images kept for thresholds; `andon calibrate` reads them.
     constants: keys of those that set the constants, on which no threshold may be set.
     fingerprints: contents of the images by what they were used for (runtime/fingerprint.py).
+    parts: the same of the pictures kept for thresholds, of each part that has several.
     """
 
     backbone: Backbone
@@ -76,6 +77,7 @@ class Provenance:
     holdout: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
     fingerprints: Mapping[str, str] = field(default_factory=dict)
+    parts: tuple[str, ...] = ()
 
 
 def default_path(method: str, provenance: Provenance) -> Path:

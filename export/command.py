@@ -208,6 +208,7 @@ def _provenance(origin: CheckpointProvenance, model: AnomalyModel) -> Provenance
         holdout=origin.holdout,
         constants=origin.constants,
         fingerprints=origin.fingerprints,
+        parts=origin.parts,
     )
 
 

@@ -144,6 +144,8 @@ class _Run:
         kept: dict[str, Any] = {"holdout": list(provenance.holdout), "constants": list(provenance.constants)}
         if provenance.fingerprints:
             kept["fingerprints"] = dict(provenance.fingerprints)
+        if provenance.parts:
+            kept["parts"] = list(provenance.parts)
         report = self._report(manifest, reduced, golden, threshold) | {"alternatives": others.record} | kept
         shutil.rmtree(self._root / ROUNDED, ignore_errors=True)
         manifest = bundle.finish(self._root, manifest, report, self._summary(manifest, reduced, others))

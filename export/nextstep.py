@@ -25,8 +25,8 @@ def calibrate_step(bundle: Path, data: str) -> str:
     """
     try:
         with Bundle.load(bundle) as loaded:
-            products = [s.product for s in unseen_good(loaded, open_dataset(data)).samples]
-            return rate_step(bundle, data, min(products.count(product) for product in loaded.manifest.classes))
+            unseen = unseen_good(loaded, open_dataset(data))
+            return rate_step(bundle, data, min(map(unseen.count, loaded.manifest.classes)))
     except CalibrationError:
         return rate_step(bundle, data, 0)
     except (AndonError, OSError) as error:

@@ -143,7 +143,7 @@ class Threshold(Model):
     value: float = Field(description="Score above which a part is NG")
     false_alarm_rate: float = Field(description="Promised upper bound on the share of good parts judged NG")
     confidence: float | None = Field(default=None, description="Confidence of the bound; none: marginal (conformal)")
-    samples: int = Field(description="Held-out good images behind it")
+    samples: int = Field(description="Held-out good images behind it, or parts where some show the same one")
     pixel: float | None = Field(default=None, description="Map value above which a pixel belongs to a region")
     program: str = Field(default="default", description="Program (alternative) whose scores it is for")
     source: str = Field(default="", description="Data set, date and command that set it")

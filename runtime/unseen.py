@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from .bundle import Bundle
 from .dataset import Dataset, Sample, named_by_folder
-from .errors import CalibrationError
-from .fingerprint import Seen, counted, read_report, tally
+from .errors import CalibrationError, quoted
+from .fingerprint import Seen, counted, read_report, tally, unpack
+from .groups import known_parts, parts_of
 
 HELD_OUT = "held out by training"
 NEW = "new good images, none of them held out by training"
@@ -20,6 +21,8 @@ class Unseen:
 
     left_out: how many good images of the set were seen, by use (fingerprint.USES). remark: what the user should know.
     kept: how many new good images are left to the tests of a folder whose split nobody made.
+    parts: the part that an image shows, by its key, of those that are known to be of a part with others.
+    seen: images of the set that shaped the model.
     """
 
     samples: list[Sample]
@@ -27,12 +30,21 @@ class Unseen:
     left_out: dict[str, int] = field(default_factory=dict)
     remark: str = ""
     kept: int = 0
+    parts: Mapping[str, str] = field(default_factory=dict)
+    seen: Sequence[Sample] = ()
+
+    def count(self, product: str) -> int:
+        """How many different parts of a product there are, as far as is known: what a promise depends on."""
+        return len({self.parts.get(s.key, s.key) for s in self.samples if s.product == product})
 
 
-def unseen_good(bundle: Bundle, dataset: Dataset, only: Sequence[str] | None = None) -> Unseen:
+def unseen_good(
+    bundle: Bundle, dataset: Dataset, only: Sequence[str] | None = None, group_by: str | None = None
+) -> Unseen:
     """Good images that the model has not been fitted to, new ones never from a test split.
 
-    only: of these products of the bundle; None: of all.
+    only: of these products of the bundle; None: of all. group_by: which images show one part (groups.parts_of); None:
+    what training recorded of those that it held out, and every other image a part of its own.
 
     Images are known by content: those that training held out are used wherever they lie, those that it fitted, that
     set constants or that were enrolled from are left out, all others are new. So are those that the present thresholds
@@ -42,10 +54,42 @@ def unseen_good(bundle: Bundle, dataset: Dataset, only: Sequence[str] | None = N
     all are taken for new.
 
     Raises:
-        CalibrationError: a product has no image in the set, or none that the model has not seen; by keys also: the
-            set has some of the held-out images but not all.
+        CalibrationError: a product has no image in the set, or none (of a part) that the model has not seen; by keys
+            also: the set has some of the held-out images but not all.
         SourceError: an image cannot be read.
+        ConfigError: `group_by` cannot be used.
     """
+    found = _find(bundle, dataset, only)
+    return found if group_by is None else _of_new_parts(found, group_by, dataset.spec)
+
+
+def _of_new_parts(found: Unseen, group_by: str, spec: str) -> Unseen:
+    """The images that show no part of which the model has seen another picture, and the part of each.
+
+    Raises:
+        CalibrationError: a product has none.
+    """
+    parts = parts_of(found.samples, group_by)
+    theirs = known_parts(found.seen, group_by)
+    known = {(s.product, theirs[s.key]) for s in found.seen if s.key in theirs}
+    new = [s for s in found.samples if (s.product, parts[s.key]) not in known]
+    for product in dict.fromkeys(s.product for s in found.samples):
+        if not any(s.product == product for s in new):
+            raise CalibrationError(
+                f"the model has seen every part of {product} in {spec}",
+                found=f"{sum(s.product == product for s in found.samples)} images that it has not seen, all of parts "
+                "of which it was trained on other pictures",
+                expected="pictures of parts that it has not seen",
+                next_step=f"train again with --group-by {quoted(group_by)}, or give pictures of new parts with --data",
+            )
+    remark = found.remark
+    if gone := len(found.samples) - len(new):
+        text = f"left out: {gone} images of parts of which the model has seen other pictures"
+        remark = f"{remark}\n{text}" if remark else text
+    return replace(found, samples=new, parts=parts, remark=remark)
+
+
+def _find(bundle: Bundle, dataset: Dataset, only: Sequence[str] | None) -> Unseen:
     wanted = bundle.manifest.classes if only is None else only
     if missing := [p for p in wanted if p not in dataset.products]:
         some = "give a data set with every product of the bundle, or name with --products those that it has; "
@@ -95,7 +139,10 @@ def _by_content(bundle: Bundle, good: Dataset, seen: Seen, untested: frozenset[s
         origin = f"{len(held)} {HELD_OUT} and {len(new)} new"
     chosen = {s.key for s in [*held, *new]}
     drawn = sum(s.key in kept for s in good.samples if s.product in good.drawn)
-    return Unseen([s for s in good.samples if s.key in chosen], origin, left_out, remark, drawn)
+    recorded = {p: f"\0{i}" for i, text in enumerate(read_report(bundle).get("parts", ())) for p in unpack(text)}
+    parts = {k.sample.key: recorded[k.fingerprint] for k in known if k.fingerprint in recorded}
+    shaped = [k.sample for k in known if k.use in ("fitted", "constants", "support")]
+    return Unseen([s for s in good.samples if s.key in chosen], origin, left_out, remark, drawn, parts, shaped)
 
 
 def _by_key(bundle: Bundle, good: Dataset) -> Unseen:

@@ -57,6 +57,9 @@ class Provenance(BaseModel):
         default={},
         description="Contents of the images by use: fitted, constants, thresholds, skipped (runtime/fingerprint.py)",
     )
+    parts: tuple[str, ...] = Field(
+        default=(), description="Contents of the images kept for thresholds, of each part that several of them show"
+    )
     trained_on: int = Field(description="Good images trained on")
     views: int = Field(default=0, description="Views of them that were added (train/augment.py)")
     skipped: tuple[str, ...] = Field(default=(), description="Sample keys left out because they could not be decoded")

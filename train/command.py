@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from ..runtime import groups
 from ..runtime.commands.numbers import natural, seconds
 from .registry import list_methods
 
@@ -17,6 +18,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="configuration; default configs/edge/METHOD.yaml")
     parser.add_argument(
         "--data", metavar="SPEC", help="elpv, or a folder: MVTec layout, good/ beside defect folders, or several such"
+    )
+    parser.add_argument(
+        "--group-by",
+        metavar="REGEX|CSV",
+        help=f"{groups.HELP}; all of them are trained on or none, as thresholds promise nothing about new parts "
+        "otherwise. The setting group_by",
     )
     parser.add_argument("--products", metavar="A,B", help="train these products of the set only")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the checkpoint; default runs/METHOD-...")

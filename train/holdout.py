@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..runtime.dataset import Sample
+from ..runtime.dataset import Dataset, Sample
+from ..runtime.groups import known_parts, several
 
 _MIN_HOLDOUT = 40  # about 20 of each kind: conformal prediction needs 19 to promise 5 %
 #: What `andon export` needs before it can hold a product's decisions against anything.
@@ -33,7 +34,12 @@ class Split:
     thresholds: list[Sample]
 
 
-def split_good(samples: Sequence[Sample], share: float, contents: Mapping[str, str] | None = None) -> Split:
+def split_good(
+    samples: Sequence[Sample],
+    share: float,
+    contents: Mapping[str, str] | None = None,
+    parts: Mapping[str, str] | None = None,
+) -> Split:
     """Split good images; `share` of each product is held out, about half for constants and half for thresholds.
 
     At least 40 images of a product are held out where that is no more than a quarter of it. Thresholds get the number
@@ -43,15 +49,15 @@ def split_good(samples: Sequence[Sample], share: float, contents: Mapping[str, s
     is not held out.
 
     contents: hash of each image's file by its key; without it no two images are taken for equal.
+    parts: the part that each image shows, by its key (runtime/groups.py); the pictures of a part then count as one,
+        too, and stay together, and all numbers above are of parts.
     """
     constants: set[str] = set()
     thresholds: set[str] = set()
     for product in sorted({s.product for s in samples} if share else ()):
-        copies: dict[str, list[str]] = {}
-        for key in sorted(s.key for s in samples if s.product == product):
-            copies.setdefault(contents[key] if contents else key, []).append(key)
-        keys = [same[0] for same in copies.values()]  # still sorted
-        together = {same[0]: same for same in copies.values()}
+        mine = sorted(s.key for s in samples if s.product == product)
+        together = {same[0]: same for same in _together(mine, [by for by in (contents, parts) if by])}
+        keys = list(together)  # still sorted
         count = min(max(round(share * len(keys)), min(_MIN_HOLDOUT, len(keys) // 4)), len(keys) - 1)
         held = random.Random(0).sample(keys, count)
         kept = count // 2
@@ -66,8 +72,49 @@ def split_good(samples: Sequence[Sample], share: float, contents: Mapping[str, s
     )
 
 
+def _together(keys: Sequence[str], labels: Sequence[Mapping[str, str]]) -> list[list[str]]:
+    """Sorted keys, those together that have a label in common, directly or through others."""
+    groups: dict[str, list[str]] = {key: [key] for key in keys}
+    for by in labels:
+        first: dict[str, str] = {}
+        for key in keys:
+            one, other = groups[first.setdefault(by[key], key)], groups[key]
+            if one is not other:
+                one += other
+                groups.update(dict.fromkeys(other, one))
+    return sorted({id(same): sorted(same) for same in groups.values()}.values())
+
+
 def not_held_out(split: Split, products: Sequence[str]) -> list[str]:
     """The products of which no image is held out, each with the number of its good training images."""
     held = {s.product for s in (*split.constants, *split.thresholds)}
     bare = [product for product in products if product not in held]
     return [f"{product} ({sum(s.product == product for s in split.fitting)} good training images)" for product in bare]
+
+
+def group_remarks(data: Dataset, split: Split, parts: Mapping[str, str], how: str) -> Iterator[str]:
+    """What to say of the parts, of which several pictures are kept together; nothing where none are known.
+
+    data: the whole set, whose test images may show the same parts. parts: of the good training images, by key.
+    """
+    good = [*split.fitting, *split.constants, *split.thresholds]
+    if not parts:
+        return
+    counts = [
+        len({(s.product, parts[s.key]) for s in part}) for part in (split.fitting, split.constants, split.thresholds)
+    ]
+    yield (
+        f"they show {sum(counts)} parts, whose pictures stay together: {counts[0]} parts to train on, {counts[1]} for "
+        f"constants, {counts[2]} for thresholds"
+    )
+    if not several(good, parts):
+        yield f"warning: no two images show the same part by group_by {how}: it keeps nothing together"
+    known = {(s.product, parts[s.key]) for s in good}
+    for product in sorted(data.drawn):
+        tests = [s for s in data.samples if s.good and s.split == "test" and s.product == product]
+        if shown := sum((product, part) in known for part in known_parts(tests, how).values()):
+            yield (
+                f"warning: {product}: {shown} of {len(tests)} good test images show parts that are trained on or held "
+                "out, which flatters every figure: in a folder of good images beside defects the test is drawn picture "
+                "by picture; arrange it as train/good and test/good, part by part"
+            )

@@ -135,6 +135,11 @@ class MethodConfig(Config):
     holdout: float = Field(
         default=0.1, ge=0, lt=1, description="Share of good images held out for constants and thresholds"
     )
+    group_by: str = Field(
+        default="",
+        description="Which good images show one part, so that they are held out together or not at all: a regular "
+        "expression that finds the part in an image's path in the set, or a table FILE.csv with the columns image,part",
+    )
     augment: Augmentation = Field(default=Augmentation(), description="Views of good images where there are few")
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
 import time
@@ -14,7 +16,10 @@ import torch
 
 from .. import __version__
 from . import distributed
+from .backbones import backbones_in
 from .errors import TrainingError
+from .features import FeatureSet
+from .method import AnomalyModel, MethodConfig
 
 
 class ResumeFile:
@@ -104,3 +109,31 @@ def _set_generators(saved: dict[str, Any]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     version, words, gauss = saved["python"]
     random.setstate((version, tuple(words), gauss))
+
+
+def run_hashes(model: AnomalyModel, data: FeatureSet) -> tuple[str, str]:
+    """What must be the same when a run goes on: settings, products, backbone weights, images and their contents.
+
+    The first without settings that have their default, so that a setting which a later version adds does not make
+    another run of it; the second as files have it that record no version.
+    """
+    images = [(s.key, hashed) for s, hashed in zip(data.samples, data.hashes, strict=True)]
+    weights = [b.record.sha256 for b in backbones_in(model)]
+    config, rest = model.config, [list(model.classes), weights, images]
+
+    def hashed(settings: dict[str, Any]) -> str:
+        return hashlib.sha256(json.dumps([settings, *rest]).encode()).hexdigest()
+
+    return hashed(config.model_dump(mode="json", exclude_defaults=True)), hashed(_before(config))
+
+
+def _before(config: MethodConfig) -> dict[str, Any]:
+    """All settings, without those with their default that came after the first runs to be resumed."""
+    settings = config.model_dump(mode="json")
+    for section, name in (("backbone", "turned"), ("score", "align_corners")):
+        held = settings.get(section)
+        if isinstance(held, dict) and held.get(name) is False:
+            del held[name]
+    if not settings["group_by"]:
+        del settings["group_by"]
+    return settings

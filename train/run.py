@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -23,6 +22,7 @@ from .. import __version__
 from ..runtime.dataset import ELPV, Dataset, Sample, open_dataset, split_readable
 from ..runtime.errors import ConfigError, SourceError, quoted
 from ..runtime.fingerprint import image_hash, pack
+from ..runtime.groups import absolute, parts_of, several
 from ..runtime.images import read_mask, read_rgb
 from ..runtime.quality import Metrics, mean_metrics, table
 from ..runtime.remarks import remarks
@@ -44,12 +44,12 @@ from .checkpoint import (
 from .config import differences, dump_config, load_config
 from .errors import CheckpointError, TrainingError, no_constants
 from .evaluate import evaluate, unseen
-from .features import FeatureSet, extract
-from .holdout import HOLD_OUT, Split, not_held_out, split_good
+from .features import extract
+from .holdout import HOLD_OUT, Split, group_remarks, not_held_out, split_good
 from .loop import Fitted, fit
 from .method import AnomalyModel, MethodConfig
 from .registry import get_method
-from .resume import ResumeFile
+from .resume import ResumeFile, run_hashes
 from .runlock import LOCK, run_lock
 
 _REQUEST = "run.json"
@@ -100,7 +100,8 @@ class Request:
             )
         settings = [*args.set, *([f"seed={args.seed}"] if args.seed is not None else [])]
         config = load_config(args.method, args.config, settings)
-        config = config.model_copy(update={"backbone": absolute_weights(config.backbone)})
+        group_by = absolute(args.group_by if args.group_by is not None else config.group_by)
+        config = config.model_copy(update={"backbone": absolute_weights(config.backbone), "group_by": group_by})
         products = tuple(args.products.split(",")) if args.products else None
         open_dataset(args.data).select(products=products)  # refused before there is a folder
         made = str(_folder(args.out, config, args.data, held)) if distributed.is_main() else ""
@@ -186,7 +187,8 @@ def train(request: Request) -> dict[str, Any]:
     _check_masks(kept)
     good = [s for s in kept if s.split == "train" and s.good]
     contents = {s.key: image_hash(s.path) for s in good}
-    split = split_good(good, config.holdout, contents)
+    parts = parts_of(good, config.group_by) if config.group_by else {}
+    split = split_good(good, config.holdout, contents, parts)
     _say(f"{request.method}, preset {config.preset or 'unnamed'}, seed {config.seed}, on {_where(device)} -> {folder}")
     _say(data.describe())
     for text in remarks(whole) if distributed.is_main() else ():
@@ -199,6 +201,8 @@ def train(request: Request) -> dict[str, Any]:
     )
     if copies := len(good) - len({(s.product, contents[s.key]) for s in good}):
         _say(f"{copies} of them are copies of others; each stays with its like: none is held out that was trained on")
+    for text in group_remarks(data, split, parts, config.group_by):
+        _say(text)
     _check_products(data.products, split)
     if config.needs_constants:
         for product in data.products:  # now, not after the training
@@ -226,7 +230,7 @@ def train(request: Request) -> dict[str, Any]:
         "thresholds": pack(contents[s.key] for s in split.thresholds),
         "skipped": pack(_hashes(skipped)),
     }
-    known, former = _run_hashes(model, trainset)
+    known, former = run_hashes(model, trainset)
     resume = ResumeFile(folder / "resume.pt", known, request.save_every, former=(former,))
     try:
         fitted = fit(model, trainset, device, log=lambda r: write_log(folder, r), resume=resume, progress=show)
@@ -244,7 +248,8 @@ def train(request: Request) -> dict[str, Any]:
     _say(f"{fitted.steps} steps in {fitted.seconds:.0f} s" + (" (time limit)" if fitted.stopped_early else ""))
 
     # Weights first: a test image that cannot be read must not cost the training.
-    _write(folder, model, request, data, fitted, split, fingerprints, views, [s.key for s in skipped])
+    held_parts = tuple(pack(contents[s.key] for s in group) for group in several(split.thresholds, parts))
+    _write(folder, model, request, data, fitted, split, fingerprints, held_parts, views, [s.key for s in skipped])
     resume.remove()
     (folder / _REQUEST).unlink()
     print(f"checkpoint {folder}")
@@ -311,6 +316,7 @@ def _write(
     fitted: Fitted,
     split: Split,
     fingerprints: dict[str, str],
+    parts: tuple[str, ...],
     views: int,
     skipped: list[str],
 ) -> None:
@@ -330,6 +336,7 @@ def _write(
         holdout=tuple(s.key for s in split.thresholds),
         constants=tuple(s.key for s in split.constants),
         fingerprints=fingerprints,
+        parts=parts,
         trained_on=len(split.fitting),
         views=views,
         skipped=tuple(skipped),
@@ -401,32 +408,6 @@ def _device(name: str) -> torch.device:
 def _where(device: torch.device) -> str:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return f"{where}, {distributed.world()} processes" if distributed.active() else where
-
-
-def _run_hashes(model: AnomalyModel, data: FeatureSet) -> tuple[str, str]:
-    """What must be the same when a run goes on: settings, products, backbone weights, images and their contents.
-
-    The first without settings that have their default, so that a setting which a later version adds does not make
-    another run of it; the second as files have it that record no version.
-    """
-    images = [(s.key, hashed) for s, hashed in zip(data.samples, data.hashes, strict=True)]
-    weights = [b.record.sha256 for b in backbones_in(model)]
-    config, rest = model.config, [list(model.classes), weights, images]
-
-    def hashed(settings: dict[str, Any]) -> str:
-        return hashlib.sha256(json.dumps([settings, *rest]).encode()).hexdigest()
-
-    return hashed(config.model_dump(mode="json", exclude_defaults=True)), hashed(_before(config))
-
-
-def _before(config: MethodConfig) -> dict[str, Any]:
-    """All settings, without those with their default that came after the first runs to be resumed."""
-    settings = config.model_dump(mode="json")
-    for section, name in (("backbone", "turned"), ("score", "align_corners")):
-        held = settings.get(section)
-        if isinstance(held, dict) and held.get(name) is False:
-            del held[name]
-    return settings
 
 
 def _versions() -> dict[str, str]:

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
 from ...calib.threshold import conformal_threshold, pixel_threshold, rank
+from .. import groups
 from ..bundle import Bundle
-from ..dataset import Sample, open_dataset, split_readable
+from ..dataset import open_dataset, split_readable
 from ..detector import Detector
 from ..engine.select import open_backend
 from ..errors import CalibrationError, ConfigError, quoted
 from ..fingerprint import counted, image_hash, pack
 from ..images import read_rgb
 from ..manifest import Threshold
-from ..unseen import unseen_good
+from ..unseen import Unseen, unseen_good
 from . import options
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `andon calibrate`."""
+    parser.description = (
+        "Set the thresholds of a bundle from good images that the model has not seen. What is promised is about parts "
+        "of which it has seen no picture: where training had several pictures of a part (a burst, exposures, a video) "
+        "and was not told so with --group-by, the images it held out show parts that it knows, and new parts raise "
+        "more false alarms than promised. Then give pictures of new parts with --data."
+    )
     options.add_bundle(parser)
     parser.add_argument(
         "--data",
@@ -45,6 +53,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--products", nargs="+", metavar="NAME", help="only these products; the others keep the thresholds they have"
     )
     parser.add_argument("--programs", nargs="+", metavar="NAME", help="only these programs; default: all of the bundle")
+    parser.add_argument(
+        "--group-by",
+        metavar="REGEX|CSV",
+        help=f"{groups.HELP}; all of them then count as one. Default: as training had it (andon train --group-by)",
+    )
     options.add_on_corrupt(parser)
     options.add_engine(parser, program=False)
 
@@ -68,10 +81,12 @@ def _calibrate(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
         for product in products:
             bundle.class_index(product)
         options.say_remarks(dataset)
-        unseen = unseen_good(bundle, dataset, products)
+        unseen = unseen_good(bundle, dataset, products, args.group_by)
         samples, skipped = split_readable(unseen.samples, args.on_corrupt)
         origin = unseen.origin
-        print(f"{len(samples)} good images: {origin}")
+        unseen = replace(unseen, samples=samples)
+        parts = sum(map(unseen.count, products))
+        print(f"{len(samples)} good images{'' if parts == len(samples) else f' of {parts} parts'}: {origin}")
         if unseen.left_out:
             print(f"left out: {counted(unseen.left_out)}")
         if unseen.kept:
@@ -82,7 +97,7 @@ def _calibrate(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
         if unseen.remark:
             print(unseen.remark)
         options.say_skipped(skipped)
-        _require_promise(products, samples, args)
+        _require_promise(products, unseen, args)
         known = options.program_names(bundle)
         names = args.programs or known
         if unknown := [n for n in names if n not in known]:
@@ -93,8 +108,7 @@ def _calibrate(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
             for name in names:
                 with options.open_detector(bundle, backend, args, program=name) as detector:
                     for product in products:
-                        mine = [s for s in samples if s.product == product]
-                        found[product][name] = _threshold(detector, product, mine, args, source, bar)
+                        found[product][name] = _threshold(detector, product, unseen, args, source, bar)
         updated = bundle.save_thresholds(found)
         _print(found)
         print(f"written to {bundle.root}, now bundle {updated.id}")
@@ -104,6 +118,7 @@ def _calibrate(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
             "bundle": updated.id,
             "origin": origin,
             "images": len(samples),
+            "parts": parts,
             "left_out": unseen.left_out,
             "kept": unseen.kept,
             "skipped": [s.key for s in skipped],
@@ -111,16 +126,17 @@ def _calibrate(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
         }
 
 
-def _require_promise(products: Sequence[str], samples: Sequence[Sample], args: argparse.Namespace) -> None:
+def _require_promise(products: Sequence[str], unseen: Unseen, args: argparse.Namespace) -> None:
     """Refuse before the work what its end would refuse.
 
     Raises:
         CalibrationError: a product has too few images for the promise.
     """
-    counts = {product: sum(s.product == product for s in samples) for product in products}
-    for product, count in counts.items():
+    counts = {product: unseen.count(product) for product in products}
+    for product in products:
+        parts = _parts(unseen, product)
         try:
-            conformal_threshold([0.0] * count, args.false_alarm_rate, args.confidence, product)
+            conformal_threshold([0.0] * len(parts), args.false_alarm_rate, args.confidence, product, _several(parts))
         except CalibrationError as error:
             able = [p for p, n in counts.items() if rank(n, args.false_alarm_rate, args.confidence) is not None]
             if not able:
@@ -135,10 +151,11 @@ def _require_promise(products: Sequence[str], samples: Sequence[Sample], args: a
 
 
 def _threshold(
-    detector: Detector, product: str, samples: Sequence[Sample], args: argparse.Namespace, source: str, bar: Any
+    detector: Detector, product: str, unseen: Unseen, args: argparse.Namespace, source: str, bar: Any
 ) -> Threshold:
     detector.program.reset()
     scores, maps = [], []
+    parts, samples = _parts(unseen, product), [s for s in unseen.samples if s.product == product]
     for sample in samples:
         result = detector.judge_image(read_rgb(sample.path), product)
         scores.append(float("nan") if result.score is None else result.score)
@@ -146,15 +163,25 @@ def _threshold(
             maps.append(result.map.copy())
         bar.update(1)
     return Threshold(
-        value=conformal_threshold(scores, args.false_alarm_rate, args.confidence, product),
+        value=conformal_threshold(scores, args.false_alarm_rate, args.confidence, product, _several(parts)),
         false_alarm_rate=args.false_alarm_rate,
         confidence=args.confidence,
-        samples=len(scores),
+        samples=unseen.count(product),
         pixel=pixel_threshold(maps),
         program=detector.program_name,
         source=source,
         images=pack(image_hash(s.path) for s in samples),
     )
+
+
+def _parts(unseen: Unseen, product: str) -> list[str]:
+    """The part of each of a product's samples."""
+    return [unseen.parts.get(s.key, s.key) for s in unseen.samples if s.product == product]
+
+
+def _several(parts: list[str]) -> list[str] | None:
+    """None where every picture shows a part of its own: then nothing needs to be said of parts."""
+    return parts if len({*parts}) < len(parts) else None
 
 
 def _print(found: dict[str, dict[str, Threshold]]) -> None:

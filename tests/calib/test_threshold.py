@@ -16,7 +16,7 @@ from andon.calib.threshold import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import beta
+from scipy.stats import beta, norm
 
 RATES = st.sampled_from((0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.001))
 
@@ -124,3 +124,35 @@ def test_the_chance_of_false_alarms_is_what_draws_give() -> None:
         assert chance_of_as_many(number, 40, 19, 0.05) == pytest.approx((counted >= number).mean(), abs=0.01)
     with pytest.raises(CalibrationError, match="cannot promise"):
         chance_of_as_many(1, 40, 10, 0.05)
+
+
+def test_pictures_of_one_part_share_its_weight() -> None:
+    """Five parts of one picture, and one of 20 with the highest scores: ten of those are half a part."""
+    scores = [1.0, 2, 3, 4, 5, *np.arange(10.0, 30)]
+    parts = [*"abcde", *"f" * 20]
+    assert conformal_threshold(scores, 1 / 7, parts=parts) == 29
+    assert conformal_threshold(scores, 2 / 7, parts=parts) == 5
+    rng = np.random.default_rng(0)
+    alone = rng.normal(size=60)
+    for rate, confidence in ((0.05, None), (0.2, 0.9)):
+        single = conformal_threshold(alone, rate, confidence)
+        assert conformal_threshold(alone, rate, confidence, parts=[str(i) for i in range(60)]) == single
+        thrice = conformal_threshold(np.repeat(alone, 3), rate, confidence, parts=[str(i // 3) for i in range(180)])
+        assert thrice == single, "to have each picture three times promises nothing more"
+    with pytest.raises(CalibrationError) as error:
+        conformal_threshold(scores, 0.1, parts=parts)
+    assert (error.value.found, error.value.expected) == ("25 images of 6 parts", "at least 9 parts")
+
+
+def test_the_promise_about_pictures_of_new_parts_is_kept() -> None:
+    """Scores that differ by part more than within one: counted as independent, they promise too much."""
+    rng = np.random.default_rng(0)
+    sizes, rates, sure = rng.integers(1, 9, 40), [], []
+    names = [str(part) for part in np.repeat(np.arange(40), sizes)]
+    spread = np.hypot(1, 0.3)
+    for _ in range(800):
+        own = rng.normal(size=40).repeat(sizes) + 0.3 * rng.normal(size=sizes.sum())
+        rates.append(norm.sf(conformal_threshold(own, 0.1, parts=names) / spread))
+        sure.append(norm.sf(conformal_threshold(own, 0.1, 0.9, parts=names) / spread) <= 0.1)
+    assert np.mean(rates) <= 0.103
+    assert np.mean(sure) >= 0.87

@@ -266,3 +266,40 @@ def test_an_undecodable_image_is_left_out_on_request_and_at_once_where_training_
         assert code == 0 and result["skipped"] and "skipped 1 undecodable images: a/t" in text
         code, result, text = run(capsys, *arguments, "--bundle", knows)
         assert code == 0 and not result["skipped"] and "1 that training could not decode" in text
+
+
+def test_the_parts_that_training_held_out_are_what_counts(
+    make_bundle: MakeBundle, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Images 1 to 20 of each product: four of each of five parts. 5 % would take 19 parts."""
+    held_parts = [contents(data, 4 * i + 1, 4 * i + 4, p) for p in "ab" for i in range(5)]
+    seen = {"fitted": contents(data, 25, 40), "thresholds": contents(data, 1, 20)}
+    root = make_bundle(report={"fingerprints": seen, "parts": held_parts})
+    for image in [p for product in "ab" for p in sorted((data / product / "train/good").iterdir())[20:24]]:
+        image.unlink()
+    calibrate = ("calibrate", "--bundle", root, "--data", data, *ENGINE)
+    code, result, text = run(capsys, *calibrate, "--false-alarm-rate", 0.05)
+    assert code == 1 and result["found"] == "20 images of 5 parts" and result["expected"] == "at least 19 parts"
+    assert "--false-alarm-rate 0.167" in result["next"]
+    code, result, text = run(capsys, *calibrate, "--false-alarm-rate", 0.334)
+    assert code == 0 and (result["images"], result["parts"]) == (40, 10), text
+    assert "40 good images of 10 parts: held out by training" in text
+    threshold = Bundle.load(root).threshold("a")
+    assert threshold is not None and threshold.samples == 5
+    assert threshold.value == pytest.approx(0.16), "four of five parts lie at or below it"
+
+
+def test_pictures_of_parts_that_were_trained_on_promise_nothing(
+    make_bundle: MakeBundle, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who names the parts only now is told what became of them: here each ten names, 000 to 009, are a part."""
+    seen = {"fitted": contents(data, 1, 15), "thresholds": contents(data, 16, 40)}
+    root = make_bundle(report={"fingerprints": seen})
+    calibrate = ("calibrate", "--bundle", root, "--data", data, "--false-alarm-rate", 0.34, *ENGINE)
+    code, result, text = run(capsys, *calibrate, "--group-by", r"/0(\d)\d\.png")
+    assert code == 0 and (result["images"], result["parts"]) == (40, 4), text
+    assert "left out: 10 images of parts of which the model has seen other pictures" in text
+    code, result, text = run(capsys, *calibrate, "--group-by", "good")
+    assert code == 1 and "has seen every part of a" in result["error"] and "--group-by good" in result["next"]
+    code, result, text = run(capsys, *calibrate)
+    assert code == 0 and (result["images"], result["parts"]) == (50, 50), "nothing is known of parts"

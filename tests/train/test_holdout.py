@@ -13,12 +13,16 @@ from andon.cli import main
 from andon.runtime.dataset import Sample, open_dataset
 from andon.runtime.fingerprint import unpack
 from andon.train.checkpoint import read_provenance
+from andon.train.config import load_config
 from andon.train.holdout import Split, split_good
 from andon.train.methods.hvq.model import HvqModel
 from hypothesis import given
 from hypothesis import strategies as st
 
 from .conftest import SETS
+
+USES = ("holdout", "constants")
+CHOSEN = ["010", "035", "055", "066"]
 
 
 def test_the_hold_out_has_two_parts_and_is_the_same_every_time(synthetic_data: Path) -> None:
@@ -84,3 +88,42 @@ def test_no_constant_is_set_on_an_image_kept_for_thresholds(
     provenance = read_provenance(tmp_path / "run")
     assert sorted(seen) == sorted(provenance.constants) and not {*seen} & {*provenance.holdout}
     assert provenance.holdout, "and there are some for thresholds"
+
+
+def test_pictures_of_a_part_stay_together_and_count_as_one() -> None:
+    """Also where a copy joins two parts; and without parts every choice is what it was."""
+    samples = [Sample(Path(f"{i:03}.png"), f"{i:03}", "nut", "good", "train") for i in range(240)]
+    contents = {s.key: s.key for s in samples} | {"239": "000"}
+    parts = {s.key: str(i // 6) for i, s in enumerate(samples)}
+    split = split_good(samples, 0.1, contents, parts)
+    shown = [{parts[s.key] for s in part} for part in (split.fitting, split.constants, split.thresholds)]
+    assert len(set.union(*shown)) == sum(map(len, shown)) == 40, "no part is in two of them"
+    assert next(part for part in shown if "0" in part) == next(part for part in shown if "39" in part)
+    assert len(shown[1]) + len(shown[2]) in (9, 10), "a quarter of what are 39 parts now"
+    assert split_good(samples, 0.1, contents, {}) == split_good(samples, 0.1, contents)
+    assert split_good(samples, 0.1, None, {s.key: s.key for s in samples}) == split_good(samples, 0.1)
+    assert [s.key for s in split_good(samples, 0.1).thresholds][:4] == CHOSEN, "the choice of earlier versions"
+
+
+def test_parts_are_held_out_whole_recorded_and_said(
+    synthetic_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """grid: three pictures a part. Its test is drawn of the same folder, so it shows the same parts."""
+    images = sorted((synthetic_data / "grid/train/good").iterdir())
+    (tmp_path / "data/grid/good").mkdir(parents=True)
+    for i, image in enumerate(images):
+        shutil.copy(image, tmp_path / f"data/grid/good/part{i // 3}_{i}.png")
+    common = ["train", "--method", "hvq", "--data", str(tmp_path / "data"), "--no-eval", *SETS]
+    arguments = [*common, "--set", "holdout=0.5", "--out", str(tmp_path / "run")]
+    assert main([*arguments, "--group-by", r"part(\d+)_"]) == 0
+    said = capsys.readouterr().out
+    assert "whose pictures stay together" in said and "good test images show parts that are trained on" in said
+    provenance = read_provenance(tmp_path / "run")
+    of = {use: {key.split("_")[0] for key in keys} for use, keys in vars(provenance).items() if use in USES}
+    assert of["holdout"] and of["constants"] and not of["holdout"] & of["constants"]
+    prints = unpack(provenance.fingerprints["thresholds"])
+    assert provenance.parts and frozenset.union(*map(unpack, provenance.parts)) <= prints
+    assert len(provenance.parts) <= len(of["holdout"])
+    assert load_config("hvq", tmp_path / "run" / "config.yaml").group_by == r"part(\d+)_"
+    assert main([*common, "--out", str(tmp_path / "alone"), "--group-by", r"_\d+"]) == 0
+    assert "warning: no two images show the same part" in capsys.readouterr().out

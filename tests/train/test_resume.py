@@ -132,6 +132,7 @@ def test_a_run_of_the_version_before_goes_on(
     def before(model: AnomalyModel, data: FeatureSet) -> tuple[str, str]:
         config = model.config.model_dump(mode="json")
         assert config["backbone"].pop("turned") is (setting is not None)
+        assert config.pop("group_by") == ""
         images = [(s.key, digest) for s, digest in zip(data.samples, data.hashes, strict=True)]
         weights = [b.record.sha256 for b in backbones_in(model)]
         known = hashlib.sha256(json.dumps([config, list(model.classes), weights, images]).encode()).hexdigest()
@@ -143,7 +144,7 @@ def test_a_run_of_the_version_before_goes_on(
 
     settings = [*SETS, *(["--set", setting] if setting else [])]
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_run_hashes", before)
+        patch.setattr(run, "run_hashes", before)
         patch.setattr(run, "write_log", interrupt)
         started = ["--data", str(synthetic_data), "--products", "grid", "--no-eval", "--save-every", "0"]
         assert main(["train", "--method", "hvq", *started, "--out", str(out), *settings]) == 130
