@@ -19,7 +19,7 @@ from ..evaluation import Evaluated, confusion_table, evaluate, latency_table, pe
 from ..fingerprint import Seen, counted, tally
 from ..quality import mean_metrics, table
 from ..recorded import Origin, from_verdicts, origin, read_verdicts
-from ..unlike import unlike_calibration
+from ..unlike import over_promise, unlike_calibration
 from . import fewshot, numbers, options
 
 #: Where the workstation side offers the study of all methods (export/study.py), which the device side cannot import.
@@ -93,9 +93,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                 _print(detector, evaluated, whose, auto=args.product == "auto")
                 # Recorded verdicts were judged with the thresholds of their line, not with the bundle's.
                 unlike = {} if recorded else unlike_calibration(detector, evaluated.judged)
-                _print_unlike(detector, unlike)
+                over = {} if recorded else over_promise(detector, evaluated.judged)
+                _print_unlike(detector, unlike, over)
                 results[name] = as_dict(evaluated) | {
                     "unlike": list(unlike),
+                    "over_promise": list(over),
                     "seen": seen,
                     "skipped": [s.key for s in skipped],
                 }
@@ -269,8 +271,8 @@ def _print_seen(seen: Mapping[str, int] | None) -> str:
     return text
 
 
-def _print_unlike(detector: Detector, unlike: Mapping[str, str]) -> None:
-    for product, text in unlike.items():
+def _print_unlike(detector: Detector, unlike: Mapping[str, str], over: Mapping[str, str]) -> None:
+    for product, text in [*over.items(), *unlike.items()]:
         print(f"{product}: {text}")
     if unlike:
         print(

@@ -30,6 +30,7 @@ def test_eval_says_when_good_images_are_unlike_those_of_the_calibration(
     arguments = ("eval", "--bundle", root, "--data", data, "--report", tmp_path / "r.html", *ENGINE)
     code, result, text = run(capsys, *arguments)
     assert code == 0 and result["unlike"] == [] and "unlike them" not in text  # 4 of 8 may happen: once in 250
+    assert result["over_promise"] == ["a", "b"] and "a: 4 of 8 good images are called NG, 50.0%, where at most" in text
     for image in (data / "a/test/good").iterdir():
         write(image, level(41, "a"))
     code, result, text = run(capsys, *arguments)

@@ -10,7 +10,7 @@ from andon.runtime.dataset import Sample
 from andon.runtime.detector import Detector
 from andon.runtime.evaluation import Judged
 from andon.runtime.manifest import Threshold
-from andon.runtime.unlike import unlike_calibration
+from andon.runtime.unlike import over_promise, unlike_calibration
 
 MakeBundle = Callable[..., Path]
 PROMISE = Threshold(value=0.5, false_alarm_rate=0.05, samples=19)
@@ -37,6 +37,19 @@ def test_many_alarms_are_said_and_a_few_are_not(detector: Detector) -> None:
     assert "probability below 1e-09" in unlike_calibration(detector, judged("N" * 200))["a"]
     assert not unlike_calibration(detector, judged("NN" + "O" * 8))
     assert not unlike_calibration(detector, [])
+
+
+def test_a_rate_above_the_promise_stands_beside_it(detector: Detector) -> None:
+    """Bad luck or not: who promised 5 % wants to know of 20 %; what is unlike is said as that alone."""
+    said = over_promise(detector, judged("NN" + "O" * 8))["a"]
+    assert "2 of 10 good images are called NG, 20.0%, where at most 5.0% were promised" in said
+    assert said.endswith("probability 0.1")
+    assert not over_promise(detector, judged("N" + "O" * 19)), "just what was promised"
+    assert not over_promise(detector, judged("N" * 8 + "O" * 2)) and not over_promise(detector, judged("U" * 9))
+    detector.set_threshold("a", PROMISE.model_copy(update={"source": "provisional, from 1 support image"}))
+    assert over_promise(detector, judged("N" * 9))["a"].endswith("were promised"), "the chance is not known"
+    detector.set_threshold("a", PROMISE.model_copy(update={"samples": 0, "false_alarm_rate": 1.0}))
+    assert not over_promise(detector, judged("N" * 9)), "by hand: nothing was promised"
 
 
 def test_what_is_no_matter_of_the_light_does_not_count(detector: Detector) -> None:
