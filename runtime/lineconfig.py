@@ -54,7 +54,8 @@ class CameraConfig(Settings):
     roi: tuple[int, int, int, int] | None = Field(
         default=None,
         description="Region of interest [x, y, width, height] in camera pixels; null: the whole picture. A picture "
-        "that it leaves by more than 2 pixels is of another size than meant: UNKNOWN, bad_frame",
+        "that it leaves by more than 2 pixels is of another size than meant: UNKNOWN, bad_frame. Train and calibrate "
+        "with pictures that were cut out like this: these commands take the whole picture",
     )
     max_fps: float | None = Field(
         default=None, gt=0, description="Frames above this rate are skipped, but for those of triggers"
@@ -81,7 +82,11 @@ class CameraConfig(Settings):
     )
     trigger: TriggerConfig | None = Field(default=None, description="Triggered operation; null: free running")
     smoothing: float | None = Field(
-        default=None, gt=0, lt=1, description="Weight of the newest score in an exponential mean; null: off"
+        default=None,
+        gt=0,
+        lt=1,
+        description="Weight of the newest score in an exponential mean; null: off. Such scores spread less than the "
+        "single ones a threshold was calibrated on: fewer false alarms than promised, and more misses",
     )
 
     @field_validator("roi")
