@@ -119,6 +119,13 @@ class AlarmBoard:
             return [self._move(alarm, "cleared")]
         return []
 
+    def renew(self, kind: Kind, detail: str) -> list[AlarmEvent]:
+        """Say anew why an alarm stands, where one of its causes is gone and another is not; its state stays."""
+        alarm = self._alarms[kind]
+        if alarm.state not in ("raised", "acknowledged") or alarm.detail == detail:
+            return []
+        return [self._move(alarm, alarm.state, detail=detail, by=alarm.by)]
+
     def acknowledge(self, kind: Kind | None = None, by: str | None = None) -> list[AlarmEvent]:
         """Acknowledge one kind, or all. What is already acknowledged or cleared stays as it is."""
         events = []

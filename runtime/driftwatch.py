@@ -35,10 +35,14 @@ class DriftWatch:
         self.monitors: dict[str, DriftMonitor] = {}
         self._warnings: dict[str, str] = {}
 
-    def warning(self, camera: str) -> str | None:
-        """What has drifted at this camera; None: nothing has."""
-        found = [detail for name, detail in self._warnings.items() if name.split("/", 1)[0] == camera]
-        return "; ".join(found) or None
+    def warnings(self, camera: str) -> dict[str, str]:
+        """Products that have drifted at this camera, and how."""
+        found = {}
+        for name, detail in self._warnings.items():
+            where, product = name.split("/", 1)
+            if where == camera:
+                found[product] = detail
+        return found
 
     def observe(self, camera: str, product: str, score: float) -> Watched:
         """Hold a score against the reference of its camera and product, or take it into that; log what changes."""

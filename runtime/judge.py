@@ -54,8 +54,8 @@ class OnlineMemory(Protocol):
         """Number of the memory's present version."""
         ...
 
-    def drift(self, camera: str) -> str | None:
-        """What has drifted at this camera; None: nothing has."""
+    def drift(self, camera: str) -> Mapping[str, str]:
+        """Products that have drifted at this camera, and how."""
         ...
 
     @property

@@ -102,9 +102,9 @@ class LineMemory:
         """Number of the memory's present version, one for the whole bundle; None without memory."""
         return self._versions.number if self._banks.calibrators else None
 
-    def drift(self, camera: str) -> str | None:
-        """What has drifted at this camera; None: nothing has."""
-        return self._drift.warning(camera)
+    def drift(self, camera: str) -> dict[str, str]:
+        """Products that have drifted at this camera, and how."""
+        return self._drift.warnings(camera)
 
     @property
     def teaches_first(self) -> bool:

@@ -74,6 +74,7 @@ class LineWorker:
         self._memory_trouble = ""
         self._kept_at: dict[str, float] = {}
         self._engine_watch = EngineWatch()
+        self._drift_told: dict[str, frozenset[str]] = {}
 
     def start(self) -> None:
         """Start the thread; it opens the engines first."""
@@ -251,8 +252,15 @@ class LineWorker:
 
     def _tell_drift(self, camera: str) -> None:
         """Let a camera's board know what the memory says of drift; without a memory there is none."""
-        drift = self.memory.drift(camera) if self.memory is not None else None
-        self.alarm(camera, self._boards[camera].condition("drift", drift is not None, drift or ""))
+        drift = self.memory.drift(camera) if self.memory is not None else {}
+        now, board, detail = frozenset(drift), self._boards[camera], "; ".join(drift.values())
+        # At first it is not known which products a board that was restored names.
+        told = self._drift_told.get(camera, now)
+        self._drift_told[camera] = now
+        events = board.condition("drift", bool(now), detail, further=bool(told) and not now <= told)
+        if now and now < told:
+            events += board.renew("drift", detail)
+        self.alarm(camera, events)
 
     def _answer_calls(self) -> None:
         while self._calls:

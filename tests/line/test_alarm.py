@@ -66,6 +66,20 @@ def test_a_further_cause_raises_again_with_its_detail() -> None:
     assert (event.before, event.alarm.state, event.alarm.count, event.alarm.by) == ("acknowledged", "raised", 2, None)
 
 
+def test_a_cause_that_is_gone_changes_the_detail_of_an_alarm_that_stands() -> None:
+    board = AlarmBoard("cam0", AlarmRule())
+    assert board.renew("drift", "nut") == []
+    board.condition("drift", True, "bolt; nut")
+    (event,) = board.renew("drift", "nut")
+    assert (event.before, event.alarm.state, event.alarm.detail, event.alarm.count) == ("raised", "raised", "nut", 1)
+    assert board.renew("drift", "nut") == []
+    board.acknowledge("drift", by="Ada")
+    (event,) = board.renew("drift", "nut, still")
+    assert (event.alarm.state, event.alarm.detail, event.alarm.by) == ("acknowledged", "nut, still", "Ada")
+    board.condition("drift", False)
+    assert board.renew("drift", "bolt") == []
+
+
 def test_unknown_has_an_alarm_of_its_own_and_leaves_the_window_alone() -> None:
     board = AlarmBoard("cam0", AlarmRule(k=2, n=3, cannot_judge_after=3))
     assert feed(board, "nuu") == []

@@ -8,6 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 from andon.runtime import worker as module
+from andon.runtime.alarm import AlarmBoard
 from andon.runtime.errors import CalibrationError, EngineError, NotNowError
 from andon.runtime.slot import LanePolicy, Slots
 from andon.runtime.worker import LineWorker
@@ -62,3 +63,51 @@ def test_a_close_that_fails_ends_the_line_with_that_failure(error: Exception) ->
     slots.close()
     assert finished.wait(10) and line.join(10)
     assert line.failure is not None and str(error) in str(line.failure)
+
+
+def test_each_product_that_drifts_raises_the_cameras_alarm() -> None:
+    """As a memory tells it after every frame; bolt drifts, then nut as well, then bolt no more."""
+    board = AlarmBoard("cam0")
+    line, drifted = make_with(board)
+    tell = line._tell_drift
+
+    def said() -> list[tuple[str, str, str]]:
+        tell("cam0")
+        tell("cam0")  # the next frame, with nothing new
+        events = [event for call in line._delivery.alarm.call_args_list for event in call.args[1]]
+        line._delivery.alarm.reset_mock()
+        return [(event.before, event.alarm.state, event.alarm.detail) for event in events]
+
+    assert said() == []
+    drifted["bolt"] = "bolt: up"
+    assert said() == [("cleared", "raised", "bolt: up")]
+    board.acknowledge("drift")
+    drifted["nut"] = "nut: up"
+    assert said() == [("acknowledged", "raised", "bolt: up; nut: up")]
+    del drifted["bolt"]
+    assert said() == [("raised", "raised", "nut: up")]
+    drifted["bolt"] = "bolt: up"
+    assert said() == [("raised", "raised", "nut: up; bolt: up")]
+    drifted.clear()
+    assert said() == [("raised", "latched", "nut: up; bolt: up")]
+
+
+def test_what_was_acknowledged_before_a_restart_is_not_raised_by_it() -> None:
+    board = AlarmBoard("cam0")
+    board.condition("drift", True, "bolt: up")
+    board.acknowledge("drift")
+    line, drifted = make_with(board)
+    drifted["bolt"] = "bolt: had moved up"
+    line._tell_drift("cam0")
+    assert not line._delivery.alarm.called
+    drifted["nut"] = "nut: up"
+    line._tell_drift("cam0")
+    assert board.active[0].state == "raised"
+
+
+def make_with(board: AlarmBoard) -> tuple[Any, dict[str, str]]:
+    """A worker of this board whose memory says what is in the dictionary of drift."""
+    slots, drifted = Slots({"cam0": LanePolicy("block", 1, False)}), dict[str, str]()
+    line = LineWorker(lambda bundle: (Mock(), None), lambda: None, slots, Mock(), {"cam0": board}, Mock(), Mock())
+    line.memory = Mock(drift=lambda camera: dict(drifted))
+    return line, drifted
