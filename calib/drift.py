@@ -43,7 +43,11 @@ class DriftPolicy:
     @property
     def critical(self) -> float:
         """One-sided Kolmogorov-Smirnov bound of two samples at `alpha`."""
-        n, m = self.reference, self.window
+        return self.bound(self.reference)
+
+    def bound(self, reference: int) -> float:
+        """The same for a reference of another size."""
+        n, m = reference, self.window
         return float(np.sqrt(-np.log(self.alpha) / 2 * (n + m) / (n * m)))
 
 
@@ -67,8 +71,10 @@ class DriftMonitor:
     def __init__(self, policy: DriftPolicy) -> None:
         self.policy = policy
         self._reference: list[float] = []
+        self._complete = False
         self._recent: deque[float] = deque(maxlen=policy.window)
         self._warning = False
+        self._statistic = 0.0
 
     @property
     def warning(self) -> bool:
@@ -78,22 +84,29 @@ class DriftMonitor:
     @property
     def complete(self) -> bool:
         """Whether the reference has all its scores."""
-        return len(self._reference) >= self.policy.reference
+        return self._complete
+
+    @property
+    def critical(self) -> float:
+        """The bound for the reference as it is: one that was taken under another policy may be shorter."""
+        return self.policy.bound(len(self._reference)) if self._complete else self.policy.critical
 
     def observe(self, score: float) -> Drift:
         """Add one score; scores that are not finite are left out."""
-        statistic = 0.0
-        if np.isfinite(score):
-            if not self.complete:
-                self._reference.append(float(score))
-            else:
-                self._recent.append(float(score))
-        if len(self._recent) == self.policy.window:
-            statistic = self.statistic()
         before = self._warning
-        bound = self.policy.critical * (0.8 if before else 1.0)
-        self._warning = statistic > bound
-        return Drift(self._warning, self._warning != before, statistic, self.policy.critical)
+        if np.isfinite(score):
+            self._count(float(score))
+        return Drift(self._warning, self._warning != before, self._statistic, self.critical)
+
+    def _count(self, score: float) -> None:
+        if not self._complete:
+            self._reference.append(score)
+            self._complete = len(self._reference) >= self.policy.reference
+            return
+        self._recent.append(score)
+        if len(self._recent) == self.policy.window:  # until then what was warned of before a restart stands
+            self._statistic = self.statistic()
+            self._warning = self._statistic > self.critical * (0.8 if self._warning else 1.0)
 
     def statistic(self) -> float:
         """max_x F_reference(x) - F_recent(x), in 0..1; 0 without both samples."""
@@ -106,19 +119,30 @@ class DriftMonitor:
 
     def reset(self) -> None:
         """Take a new reference from the next scores."""
-        self._reference, self._warning = [], False
+        self._reference, self._complete, self._warning, self._statistic = [], False, False, 0.0
         self._recent.clear()
 
     def state(self) -> dict[str, Array]:
         """Both samples and the warning."""
         return {
             "reference": np.array(self._reference, np.float64),
+            "complete": np.array(self._complete),
             "recent": np.array(self._recent, np.float64),
             "warning": np.array(self._warning),
         }
 
     def restore(self, state: Mapping[str, Array]) -> None:
-        """Take back what :meth:`state` gave, cut to this policy's sizes."""
+        """Take back what :meth:`state` gave, cut to this policy's sizes.
+
+        A reference that was complete stays so where it is shorter than this policy's, or what has drifted would enter
+        it; unless the test could then never warn.
+        """
         self._reference = [float(x) for x in state["reference"]][: self.policy.reference]
         self._recent = deque((float(x) for x in state["recent"]), maxlen=self.policy.window)
-        self._warning = bool(state["warning"])
+        self._warning, self._statistic = bool(state["warning"]), 0.0
+        # Earlier versions did not say so.
+        was_complete = bool(state["complete"]) if "complete" in state else len(self._recent) > 0
+        size = len(self._reference)
+        self._complete = size >= self.policy.reference or (was_complete and self.policy.bound(size) < 1)
+        if not self._complete:
+            self._recent.clear()

@@ -61,6 +61,37 @@ def test_a_restart_changes_nothing():
     assert not a.warning and a.statistic() == 0
 
 
+@pytest.mark.parametrize("changed", [{"window": 200}, {"reference": 200}, {"window": 50}, {"reference": 50}])
+def test_a_restart_under_another_policy_does_not_take_what_has_drifted_for_usual(changed):
+    rng = np.random.default_rng(5)
+    before = DriftMonitor(DriftPolicy())
+    feed(before, [*rng.normal(0, 1, 100), *rng.normal(3, 1, 100)])
+    assert before.warning
+    after = DriftMonitor(DriftPolicy(**changed))
+    after.restore(before.state())
+    assert all(d.warning for d in feed(after, rng.normal(3, 1, 400)))
+    assert after.state()["reference"].tolist() == before.state()["reference"][: after.policy.reference].tolist()
+    assert [d.warning for d in feed(after, rng.normal(0, 1, 400)) if d.changed] == [False]
+
+
+def test_a_shorter_reference_has_the_bound_of_its_size():
+    after = DriftMonitor(DriftPolicy(reference=200))
+    before = DriftMonitor(DriftPolicy(reference=50))
+    feed(before, np.arange(60))
+    after.restore(before.state())
+    assert after.critical == DriftPolicy(reference=50).critical > after.policy.critical
+
+
+def test_a_reference_too_short_to_warn_at_all_is_made_up():
+    before = DriftMonitor(DriftPolicy(reference=5, window=5, alpha=0.01))
+    feed(before, np.arange(10))
+    after = DriftMonitor(DriftPolicy())
+    after.restore(before.state())
+    assert not after.complete
+    feed(after, np.arange(95))
+    assert after.complete and len(after.state()["recent"]) == 0
+
+
 def test_scores_that_are_not_finite_do_not_count():
     monitor = DriftMonitor(DriftPolicy(reference=5, window=5, alpha=0.01))
     feed(monitor, [1, 2, 3, 4, 5, float("nan"), float("inf")])
