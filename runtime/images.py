@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,12 @@ from numpy.typing import NDArray
 from .errors import SourceError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
+
+#: Neither a byte 0xff of the coded picture, after which 0 is stuffed, nor one of the restart markers within it.
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_JPEG_END = 0xD9
+#: Markers without a length behind them: start of a picture, TEM.
+_JPEG_BARE = (0xD8, 0x01)
 
 
 def on_disk(path: Path) -> bool:
@@ -89,5 +96,18 @@ def _decode(path: Path, flags: int, next_step: str) -> NDArray[Any]:
 
 
 def _truncated_jpeg(data: NDArray[Any]) -> bool:
-    """OpenCV fills the missing part of a cut JPEG with grey and reports success; the end marker tells."""
-    return data[:2].tobytes() == b"\xff\xd8" and b"\xff\xd9" not in data[-4096:].tobytes()
+    """OpenCV fills the missing part of a cut JPEG with grey and reports success; the end marker of the picture tells.
+
+    It is looked for from segment to segment, as a preview in one of them has an end marker, too, and behind the end
+    there may be anything (the film of a phone's motion photo, further pictures).
+    """
+    if data[:2].tobytes() != b"\xff\xd8":
+        return False
+    view, at = data.data, 2
+    while (marker := _JPEG_MARKER.search(view, at)) is not None:
+        at = marker.end()
+        if view[at - 1] == _JPEG_END:
+            return False
+        if view[at - 1] not in _JPEG_BARE:
+            at += int.from_bytes(view[at : at + 2], "big")
+    return True

@@ -166,6 +166,31 @@ def test_select_refuses_what_is_not_there(synthetic_data: Path) -> None:
     assert [s.key for s in data.select(keys=keys).samples] == keys
 
 
+@pytest.mark.parametrize(
+    "how", [[], [cv2.IMWRITE_JPEG_PROGRESSIVE, 1], [cv2.IMWRITE_JPEG_RST_INTERVAL, 2]], ids=["plain", "scans", "marks"]
+)
+def test_the_end_of_a_jpeg_is_that_of_its_picture(
+    tmp_path: Path, how: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
+    whole = cv2.imencode(".jpg", noise, how)[1].tobytes()
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(whole)
+    expected = read_rgb(path)
+    path.write_bytes(whole + bytes(8192))  # a phone's motion photo has a film there
+    np.testing.assert_array_equal(read_rgb(path), expected)
+    exif = b"Exif" + whole[:2000] + b"\xff\xd9"
+    preview = whole[:2] + b"\xff\xe1" + (2 + len(exif)).to_bytes(2, "big") + exif + whole[2:]
+    path.write_bytes(preview)
+    np.testing.assert_array_equal(read_rgb(path), expected)
+    # OpenCV 4 fills what is missing with grey; 5 refuses most of it.
+    monkeypatch.setattr(cv2, "imdecode", lambda data, flags: np.full((96, 96, 3), 128, np.uint8))
+    for data in (preview[:3000], preview[:-1], whole[: len(whole) // 2], whole[:-1], whole[:2], whole[:3], whole[:5]):
+        path.write_bytes(data)
+        with pytest.raises(SourceError, match="cannot decode"):
+            read_rgb(path)
+
+
 @pytest.mark.parametrize("layout", ["nothing", "flat", "stranger", "no_good"])
 def test_unclear_folder_names_what_was_found(tmp_path: Path, layout: str) -> None:
     expected = {"nothing": "empty folder", "flat": "one.png", "stranger": "pictures", "no_good": "no good image"}[
