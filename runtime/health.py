@@ -74,7 +74,7 @@ class Progress:
             limit = max(self._limit, SLOWER * self._longest) if self._warm else self._first
         if idle >= limit:
             return Check("judging", False, f"{waiting} frames wait and none was judged for {idle:.0f} s")
-        return Check("judging", True, f"{judged} judged, {waiting} waiting")
+        return Check("judging", True, f"{judged} verdicts, {waiting} waiting")
 
 
 def readiness(snapshot: Mapping[str, Any]) -> list[Check]:

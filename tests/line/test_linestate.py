@@ -16,6 +16,7 @@ from andon.runtime.linestate import LineState
 from andon.runtime.types import Frame, Verdict
 from paho.mqtt.enums import CallbackAPIVersion
 
+from .connection import SCHEMAS, validate
 from .running import LIVE, RunningLine
 
 
@@ -45,6 +46,12 @@ def test_the_state_can_be_looked_at(start_line: Callable[..., RunningLine], cons
     consumer.wait_for("verdict", 2)
     state = line.app.state
     assert state.picture("cam0") is not None
+    line.app._publish_metrics()
+    consumer.until(lambda: bool(consumer.of("metrics")))
+    metrics = consumer.of("metrics")[0]
+    validate(metrics)
+    described = json.loads((SCHEMAS / "metrics.json").read_text())["properties"]
+    assert metrics["frames"] > 0 and set(metrics) <= described.keys()
     seen = len(consumer.of("verdict"))
     consumer.wait_for("verdict", seen + 2)
     shown = state.picture("cam0", width=32)

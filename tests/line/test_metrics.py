@@ -155,6 +155,7 @@ def test_stuck_is_waiting_without_judging() -> None:
     assert at(163, 2, 1) and at(172, 2, 1)
     assert not at(173, 2, 1) and "1 frames wait" in progress.check().detail
     assert at(174, 3, 1), "it got on"
+    assert progress.check().detail == "3 verdicts, 1 waiting", "what is UNKNOWN without a frame is counted, too"
 
 
 def test_slow_frames_are_not_stuck() -> None:
