@@ -62,6 +62,7 @@ class _Camera:
     map: NDArray[Any] | None = None
     box: tuple[int, int, int, int] = (0, 0, 0, 0)
     pixel: float | None = None
+    pictured: Verdict | None = None
     verdict: Verdict | None = None
     detail: str = ""
     alarms: tuple[Alarm, ...] = ()
@@ -138,7 +139,7 @@ class LineState:
                 while self._recent and self._recent[0] < now - RATE:
                     self._recent.popleft()
                 self._last = now
-                camera.image, camera.box, camera.map = frame.image, judgement.box, None
+                camera.image, camera.box, camera.map, camera.pictured = frame.image, judgement.box, None, verdict
                 if judgement.scored is not None:
                     camera.pixel = judgement.scored.pixel_threshold
                     if judgement.scored.map is not None and now - camera.looked < LOOKING:
@@ -210,7 +211,8 @@ class LineState:
     def picture(self, camera: str, *, width: int = 480, heat: bool = True, quality: int = 80) -> bytes | None:
         """The camera's last judged picture as JPEG, at most `width` pixels wide, with its heat map if there is one.
 
-        None before the first frame. The first look shows no heat map: maps are kept from then on.
+        The snapshot says whether it is the last verdict's. None before the first frame. The first look shows no heat
+        map: maps are kept from then on.
         """
         with self._lock:
             held = self._cameras[camera]
@@ -249,6 +251,10 @@ class LineState:
                 "seq": verdict.seq,
                 "ts": timestamp(verdict.ts_judged),
             },
+            # The picture that is shown need not be of the verdict: an image that cannot be read leaves the one before.
+            "picture": None
+            if camera.pictured is None
+            else {"current": camera.pictured is verdict, "part_id": camera.pictured.part_id},
             "labels": dict(camera.labels),
             "alarms": [asdict(alarm) for alarm in camera.alarms if alarm.active],
             "history": list(camera.history),

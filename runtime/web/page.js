@@ -73,6 +73,9 @@ function showCamera(name, camera) {
   showAlarms(name, find(".alarms"), camera.alarms);
   draw(find("svg"), camera.history.slice(-CHART), Math.max(30, Math.min(CHART, camera.history.length)));
   if (verdict) picture(name, held, verdict.seq);
+  const older = camera.picture && !camera.picture.current; // the last verdict rests on no picture
+  find(".picture").classList.toggle("older", Boolean(older));
+  set(find(".whose"), older ? `earlier picture${camera.picture.part_id ? `, part ${camera.picture.part_id}` : ""}` : "");
 }
 
 function age(moment) {

@@ -85,3 +85,20 @@ def test_the_rate_is_that_of_now_and_the_summarys_that_of_the_run(monkeypatch: p
     assert fps() == pytest.approx(10, abs=0.2), "half of the last ten seconds stood still"
     now += 3600
     assert fps() == 0 and state.pace == pytest.approx(20, abs=0.2)
+
+
+def test_a_picture_of_an_earlier_part_is_known_as_one() -> None:
+    """An image that cannot be read leaves the picture before it, which says nothing about the part."""
+    state, moment = LineState({"cam0": "mono"}), datetime.now(timezone.utc)
+    frame = Frame("cam0", 1, moment, 0.0, np.zeros((4, 4, 3), np.uint8), part_id="1")
+
+    def picture(part: str, frame: Frame | None) -> Any:
+        verdict = Verdict(part, "cam0", 1, moment, moment, "UNKNOWN", "bad_frame", part_id=part)
+        judgement: Any = SimpleNamespace(verdict=verdict, detail="", scored=None, box=(0, 0, 4, 4))
+        state.record(judgement, frame, 0.0)
+        return state.snapshot()["cameras"]["cam0"]["picture"]
+
+    assert picture("0", None) is None
+    assert picture("1", frame) == {"current": True, "part_id": "1"}
+    assert picture("2", None) == {"current": False, "part_id": "1"}
+    assert picture("3", frame)["current"]

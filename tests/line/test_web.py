@@ -362,6 +362,23 @@ def test_a_square_picture_is_shown_whole(
     assert top > 5000 and bottom == pytest.approx(top, rel=0.25)
 
 
+def test_the_page_marks_the_picture_of_an_earlier_part(
+    bundle: Path, make_line: Any, tmp_path: Path, eventually: Callable[..., None]
+) -> None:
+    for camera, images in (("a", ("1", "2")), ("b", ("1",))):
+        (tmp_path / camera).mkdir()
+        for name in images:
+            cv2.imwrite(str(tmp_path / camera / f"{name}.png"), np.full((48, 64, 3), 200, np.uint8))
+    (tmp_path / "b/2.png").write_bytes(b"no image")
+    cameras = {
+        name: {"source": {"kind": "folder", "path": str(tmp_path / name), "fps": 9}, "product": "mono"} for name in "ab"
+    }
+    with running(make_line(cameras, bundle=str(bundle), broker=None, web={"port": 0})) as app:
+        eventually(lambda: all(sum(c["labels"].values()) == 2 for c in state(app)["cameras"].values()))
+        document = browse(app.operation.web.url)
+    assert document.count("earlier picture, part 1<") == document.count('class="picture older') == 1, "of b alone"
+
+
 def test_token_that_is_named_but_missing_is_refused(bundle: Path, make_line: Any) -> None:
     web = {"host": "0.0.0.0", "port": 0, "token_env": "ANDON_NO_SUCH_VARIABLE"}
     config = make_line({"cam0": {"source": LIVE, "product": "mono"}}, bundle=str(bundle), broker=None, web=web)
