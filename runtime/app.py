@@ -21,12 +21,12 @@ from .alarm import AlarmBoard, Kind
 from .alarm import payload as alarm_payload
 from .bundle import Bundle
 from .deliverywatch import DeliveryWatch
-from .detector import Detector
+from .detector import AUTO, Detector
 from .engine.select import open_backend
 from .errors import AndonError
 from .evidence import EvidenceStore
 from .handlers import Handlers
-from .judge import Judge, OnlineMemory
+from .judge import Judge, Judgement, OnlineMemory
 from .lineconfig import CameraConfig
 from .linestate import LineState
 from .memory import open_memory
@@ -36,7 +36,8 @@ from .operation import Operation
 from .outbox import Outbox
 from .overrides import Overrides
 from .reload import reload
-from .slot import LanePolicy, Slots
+from .sections import delivery_section, metrics_fields
+from .slot import LanePolicy, Missed, Slots
 from .source import Source, make_source
 from .source.camera import Camera, CameraState
 from .startup import (
@@ -50,6 +51,8 @@ from .startup import (
     state_folder,
 )
 from .summary import closing_summary
+from .types import Frame
+from .unjudged import Unjudged
 from .verdict import Ids
 from .worker import LineWorker
 
@@ -60,6 +63,10 @@ JOIN = 5.0
 
 class LineApp:
     """One run of a line. :meth:`run` returns when it has stopped; :meth:`stop` may be called from any thread."""
+
+    delivery: Delivery
+    worker: LineWorker
+    _unjudged: Unjudged
 
     def __init__(
         self,
@@ -77,8 +84,8 @@ class LineApp:
         self.config = effective(options)
         self.folder = state_folder(self.config, options.config)
         self._on_ready = on_ready
-        self._abandoned = False
         self._stop_by: float | None = None
+        self._reopening: Future[None] | None = None
         self._delivery_watch = DeliveryWatch(self._delivery_alarm)
         self._keep_broker: Callable[[], None] = lambda: None
         self._events: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -117,7 +124,9 @@ class LineApp:
 
         self.state.fact(ready=False)
         self.delivery.announce()
-        self.worker.post(lambda: self.worker.reopen(bundle)).add_done_callback(finish)
+        self._unjudged = Unjudged(bundle.manifest.method, bundle.id)
+        self._reopening = self.worker.post(lambda: self.worker.reopen(bundle))
+        self._reopening.add_done_callback(finish)
         return bundle
 
     def replace_source(self, name: str, source: Source) -> None:
@@ -140,6 +149,7 @@ class LineApp:
             stack.enter_context(Signals(self._events))
             bundle = stack.enter_context(open_bundle(self.config, starting=True))
             self.bundle_path = bundle.path
+            self._unjudged = Unjudged(bundle.manifest.method, bundle.id)
             stack.enter_context(sole_user(self.folder))
             self.overrides = Overrides(self.folder)
             stack.callback(self.overrides.close)
@@ -223,7 +233,7 @@ class LineApp:
             alarms=self._alarm_message,
             commands=Commands(self.handlers.table(), self.handlers.takes),
         )
-        self.state.section("delivery", self._delivery_section)
+        self.state.section("delivery", lambda: delivery_section(self.broker, self.delivery.health()))
         self.state.section("slots", lambda: {name: vars(counts) for name, counts in self.slots.counts().items()})
 
     def _alarm_message(self, camera: str) -> bytes:
@@ -318,7 +328,6 @@ class LineApp:
                 continue
             if event.startswith("stop"):
                 log.info("stopping before the engines are open: %s", event.removeprefix("stop "))
-                self._abandoned = True
                 return False
             if event == "reload":
                 log.info("the configuration is read again when the engines are open")
@@ -332,6 +341,7 @@ class LineApp:
         """Wait for signals and the line's own end; meanwhile publish metrics and watch the broker."""
         every = self.config.broker.metrics_every if self.config.broker else 3600.0
         due = time.monotonic() + every
+        reload_due = False
         while True:
             try:
                 event = self._events.get(timeout=max(0.05, min(1.0, due - time.monotonic())))
@@ -343,6 +353,11 @@ class LineApp:
             if event == "finished":
                 return
             if event == "reload":
+                reload_due = True
+                if self._opening:
+                    log.info("the configuration is read again when the engines are open")
+            if reload_due and not self._opening:
+                reload_due = False
                 self._reload()
             if self.options.until_end and all(camera.finished for camera in self.cameras.values()):
                 log.info("stopping: every source has ended")
@@ -353,6 +368,11 @@ class LineApp:
             if time.monotonic() >= due:
                 due = time.monotonic() + every
                 self._publish_metrics()
+
+    @property
+    def _opening(self) -> bool:
+        """Whether the command `rebuild` has the judging thread open its engines anew: it takes no other call then."""
+        return not self.worker.opened or (self._reopening is not None and not self._reopening.done())
 
     def _stop_line(self) -> None:
         """Cameras first, so that the judging thread finds an end; then what waits is judged. Twice is harmless."""
@@ -365,7 +385,15 @@ class LineApp:
                 if not camera.join(max(0.0, self._stop_by - time.monotonic())):
                     log.error("camera %s: its source does not let go after %g s", name, JOIN)
         # An engine build cannot be interrupted; its thread then dies with the process.
-        self.worker.join(max(0.0, self._stop_by - time.monotonic()) if self._abandoned else None)
+        patience = None if self.worker.opened else max(0.0, self._stop_by - time.monotonic())
+        if not self.worker.join(patience) and not self.worker.give_up():
+            self.worker.join()  # they have been opened just now
+        if answered := self.worker.answer_waiting(self._never_judged):
+            log.warning("%d parts are UNKNOWN: the line ends before its engines could judge them", answered)
+
+    def _never_judged(self, item: Frame | Missed, why: str) -> Judgement:
+        product = self.overrides.products.get(item.camera, self.config.cameras[item.camera].product)
+        return self._unjudged.verdict(item, why, self.ids.next(), None if product == AUTO else product)
 
     def _camera_state(self, state: CameraState) -> None:
         """Called by camera threads: publish, and let the alarm board know, on the thread that owns it."""
@@ -387,30 +415,10 @@ class LineApp:
         for name in self.boards:
             self._condition(name, "delivery", trouble, why, further)
 
-    def _delivery_section(self) -> dict[str, Any]:
-        health = self.delivery.health()
-        return {
-            "broker": None if self.broker is None else f"{self.broker.host}:{self.broker.port}",
-            "connected": health.connected,
-            "reason": health.reason,
-            "acknowledged": health.acknowledged,
-            "too_large": health.too_large,
-            "pictures_skipped": health.pictures_skipped,
-            "outbox": vars(health.outbox),
-        }
-
     def _publish_metrics(self) -> None:
         snapshot = self.state.snapshot()
         for name in self.cameras:
-            fields = {
-                "frames": snapshot["frames"],
-                "fps": snapshot["fps"],
-                "labels": snapshot["cameras"][name]["labels"],
-                "latency_ms": snapshot["latency_ms"],
-                "slots": snapshot["slots"][name],
-                "outbox": snapshot["delivery"]["outbox"]["messages"],
-            }
-            self.delivery.metrics(name, fields)
+            self.delivery.metrics(name, metrics_fields(snapshot, name))
 
     def _reload(self) -> None:
         try:

@@ -217,6 +217,12 @@ class Slots:
         with self._lock:
             return self._closed and not any(lane.items for lane in self._lanes.values())
 
+    @property
+    def closed(self) -> bool:
+        """Nothing more is taken."""
+        with self._lock:
+            return self._closed
+
     def close(self) -> None:
         """Take nothing more; what waits can still be taken, and triggers without a frame become no_frame."""
         with self._lock:

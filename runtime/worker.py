@@ -22,7 +22,7 @@ from .evidence import EvidenceStore
 from .judge import Judge, Judgement, OnlineMemory, with_evidence
 from .linestate import LineState
 from .mqtt.delivery import Delivery
-from .slot import Slots
+from .slot import Missed, Slots
 from .types import Frame
 from .verdict import Ids
 
@@ -66,6 +66,8 @@ class LineWorker:
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._closing = threading.Lock()
         self._closed = False
+        self._handover = threading.Lock()  # of what this thread owns, to the one that stops the line
+        self._given_up = False
         self._thread = threading.Thread(target=self._run, name="line", daemon=True)
         self._ready = threading.Event()
         self.judge: Judge | None = None
@@ -134,10 +136,56 @@ class LineWorker:
         """Close bundle and engines, build the engines of this bundle and open everything; on this thread only.
 
         Nothing is judged meanwhile, on TensorRT for minutes. If it fails the line ends with that failure.
+
+        Raises:
+            NotNowError: the line is stopping.
         """
-        self.judge = self.memory = None
+        with self._handover:
+            if self._slots.closed:
+                raise _stopping()
+            self.judge = self.memory = None
         self._shut()
         self._open_engines(bundle)
+
+    @property
+    def opened(self) -> bool:
+        """Whether the engines are open, so that what waits will be judged."""
+        with self._handover:
+            return self.judge is not None
+
+    def give_up(self) -> bool:
+        """Let this thread judge nothing any more if its engines are not open; from the thread that stops the line.
+
+        A build cannot be interrupted: its thread then ends after it, or with the process, and touches alarms and
+        delivery no more. False: they are open, and what waits will be judged.
+        """
+        with self._handover:
+            if self.judge is not None:
+                return False
+            self._given_up = True
+        self._refuse_calls()
+        return True
+
+    def answer_waiting(self, unjudged: Callable[[Frame | Missed, str], Judgement]) -> int:
+        """Hand over a verdict for every part that still waits, when nobody judges it any more; how many there were.
+
+        On the thread that stops the line, once this one has ended or was given up.
+
+        Args:
+            unjudged: makes the verdict; (item, why).
+        """
+        if self._left is not None and self._left <= 0:
+            return 0  # as many as were asked for are judged
+        why = self.failure.what if self.failure else "the line was stopped before its engines were open"
+        answered = 0
+        while (item := self._slots.take(0)) is not None:
+            if item.part_id is not None:
+                self._hand_over(unjudged(item, why), None)
+                answered += 1
+        if answered:
+            for board in self._boards.values():
+                self._delivery.keep(board)
+        return answered
 
     def alarm(self, camera: str, events: Iterable[AlarmEvent]) -> None:
         """Publish transitions of a board; on this thread only."""
@@ -162,32 +210,42 @@ class LineWorker:
             log.exception("the line's thread failed")
             self.failure = EngineError(f"the line's thread failed: {type(error).__name__}", found=error)
         finally:
-            for board in self._boards.values():
-                self._delivery.keep(board)
+            if not self._given_up:
+                for board in self._boards.values():
+                    self._delivery.keep(board)
             self._refuse_calls()
             self._shut()
             self._on_finished()
 
     def _open_engines(self, bundle: Bundle | None) -> None:
         try:
-            self.judge, self.memory = self._open(bundle)
+            judge, memory = self._open(bundle)
+            with self._handover:
+                if self._given_up:
+                    return
+                self.judge, self.memory = judge, memory
             for camera in self._boards:  # one may have been restored with a warning that nobody watches any more
                 self._tell_drift(camera)
         except AndonError as error:
-            self.failure = error
+            self._fail(error)
         except Exception as error:
             log.exception("the engines cannot be opened")
-            self.failure = EngineError(f"the engines cannot be opened: {type(error).__name__}", found=error)
+            self._fail(EngineError(f"the engines cannot be opened: {type(error).__name__}", found=error))
 
     def _shut(self) -> None:
         """Close memory and engines. What cannot be written then is the run's failure, and the line still ends."""
         try:
             self._close()
         except AndonError as error:
-            self.failure = self.failure or error
+            self._fail(error)
         except Exception as error:
             log.exception("memory or engines cannot be closed")
-            self.failure = self.failure or EngineError(f"they cannot be closed: {type(error).__name__}", found=error)
+            self._fail(EngineError(f"they cannot be closed: {type(error).__name__}", found=error))
+
+    def _fail(self, error: AndonError) -> None:
+        """The first failure is the run's, which is over where this thread was given up."""
+        if not self._given_up:
+            self.failure = self.failure or error
 
     def _serve(self) -> None:
         while True:
@@ -263,8 +321,8 @@ class LineWorker:
         self.alarm(camera, events)
 
     def _answer_calls(self) -> None:
-        while self._calls:
-            function, future = self._calls.popleft()
+        while (call := self._next_call()) is not None:
+            function, future = call
             if not future.set_running_or_notify_cancel():
                 continue
             try:
@@ -275,10 +333,14 @@ class LineWorker:
     def _refuse_calls(self) -> None:
         with self._closing:
             self._closed = True
-        while self._calls:
-            future = self._calls.popleft()[1]
+        while (call := self._next_call()) is not None:
+            future = call[1]
             if future.set_running_or_notify_cancel():
                 future.set_exception(_stopping())
+
+    def _next_call(self) -> tuple[Callable[[], Any], Future[Any]] | None:
+        with self._closing:  # two threads take them when one gives the other up
+            return self._calls.popleft() if self._calls else None
 
 
 def _stopping() -> NotNowError:

@@ -111,3 +111,14 @@ def make_with(board: AlarmBoard) -> tuple[Any, dict[str, str]]:
     line = LineWorker(lambda bundle: (Mock(), None), lambda: None, slots, Mock(), {"cam0": board}, Mock(), Mock())
     line.memory = Mock(drift=lambda camera: dict(drifted))
     return line, drifted
+
+
+def test_a_line_that_stops_begins_no_build() -> None:
+    line, slots, finished = make()
+    line.start()
+    assert line.wait_ready(10)
+    slots.close()
+    with pytest.raises(NotNowError, match="stopping"):
+        line.reopen(Mock())
+    assert line.opened and not line.give_up()
+    assert finished.wait(10) and line.join(10)
