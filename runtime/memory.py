@@ -84,7 +84,7 @@ class LineMemory:
         self._clock = clock
         self._save_due = clock() + config.save_every
         self._store = SnapshotStore(folder, *_identities(program.bundle), keep=config.snapshots)
-        self._audit = AuditLog(folder / "audit.jsonl")
+        self._audit = AuditLog(folder / "audit.jsonl", rotates=False)
         self._audit_failing = False
         with self._auditing():
             self._audit.open()
@@ -189,6 +189,8 @@ class LineMemory:
 
     def _sync_audit(self) -> None:
         """Before a snapshot is saved, on the thread that saves: what is in it is then explained, whatever comes."""
+        with self._auditing():
+            self._audit.rotate()
         with self._auditing():
             self._audit.sync()
 

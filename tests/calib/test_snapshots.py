@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import numpy as np
@@ -271,9 +273,40 @@ def test_audit_log_keeps_its_lines_where_there_is_no_room_to_drop_the_older_half
     log.close()
 
 
+@pytest.mark.parametrize("slow", [1, 2, 3, 4])
+def test_what_is_written_while_another_thread_rotates_waits_for_no_disk_and_is_kept(tmp_path, monkeypatch, slow):
+    """slow: which of the waits for the disk takes long."""
+    path, syncs, fsync = tmp_path / "audit.jsonl", [], os.fsync
+    log = AuditLog(path, limit=2000, rotates=False)
+    waits, go_on = threading.Event(), threading.Event()
+
+    def hang(number):
+        syncs.append(number)
+        if len(syncs) == slow:
+            waits.set()
+            assert go_on.wait(60)
+        fsync(number)
+
+    for k in range(200):
+        log.write({"version": k})
+    monkeypatch.setattr("andon.calib.snapshots.os.fsync", hang)
+    rotation = threading.Thread(target=log.rotate)
+    rotation.start()
+    assert waits.wait(60)
+    for k in range(200, 205):
+        log.write({"version": k})
+    assert rotation.is_alive()
+    go_on.set()
+    rotation.join(60)
+    log.write({"version": 205})
+    assert len(syncs) >= slow and [e["version"] for e in log.entries()] == list(range(100, 206))
+    assert [p.name for p in tmp_path.iterdir()] == ["audit.jsonl"]
+    log.close()
+
+
 def test_half_a_rotated_audit_log_does_not_stay(tmp_path):
     """A kill -9 while the older half is dropped leaves the other half beside the log."""
-    for name in (".audit.jsonl.123.tmp", ".audit.jsonl.45.tmp", ".other.jsonl.123.tmp"):
+    for name in (".audit.jsonl.123.tmp", ".audit.jsonl.half.45.tmp", "audit.jsonl.half", ".other.jsonl.123.tmp"):
         (tmp_path / name).write_bytes(b"half")
     log = AuditLog(tmp_path / "audit.jsonl")
     log.open()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 from andon.runtime.errors import CalibrationError
@@ -17,6 +19,21 @@ def test_audit_says_what_was_admitted_from_which_frame_and_why(station):
     assert entry["camera"] == "cam" and entry["seq"] == 3 and entry["verdict"] == "3"
     assert entry["version"] == 1 and entry["product"] == "a" and len(entry["patches"]) == 2
     assert entry["score"] == 12 and entry["limit"] == 12 and "quantile" in entry["why"]
+
+
+def test_no_frame_waits_while_the_audit_log_is_cut(station, monkeypatch):
+    """A second on an SD card, once in so many parts."""
+    line, fsync, waited = station(), os.fsync, []
+    line.memory._audit.limit = 300
+    with monkeypatch.context() as disk:
+        disk.setattr("andon.calib.snapshots.os.fsync", lambda number: (waited.append(number), fsync(number)))
+        for value in (104, 104, 104, 105, 106, 107):
+            line.see(value)
+    written = line.memory._audit.path.stat().st_size
+    assert not waited and written > 300
+    line.memory._saver.flush()
+    assert line.memory._audit.path.stat().st_size < written
+    assert line.memory._audit.entries()[-1]["version"] == line.memory.version("a")
 
 
 def test_an_audit_log_that_cannot_be_written_costs_nothing_but_its_lines(station, monkeypatch, caplog):
