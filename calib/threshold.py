@@ -147,19 +147,43 @@ def chance_of_as_many(
     return min(1.0, sum(map(math.exp, logs)))
 
 
-def pixel_threshold(maps: Sequence[Array] | Array, quantile: float = PIXEL_QUANTILE) -> float:
-    """Map value that a share `quantile` of the pixels of good parts stays below.
+class PixelQuantile:
+    """Map value that a share `quantile` of the pixels of good parts stays below, from one map after the other.
 
-    Args:
-        maps: maps of good parts [n, h, w].
+    Only the values that may lie above it are kept: all maps of thousands of images would be gigabytes.
 
-    Raises:
-        CalibrationError: there is no map.
+    pixels: at least as many as all maps will have together.
     """
-    values = np.asarray(maps, np.float32).ravel()
-    if values.size == 0:
-        raise CalibrationError("no maps to set a pixel threshold from", found=0, expected="at least one good image")
-    return float(np.quantile(values, quantile))
+
+    def __init__(self, pixels: int, quantile: float = PIXEL_QUANTILE):
+        self._quantile = quantile
+        self._keep = pixels - self._place(pixels)[0]
+        self._top = np.empty(0, np.float32)
+        self._seen = 0
+
+    def add(self, values: Array) -> None:
+        """A map [h, w] of a good part; it is not kept."""
+        self._seen += values.size
+        joined = np.concatenate([self._top, np.asarray(values, np.float32).ravel()])
+        least = len(joined) - self._keep
+        self._top = np.partition(joined, least)[least:].copy() if least > 0 else joined
+
+    def value(self) -> float:
+        """The quantile of all maps that were added.
+
+        Raises:
+            CalibrationError: there is none.
+        """
+        if not self._seen:
+            raise CalibrationError("no maps to set a pixel threshold from", found=0, expected="at least one good image")
+        place, part = self._place(self._seen)
+        ordered = np.sort(self._top)[place - self._seen + len(self._top) :][:2]
+        return float(np.quantile(ordered, part if len(ordered) > 1 else 0.0))
+
+    def _place(self, pixels: int) -> tuple[int, float]:
+        """Where the quantile of so many sorted values lies: after which, and how far on to the next."""
+        exact = self._quantile * (pixels - 1)
+        return int(exact), exact - int(exact)
 
 
 def _about(subject: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
-from ...calib.threshold import conformal_threshold, pixel_threshold, rank
+from ...calib.threshold import PixelQuantile, conformal_threshold, rank
 from .. import groups
 from ..bundle import Bundle
 from ..dataset import open_dataset, split_readable
@@ -154,20 +154,22 @@ def _threshold(
     detector: Detector, product: str, unseen: Unseen, args: argparse.Namespace, source: str, bar: Any
 ) -> Threshold:
     detector.program.reset()
-    scores, maps = [], []
+    scores: list[float] = []
+    pixels: PixelQuantile | None = None
     parts, samples = _parts(unseen, product), [s for s in unseen.samples if s.product == product]
     for sample in samples:
         result = detector.judge_image(read_rgb(sample.path), product)
         scores.append(float("nan") if result.score is None else result.score)
         if result.map is not None:
-            maps.append(result.map.copy())
+            pixels = pixels or PixelQuantile(len(samples) * result.map.size)
+            pixels.add(result.map)
         bar.update(1)
     return Threshold(
         value=conformal_threshold(scores, args.false_alarm_rate, args.confidence, product, _several(parts)),
         false_alarm_rate=args.false_alarm_rate,
         confidence=args.confidence,
         samples=unseen.count(product),
-        pixel=pixel_threshold(maps),
+        pixel=(pixels or PixelQuantile(0)).value(),
         program=detector.program_name,
         source=source,
         images=pack(image_hash(s.path) for s in samples),

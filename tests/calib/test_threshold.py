@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from andon.calib.errors import CalibrationError
 from andon.calib.threshold import (
+    PixelQuantile,
     achievable_rate,
     chance_of_as_many,
     conformal_threshold,
-    pixel_threshold,
     promised_rate,
     rank,
     samples_needed,
@@ -97,13 +99,36 @@ def test_nonsense_is_refused() -> None:
     for rate in (0.0, 1.0, -1.0):
         with pytest.raises(CalibrationError, match="between 0 and 1"):
             conformal_threshold([0.0], rate)
+
+
+@given(
+    seed=st.integers(0, 99),
+    count=st.integers(1, 30),
+    shape=st.sampled_from(((1, 1), (3, 5), (28, 28))),
+    quantile=st.sampled_from((0.5, 0.9, 0.999, 1.0)),
+    more=st.sampled_from((0, 1000)),
+)
+def test_the_pixel_threshold_is_a_quantile_over_all_pixels(
+    seed: int, count: int, shape: tuple[int, int], quantile: float, more: int
+) -> None:
+    maps = np.random.default_rng(seed).gamma(2, size=(count, *shape)).astype(np.float32).round(1)
+    running = PixelQuantile(maps.size + more, quantile)
+    for one in maps:
+        running.add(one)
+    assert running.value() == float(np.quantile(maps, quantile))
+
+
+def test_few_values_are_kept_of_many_maps() -> None:
+    """Thousands of maps of a large network are gigabytes."""
+    running = PixelQuantile(1000 * 64 * 64)
+    tracemalloc.start()
+    for seed in range(1000):
+        running.add(np.random.default_rng(seed).random((64, 64), np.float32))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1e6 < 1000 * 64 * 64 * 4 and 0.9985 < running.value() < 0.9995
     with pytest.raises(CalibrationError, match="no maps"):
-        pixel_threshold([])
-
-
-def test_the_pixel_threshold_is_a_quantile_over_all_pixels() -> None:
-    maps = np.arange(10_000, dtype=np.float32).reshape(4, 50, 50)
-    assert pixel_threshold(maps) == pytest.approx(np.quantile(maps, 0.999))
+        PixelQuantile(10).value()
 
 
 @given(samples=st.integers(19, 200), parts=st.integers(1, 200))
