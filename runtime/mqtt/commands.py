@@ -104,6 +104,7 @@ class Commands:
         self._lock = threading.Lock()
         self._queue: queue.Queue[_Job | None] = queue.Queue(_WAITING)
         self._thread: threading.Thread | None = None
+        self._stopping = False
         self.counts = {"done": 0, "failed": 0, "refused": 0, "limited": 0, "repeated": 0}
 
     def register(self, name: str, handler: Handler) -> None:
@@ -118,22 +119,25 @@ class Commands:
 
     def start(self) -> None:
         """Start the worker."""
+        self._stopping = False
         self._thread = threading.Thread(target=self._work, name="andon-commands", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Finish the command at hand, drop those that wait, join."""
+        """Finish the command at hand, refuse those that wait and all that come, join."""
         if self._thread is None:
             return
+        with self._lock:
+            self._stopping = True
         while True:
             try:
-                self._queue.get_nowait()
+                job = self._queue.get_nowait()
             except queue.Empty:
                 break
+            if job is not None:
+                self._refuse(job)
         self._queue.put(None)
         self._thread.join()
-        with self._lock:
-            self._asked.clear()
         self._thread = None
 
     def receive(self, camera: str, name: str, payload: bytes, retained: bool, reply: Reply, late: float = 0.0) -> None:
@@ -166,9 +170,13 @@ class Commands:
             return
         try:
             with self._lock:  # or the worker could have finished it before it is noted
-                self._queue.put_nowait(job)
-                if name == "product":
+                stopping = self._stopping
+                if not stopping:
+                    self._queue.put_nowait(job)
+                if name == "product" and not stopping:
                     self._asked.append(job)
+            if stopping:
+                self._refuse(job)
         except queue.Full:
             busy = _failure(camera, name, identifier, "busy", f"{_WAITING} commands wait")
             self._finish(job, "failed", busy, again=True)
@@ -256,6 +264,10 @@ class Commands:
             return "failed", _failure(*where, "internal error", f"{type(error).__name__}: {error}"), False
         log.info("command %s of %s done: %s", job.name, job.camera, job.arguments)
         return "done", answer, False
+
+    def _refuse(self, job: _Job) -> None:
+        error = NotNowError("the line is stopping", next_step="repeat it after the restart")
+        self._finish(job, "failed", _refusal(job.camera, job.name, job.id, error), again=True)
 
     def _finish(self, job: _Job, outcome: str, answer: bytes, *, again: bool = False) -> None:
         """Answer. again: it was not executed and may come again under its id."""

@@ -295,6 +295,43 @@ def test_a_product_that_is_refused_as_busy_is_no_triggers() -> None:
     assert [each.get("product") for each in calls] == [f"p{i}" for i in range(waiting)] + [None] * len(refused)
 
 
+def test_commands_that_wait_at_a_stop_are_answered_and_may_come_again() -> None:
+    reached, gate, again, done = threading.Event(), threading.Event(), threading.Event(), []
+    answers: dict[str, list[str | None]] = {}
+
+    def hold(camera: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        reached.set()
+        assert gate.wait(20)
+        done.append(arguments["by"])
+        return {}
+
+    def send(number: str) -> None:
+        def answer(name: str, payload: bytes) -> None:
+            answers.setdefault(number, []).append(json.loads(payload)["error"])
+            if number == "2":  # it is answered while the first is still at hand
+                gate.set()
+            if number == "3" and len(answers["3"]) == 2:
+                again.set()
+
+        payload = json.dumps({"id": number, "by": number}).encode()
+        commands.receive("cam0", "acknowledge", payload, False, answer)
+
+    commands = Commands({"acknowledge": hold})
+    commands.start()
+    send("1")
+    assert reached.wait(20)
+    send("2")
+    commands.stop()
+    send("3")
+    assert done == ["1"] and answers == {"1": [None], "2": ["the line is stopping"], "3": ["the line is stopping"]}
+    commands.start()
+    for number in ("1", "2", "3"):
+        send(number)
+    assert again.wait(20)
+    commands.stop()
+    assert done == ["1", "2", "3"] and answers["1"] == [None, None]
+
+
 @pytest.mark.parametrize("busy", [False, True])
 def test_a_product_that_is_refused_leaves_a_trigger_the_one_that_waits(busy: bool) -> None:
     """Refused because the queue is full, or because the line knows no such product, as it will say in its turn."""
