@@ -18,7 +18,7 @@ from .running import LIVE, RunningLine
 
 
 def test_a_trigger_names_the_next_frame(start_line: Callable[..., RunningLine], consumer: Any) -> None:
-    line = start_line({"cam0": {"source": LIVE, "product": "mono", "queue": 8, "trigger": {"timeout_ms": 2000}}})
+    line = start_line({"cam0": {"source": LIVE, "product": "mono", "queue": 8, "trigger": {"timeout_ms": 20_000}}})
     for index in range(5):
         assert line.command("cam0", "trigger", part_id=f"A-{index}")["ok"]
     verdicts = consumer.wait_for("verdict", 5)

@@ -123,8 +123,13 @@ def test_parts_announced_while_the_station_was_held_up_get_no_later_picture(
     assert [(each["part_id"], each["label"], each["reason"]) for each in verdicts] == [
         (part, "UNKNOWN", "no_frame") for part in ("A-1", "A-2", "A-3")
     ]
-    assert line.command("cam0", "trigger", part_id="B")["ok"]
-    assert [(each["part_id"], each["label"]) for each in consumer.wait_for("verdict", 4)[3:]] == [("B", "OK")]
+    for number in range(10):  # this machine may hold the line up by itself, but not for ever
+        assert line.command("cam0", "trigger", part_id=f"B-{number}")["ok"]
+        verdict = consumer.wait_for("verdict", 4 + number)[-1]
+        assert verdict["part_id"] == f"B-{number}"
+        if verdict["label"] == "OK":
+            break
+    assert verdict["label"] == "OK", "what comes in time is judged again"
 
 
 def test_a_trigger_that_somebody_else_held_up_says_so(start_line: Callable[..., RunningLine], consumer: Any) -> None:

@@ -132,4 +132,6 @@ def test_node_red_keeps_its_session_and_may_trigger_more_than_once() -> None:
     inject = next(node for node in nodes.values() if node["type"] == "inject")
     assert "id" not in json.loads(inject["payload"]), "a repeated id is answered from memory"
     (numbered,) = inject["wires"][0]
-    assert "msg.payload.id = msg._msgid" in nodes[numbered]["func"] and nodes[numbered]["wires"] == [["andon-trigger"]]
+    told = nodes[numbered]["func"]
+    assert "msg.payload.id = msg._msgid" in told and "msg.payload.ts = new Date().toISOString()" in told
+    assert nodes[numbered]["wires"] == [["andon-trigger"]]
