@@ -161,6 +161,9 @@ class OnnxRuntimeBackend:
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self._spin else "0")
         # Weights come from plain memory, not from the arena, which would keep its doubled blocks for good.
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+        # 1: a product whose weights are only stored as INT8 is computed in floating point, as the export judged it. By
+        # itself onnxruntime (1.31) would quantise its activations, too: one outlier among them spoils the map.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         try:
             session = self._runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except self._errors as error:

@@ -283,8 +283,10 @@ def test_a_stage_that_cannot_compute_in_int8_still_stores_its_weights_so(
     lines = [line for line in narrow_lines(result.manifest, result.report["variants"]) if "int8: stage encode" in line]
     assert any("stores the weights of 1 of" in line for line in lines) and any("fell back" in line for line in lines)
     assert not any("computes" in line for line in lines)
-    with OnnxRuntimeBackend(threads=1) as backend, Program(Bundle.load(tmp_path / "b"), backend, "int8") as program:
-        assert np.isfinite(program.run(0).score)
+    # onnxruntime as the line opens it takes the activations as they are: by itself it makes them INT8, too (0.57).
+    few = toy.evidence.labelled.select(range(8))
+    maps = [verify.run_engines(tmp_path / "b", result.manifest, v, few).map for v in ("int8", "fp32")]
+    assert np.corrcoef(maps[0].ravel(), maps[1].ravel())[0, 1] > 0.99
 
 
 def test_an_existing_target_is_refused(toy: Toy, tmp_path: Path) -> None:
