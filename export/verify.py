@@ -16,11 +16,11 @@ import torch
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
+from ..runtime.agreement import LIMITS, difference, flipped, most_flips, retold, rms_difference
 from ..runtime.bundle import Bundle
 from ..runtime.engine.onnxruntime import OnnxRuntimeBackend
 from ..runtime.manifest import Loop, Manifest, Variant
 from ..runtime.program import Program
-from ..runtime.replay import LIMITS, difference, flipped
 from .frames import Frames
 from .stage import StagedModel, Whole
 from .walk import Array, Walk, programs, torch_call
@@ -36,18 +36,21 @@ QUANTILE = 0.995
 
 @dataclass(frozen=True)
 class Gate:
-    """Limits of a reduced variant against FP32 (METHODS.md 6.3)."""
+    """Limits of a reduced variant against FP32 (METHODS.md 6.3). score and map: of the RMS difference, over the RMS."""
 
     flips: float
     auroc_drop: float
     map_correlation: float
     rank_correlation: float
+    score: float
+    map: float
 
 
 def _gate(variant: Variant, rank_correlation: float) -> Gate:
     """The limits that `andon verify` holds the device's engines to; ranks are compared at export only."""
     limits = LIMITS[variant]
-    return Gate(limits.flips, limits.auroc_drop, limits.correlation, rank_correlation)
+    read = limits.read if limits.read is not None else limits.score
+    return Gate(limits.flips, limits.auroc_drop, limits.correlation, rank_correlation, limits.score, read)
 
 
 GATES: Mapping[Variant, Gate] = {"fp16": _gate("fp16", 0.995), "int8": _gate("int8", 0.98)}
@@ -67,10 +70,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Scored:
-    """Scores [n] and maps [n, h, w] of a set of frames."""
+    """Scores [n] and maps [n, h, w] of a set of frames; logits [n, classes] where the program tells the product."""
 
     score: Array
     map: Array
+    logits: Array | None = None
 
 
 # -- the deployed side -------------------------------------------------------------------------------------------------
@@ -87,16 +91,18 @@ def run_engines(
     """Judge frames with the executor and onnxruntime, each from the shipped state."""
     bundle = Bundle(root, root, manifest, digest="")
     with OnnxRuntimeBackend() as backend, Program(bundle, backend, variant, program) as executor:
-        scores, maps = [], []
+        scores, maps, logits = [], [], []
         for image, class_id in zip(frames.images, frames.class_ids, strict=True):
             executor.reset()
             executor.frame[...] = image
             result = executor.run(int(class_id))
             scores.append(result.score)
             maps.append(np.array(result.map))
+            if result.logits is not None:
+                logits.append(np.array(result.logits))
             if progress is not None:
                 progress(1)
-    return Scored(np.array(scores), np.stack(maps))
+    return Scored(np.array(scores), np.stack(maps), np.stack(logits) if logits else None)
 
 
 def thresholds(scores: Array, class_ids: Array, classes: int) -> Array:
@@ -230,6 +236,15 @@ def decisions(
         ("score rank correlation", _rank_correlation(reduced.score, full.score), gate.rank_correlation),
     ):
         checks.append(Check(subject, what, value, f">= {least:g}", value >= least))
+    for what, value, most in (
+        ("score, RMS difference", rms_difference(reduced.score, full.score), gate.score),
+        ("map, RMS difference", rms_difference(reduced.map, full.map), gate.map),
+    ):
+        checks.append(Check(subject, what, value, f"<= {most:g}", value <= most))
+    if full.logits is not None and reduced.logits is not None:
+        share = float(np.mean(retold(variant, reduced.logits, full.logits)))
+        most = most_flips(variant, len(frames))
+        checks.append(Check(subject, "other products told", share, f"<= {most:.2g}", share <= most))
     return checks
 
 

@@ -2,59 +2,49 @@
 
 golden/golden.npz: frames uint8 [n, h, w, 3], class_ids int32 [n], score [n], map [n, 1, h, w] and every
 ``<stage>.<output>`` [n, ...] as torch gave them; each frame starts from the shipped state.
+golden/warm.npz: of a program that carries something from frame to frame: score [WARM_ROUNDS n] of the golden frames one
+after the other, all of them WARM_ROUNDS times, without a reset between them, and ``state.<name>`` [...] after the last.
 golden/gate.npz: what export's decision gate judged by: frames, class_ids, labels int32 [n] (1 defective, 0 good, -1
-unknown), score [n] of the FP32 engines and threshold [classes]; of an alternative score.<program> and
-threshold.<program>.
+unknown), score [n] of the FP32 engines and threshold [classes]; logits [n, classes] of a product classifier; of an
+alternative score.<program> and threshold.<program>.
+
+agreement.py says how near is near enough.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .agreement import (
+    LIMITS,
+    LOOP,
+    Array,
+    Rms,
+    auroc_drop,
+    correlation,
+    difference,
+    flipped,
+    most_flips,
+    retold,
+    rms_difference,
+)
 from .bundle import Bundle, read_npz
 from .bundlefiles import MAX_FILE_BYTES, inside
 from .errors import BundleError
-from .manifest import Variant
+from .manifest import Loop, Manifest, Variant
+from .manifest import Step as AnyStep
 from .program import Program
 
-Array = NDArray[Any]
 Step = Callable[[int], object]
 GOLDEN = "golden/golden.npz"
+WARM = "golden/warm.npz"
 GATE = "golden/gate.npz"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a variant may differ by. output: of a stage's output, relative to its largest magnitude, None: not limited;
-    correlation: least correlation of a map; flips: share of changed decisions; auroc_drop: against FP32, beyond the
-    standard error on so few frames.
-
-    tie: how near to the threshold, relative to it, a reference score has no verdict that could change. Where one good
-    frame alone sets a threshold it lies on it, and the last bit would decide. FP32: what its scores may differ by; else
-    FP32's rounding alone, as what is reduced has to keep every verdict that FP32 gives.
-    """
-
-    score: float | None
-    output: float | None
-    correlation: float
-    flips: float
-    auroc_drop: float
-    tie: float = 1e-6
-
-
-LIMITS: Mapping[Variant, Limits] = {
-    "fp32": Limits(score=1e-3, output=1e-3, correlation=0.9999, flips=0.0, auroc_drop=0.001, tie=1e-3),
-    "fp16": Limits(score=None, output=None, correlation=0.999, flips=0.005, auroc_drop=0.002),
-    "int8": Limits(score=None, output=None, correlation=0.98, flips=0.015, auroc_drop=0.005),
-}
-
-#: Share of integer outputs that may differ where outputs are limited
-INDEX_SHARE = 0.01
+#: So that every product's frames come again, and find what the program carried.
+WARM_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -68,11 +58,10 @@ class Check:
     ok: bool
 
 
-def golden_size(bundle: Bundle, name: str = GOLDEN) -> int:
-    """Number of frames in a golden or gate set; 0 if the bundle has none."""
-    if name not in bundle.manifest.files:
-        return 0
-    return len(_read(bundle, name, ("class_ids",))["class_ids"])
+def golden_size(bundle: Bundle, name: str = GOLDEN, of: str = "score") -> int:
+    """Number of frames in a golden, warm or gate set, or of those that it has `of`; 0 if the bundle has none."""
+    found = _optional(bundle, name, of) if name in bundle.manifest.files else None
+    return 0 if found is None else len(found)
 
 
 def golden_frames(bundle: Bundle) -> tuple[Array, Array]:
@@ -85,8 +74,12 @@ def golden_frames(bundle: Bundle) -> tuple[Array, Array]:
     return data["frames"], data["class_ids"]
 
 
+# -- the golden set ----------------------------------------------------------------------------------------------------
+
+
 def replay_golden(program: Program, step: Step | None = None, *, most: int | None = None) -> list[Check]:
-    """Every stage output, map and score of the golden set against the recorded ones.
+    """Every stage output, map and score of the golden set against the recorded ones, and what follows from them: the
+    verdicts at the bundle's thresholds, and the products that a classifier tells.
 
     Args:
         most: only so many frames, spread over the set; None: all of them.
@@ -95,29 +88,108 @@ def replay_golden(program: Program, step: Step | None = None, *, most: int | Non
         BundleError: the bundle has no golden set, or its shapes are not the program's.
         EngineError: a stage failed.
     """
-    bundle, limits = program.bundle, LIMITS[program.variant]
-    data = _read(bundle, GOLDEN)
-    outputs = [name for name in data if "." in name]
-    worst = dict.fromkeys(outputs, 0.0)
-    score, correlation = 0.0, 1.0
+    data = _read(program.bundle, GOLDEN)
+    golden = _Golden(program, data)
     for i in _spread(len(data["frames"]), most):
-        result = _judge(program, data["frames"][i], int(data["class_ids"][i]))
-        for name in outputs:
-            worst[name] = max(worst[name], difference(program.read(name), data[name][i]))
-        error = abs(result[0] - float(data["score"][i])) / max(abs(float(data["score"][i])), 1e-12)
-        score = float(np.maximum(score, error))  # unlike max(), keeps what is not a number
-        correlation = min(correlation, _correlation(result[1], data["map"][i]))
+        golden.add(i, *_judge(program, data["frames"][i], int(data["class_ids"][i])))
         if step is not None:
             step(1)
-    checks = []
-    for name, value in worst.items():
-        if data[name].dtype.kind == "f":
-            checks.append(_upper(name, "largest relative difference", value, limits.output))
-        else:  # an index may fall the other way on a near tie
-            checks.append(_upper(name, "share of other values", value, limits.output and INDEX_SHARE))
-    checks.append(_upper("score", "largest relative difference", score, limits.score))
-    checks.append(Check("map", "least correlation", correlation, limits.correlation, correlation >= limits.correlation))
-    return checks
+    return golden.checks()
+
+
+class _Golden:
+    """The golden frames judged so far, beside what was recorded of them."""
+
+    def __init__(self, program: Program, data: dict[str, Array]):
+        manifest = program.bundle.manifest
+        self._program, self._data = program, data
+        self._limits = LIMITS[program.variant]
+        self._outputs = {name: _steps(manifest, name) for name in data if "." in name}
+        self._worst = dict.fromkeys(self._outputs, 0.0)
+        read = ["map", *(n for n in _read_outputs(manifest) if n in data and data[n].dtype.kind == "f")]
+        self._rms = {name: Rms(data[name]) for name in read if self._limits.read is not None}
+        self._indices = {n for n in _read_outputs(manifest) if n in data and data[n].dtype.kind != "f"}
+        self._logits: list[Array] = []
+        self._scores: list[float] = []
+        self._frames: list[int] = []
+        self._maps: list[Array] = []
+        self._relative = 0.0
+
+    def add(self, i: int, score: float, found: Array) -> None:
+        """Frame i gave this score and map."""
+        data, logits = self._data, self._program.bundle.manifest.outputs.logits
+        self._frames.append(i)
+        self._scores.append(score)
+        for name in self._outputs:
+            value = self._program.read(name)
+            self._worst[name] = max(self._worst[name], difference(value, data[name][i]))
+            if name in self._rms:
+                self._rms[name].add(value, data[name][i])
+            if name == logits:
+                self._logits.append(np.array(value).reshape(-1))
+        if "map" in self._rms:
+            self._rms["map"].add(found, data["map"][i].reshape(found.shape))
+        error = abs(score - float(data["score"][i])) / max(abs(float(data["score"][i])), 1e-12)
+        self._relative = float(np.maximum(self._relative, error))  # unlike max(), keeps what is not a number
+        self._maps.append(np.array(found))
+
+    def checks(self) -> list[Check]:
+        """What came of it."""
+        limits, found = self._limits, []
+        for name, value in self._worst.items():
+            steps = self._outputs[name]
+            if self._data[name].dtype.kind == "f":
+                allowed = limits.output if limits.output is None or steps == 1 else min(steps * limits.output, LOOP)
+                found.append(_upper(name, "largest relative difference", value, allowed))
+            else:  # an index may fall the other way on a near tie
+                limited = limits.output is not None or name in self._indices
+                found.append(_upper(name, "share of other values", value, limits.index if limited else None))
+        found += [_upper(name, "RMS difference", rms.value, limits.read) for name, rms in self._rms.items()]
+        found.append(self._score())
+        # Of all maps together, as in export's gate: where nothing stands out, a map alone may have .93 in INT8.
+        alike, least = correlation(np.stack(self._maps), self._recorded("map").reshape(-1)), limits.correlation
+        found.append(Check("map", "correlation", alike, least, alike >= least))
+        return found + self._decisions()
+
+    def _recorded(self, name: str) -> Array:
+        return self._data[name][self._frames]
+
+    def _score(self) -> Check:
+        if self._program.variant == "fp32":
+            return _upper("score", "largest relative difference", self._relative, self._limits.score)
+        rms = Rms(self._data["score"])
+        rms.add(np.array(self._scores), self._recorded("score"))
+        return _upper("score", "RMS difference", rms.value, self._limits.score)
+
+    def _decisions(self) -> list[Check]:
+        """Of frames whose product has a threshold, and of a classifier."""
+        variant, bundle = self._program.variant, self._program.bundle
+        ids = self._recorded("class_ids")
+        entries = [bundle.threshold(name, self._program.name) for name in bundle.manifest.classes]
+        threshold = np.array([np.nan if entry is None else entry.value for entry in entries])[ids]
+        known = np.isfinite(threshold)
+        found = []
+        if known.any():
+            scores, recorded = np.array(self._scores)[known], self._recorded("score")[known]
+            flips = float(np.mean(flipped(variant, scores, recorded, threshold[known])))
+            found.append(_upper("verdicts", "share of flips", flips, most_flips(variant, int(known.sum()))))
+        if self._logits:
+            recorded = self._recorded(bundle.manifest.outputs.logits or "").reshape(len(self._frames), -1)
+            found.append(_products(self._program, np.stack(self._logits), recorded))
+        return found
+
+
+def _read_outputs(manifest: Manifest) -> list[str]:
+    """Stage outputs that the runtime reads beside score and map."""
+    outputs, memory = manifest.outputs, manifest.memory
+    of_memory = [memory.candidates, memory.patch_score, memory.transport, memory.nearest] if memory else []
+    return list(dict.fromkeys(n for n in (outputs.logits, *of_memory, *outputs.telemetry.values()) if n))
+
+
+def _steps(manifest: Manifest, output: str) -> int:
+    """How often the default program calls the stage of an output: its errors may add up over so many steps."""
+    stage = output.partition(".")[0]
+    return max((s.count for s in manifest.program if isinstance(s, Loop) and s.loop == stage), default=1) or 1
 
 
 def _spread(count: int, most: int | None) -> list[int]:
@@ -147,6 +219,74 @@ def replay_finite(program: Program, most: int) -> list[Check]:
     return [Check("score and map", "frames without a number", bad, 0, bad == 0)]
 
 
+# -- what is carried from frame to frame -------------------------------------------------------------------------------
+
+
+def carries(program: Sequence[AnyStep]) -> bool:
+    """Whether a program carries anything from frame to frame."""
+    return any(isinstance(step, Loop) and (step.persist or step.counter) for step in program)
+
+
+def carried_states(program: Sequence[AnyStep]) -> list[str]:
+    """The states that it carries things in."""
+    return [state for step in program if isinstance(step, Loop) for state in step.persist.values()]
+
+
+def warm_order(frames: int) -> Iterator[int]:
+    """Indices of the golden frames in the order in which they are judged without a reset."""
+    for _ in range(WARM_ROUNDS):
+        yield from range(frames)
+
+
+def play_warm(program: Program, frames: Array, class_ids: Array, step: Step | None = None) -> dict[str, Array]:
+    """Judge golden frames one after the other: the arrays of the warm set, as these engines give them.
+
+    Raises:
+        EngineError: a stage failed.
+    """
+    manifest, scores = program.bundle.manifest, []
+    program.reset()
+    for i in warm_order(len(frames)):
+        np.copyto(program.frame, frames[i])
+        scores.append(program.run(int(class_ids[i])).score)
+        if step is not None:
+            step(1)
+    found = {"score": np.array(scores, np.float32)}
+    for name in carried_states(manifest.program):
+        rows = range(len(manifest.classes)) if manifest.state[name].class_bound else None
+        values = [program.read_state(name, row) for row in rows] if rows else program.read_state(name)
+        found[f"state.{name}"] = np.asarray(values)
+    program.reset()
+    return found
+
+
+def replay_warm(program: Program, step: Step | None = None) -> list[Check]:
+    """Scores of frames that find what those before them left, and what the last one leaves.
+
+    Raises:
+        BundleError: the bundle has no warm set, or it is not the program's.
+        EngineError: a stage failed.
+    """
+    bundle, limits = program.bundle, LIMITS[program.variant]
+    recorded = _read(bundle, WARM)
+    found = play_warm(program, *golden_frames(bundle), step)
+    if {*found} != {*recorded} or any(found[name].shape != recorded[name].shape for name in found):
+        raise BundleError(
+            f"{WARM} is not of this program",
+            found=", ".join(sorted(recorded)),
+            expected=", ".join(f"{name}{list(found[name].shape)}" for name in sorted(found)),
+            next_step="export the bundle again: andon export --method METHOD",
+        )
+    checks = []
+    for name, value in found.items():
+        limit = limits.score if name == "score" else limits.carried
+        checks.append(_upper(f"warm {name}", "RMS difference", rms_difference(value, recorded[name]), limit))
+    return checks
+
+
+# -- the gate set ------------------------------------------------------------------------------------------------------
+
+
 def gate_programs(bundle: Bundle, variant: Variant) -> list[str]:
     """The programs that the gate set can be replayed with: the default, and alternatives that kept export's gate."""
     if variant == "fp32" or not golden_size(bundle, GATE):
@@ -160,7 +300,8 @@ def gate_programs(bundle: Bundle, variant: Variant) -> list[str]:
 
 
 def replay_gate(program: Program, step: Step | None = None) -> list[Check]:
-    """The decisions of export's gate: share of flips, and the drop of AUROC per product where labels are known.
+    """The decisions of export's gate: share of flips, of products that a classifier tells otherwise (where the set has
+    its logits), and the drop of AUROC per product where labels are known.
 
     Raises:
         BundleError: the bundle has no gate set.
@@ -169,64 +310,32 @@ def replay_gate(program: Program, step: Step | None = None) -> list[Check]:
     bundle, limits = program.bundle, LIMITS[program.variant]
     other = "" if program.name == "default" else f".{program.name}"
     data = _read(bundle, GATE, ("frames", "class_ids", "labels", f"score{other}", f"threshold{other}"))
-    full = data[f"score{other}"]
-    scores = np.empty(len(full))
+    full, classifier = data[f"score{other}"], bundle.manifest.outputs.logits
+    told = None if other or classifier is None else _optional(bundle, GATE, "logits")
+    scores, logits = np.empty(len(full)), []
     for i, (frame, class_id) in enumerate(zip(data["frames"], data["class_ids"], strict=True)):
         scores[i] = _judge(program, frame, int(class_id))[0]
+        if told is not None and classifier is not None:
+            logits.append(np.array(program.read(classifier)).reshape(-1))
         if step is not None:
             step(1)
     threshold = data[f"threshold{other}"][data["class_ids"]]
     flips = float(np.mean(flipped(program.variant, scores, full, threshold)))
-    allowed = max(limits.flips, 1 / len(scores)) if limits.flips else 0.0  # one frame is the least that can be seen
     of = f"{program.name}: " if other else ""
-    checks = [_upper(f"{of}decisions", "share of flips", flips, allowed)]
+    checks = [_upper(f"{of}decisions", "share of flips", flips, most_flips(program.variant, len(scores)))]
+    if told is not None:
+        checks.append(_products(program, np.stack(logits), told))
     for index, product in enumerate(bundle.manifest.classes):
         mine = (data["class_ids"] == index) & (data["labels"] >= 0) & np.isfinite(scores)
-        drop = _auroc_drop(full[mine], scores[mine], data["labels"][mine] == 1)
+        drop = auroc_drop(full[mine], scores[mine], data["labels"][mine] == 1)
         if drop is not None:
             checks.append(_upper(f"{of}{product}", "AUROC drop", drop[0], limits.auroc_drop + 2 * drop[1]))
     return checks
 
 
-def flipped(variant: Variant, scores: Array, reference: Array, threshold: Array) -> Array:
-    """Which verdicts a variant changes: bool [n] of scores, reference scores and thresholds [n] of the same frames.
-
-    Not the verdict of a frame whose reference score lies on its threshold (Limits.tie): that has none to keep. A score
-    that is not a number is always a change.
-    """
-    # The floor is that of the scores' own comparison: a threshold of 0 has no scale to be near to.
-    near = np.abs(reference - threshold) <= LIMITS[variant].tie * np.maximum(np.abs(threshold), 1e-6)
-    return np.asarray(~np.isfinite(scores) | (~near & ((scores > threshold) != (reference > threshold))))
-
-
-def _auroc_drop(before: Array, now: Array, defective: Array) -> tuple[float, float] | None:
-    """How much AUROC is lost, and the standard error of that; None unless both kinds of frames are there.
-
-    The gate set is small: one (defective, good) pair in another order weighs more than the limit, which export kept on
-    the whole test set. So only a drop beyond the error of so few frames counts (DeLong et al. 1988, paired).
-    """
-    if not defective.any() or defective.all():
-        return None
-    order = [np.sign(v[defective][:, None].astype(np.float64) - v[~defective][None]) / 2 for v in (before, now)]
-    lost = order[0] - order[1]
-    spread = sum(float(lost.mean(axis=a).var()) / max(lost.shape[1 - a] - 1, 1) for a in (0, 1))
-    return float(lost.mean()), float(np.sqrt(spread))
-
-
-def difference(value: Array, reference: Array) -> float:
-    """Largest difference over the largest magnitude; of integers and booleans the share that differs.
-
-    Not a number or an infinity on one side only counts as infinite.
-    """
-    if reference.dtype.kind != "f":
-        return float(np.mean(value != reference))
-    finite = np.isfinite(reference)
-    if not np.array_equal(finite, np.isfinite(value)):
-        return float("inf")
-    if not finite.any():
-        return 0.0
-    scale = float(np.abs(reference[finite]).max())
-    return float(np.abs(value[finite].astype(np.float64) - reference[finite]).max()) / max(scale, 1e-12)
+def _products(program: Program, logits: Array, recorded: Array) -> Check:
+    share = float(np.mean(retold(program.variant, logits, recorded)))
+    return _upper("products told", "share of others", share, most_flips(program.variant, len(logits)))
 
 
 def _judge(program: Program, frame: Array, class_id: int) -> tuple[float, Array]:
@@ -236,18 +345,18 @@ def _judge(program: Program, frame: Array, class_id: int) -> tuple[float, Array]
     return result.score, result.map
 
 
-def _correlation(value: Array, reference: Array) -> float:
-    """Pearson correlation of two maps; 1 for two constant ones that agree."""
-    a, b = (np.asarray(x, np.float64).ravel() for x in (value, reference))
-    a, b = a - a.mean(), b - b.mean()
-    scale = float(np.sqrt((a * a).sum() * (b * b).sum()))
-    if scale == 0:
-        return 1.0 if np.allclose(value, reference, rtol=1e-3) else 0.0
-    return float((a * b).sum() / scale) if np.isfinite(scale) else 0.0
-
-
 def _upper(subject: str, what: str, value: float, limit: float | None) -> Check:
     return Check(subject, what, value, limit, bool(np.isfinite(value)) and (limit is None or value <= limit))
+
+
+def _optional(bundle: Bundle, name: str, key: str) -> Array | None:
+    """An array that not every bundle has."""
+    try:
+        with zipfile.ZipFile(inside(bundle.root, name)) as archive:
+            there = f"{key}.npy" in archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        there = True  # _read says what is wrong
+    return _read(bundle, name, (key,))[key] if there else None
 
 
 def _read(bundle: Bundle, name: str, keys: tuple[str, ...] | None = None) -> dict[str, Array]:

@@ -10,8 +10,9 @@ import numpy as np
 
 from ..bundle import Bundle
 from ..engine.select import open_backend
+from ..manifest import Variant
 from ..program import Program
-from ..replay import GATE, Check, gate_programs, golden_size, replay_gate, replay_golden
+from ..replay import GATE, WARM, Check, carries, gate_programs, golden_size, replay_gate, replay_golden, replay_warm
 from . import options
 
 
@@ -28,12 +29,13 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         AndonError: bundle or engine cannot be used.
     """
-    checks: dict[str, list[Check]] = {}
+    checks: dict[Variant, list[Check]] = {}
     with Bundle.load(args.bundle) as bundle, open_backend(args.backend, threads=args.threads) as backend:
         variants = bundle.manifest.variants if args.variant == "auto" else (args.variant,)
+        golden, warm = golden_size(bundle), golden_size(bundle, WARM)
         gate = 0 if args.no_gate else golden_size(bundle, GATE)
         programs = {variant: gate_programs(bundle, variant) if gate else ["default"] for variant in variants}
-        frames = golden_size(bundle) * len(variants) + gate * sum(map(len, programs.values()))
+        frames = (golden + warm) * len(variants) + gate * sum(map(len, programs.values()))
         with options.progress(frames, "verify", "frame") as bar:
             for variant, names in programs.items():
                 checks[variant] = []
@@ -41,27 +43,43 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                     with Program(bundle, backend, variant, name) as program:
                         if name == "default":
                             checks[variant] += replay_golden(program, bar.update)
+                            checks[variant] += replay_warm(program, bar.update) if warm else []
                         if gate:
                             checks[variant] += replay_gate(program, bar.update)
         ok = all(check.ok for group in checks.values() for check in group)
-        print(
-            f"{bundle.manifest.name} ({bundle.id}) on {backend.name}, {golden_size(bundle)} golden, {gate} gate frames"
-        )
+        print(f"{bundle.manifest.name} ({bundle.id}) on {backend.name}, {golden} golden, {gate} gate frames")
         print(_table(checks))
+        unchecked = _unchecked(bundle, gate, args.no_gate, warm)
+        for text in unchecked:
+            print(f"NOT CHECKED: {text}")
         print("verified" if ok else "NOT verified: do not run this bundle on this machine")
         return {
             "ok": ok,
             "bundle": bundle.id,
             "backend": backend.name,
+            "not_checked": unchecked,
             "checks": {variant: [_plain(check) for check in group] for variant, group in checks.items()},
         }
+
+
+def _unchecked(bundle: Bundle, gate: int, unwanted: bool, warm: int) -> list[str]:
+    """What there is nothing to compare with."""
+    found = []
+    if not gate:
+        why = "--no-gate" if unwanted else "the bundle has no gate set, as one from `andon enroll`"
+        found.append(f"decisions beyond the golden set's ({why})")
+    elif bundle.manifest.outputs.logits and not golden_size(bundle, GATE, "logits"):
+        found.append("the products that the classifier tells, beyond the golden set's (the gate set has none)")
+    if carries(bundle.manifest.program) and not warm:
+        found.append("what is carried from frame to frame (the bundle has no warm set)")
+    return found
 
 
 def _plain(check: Check) -> dict[str, Any]:
     return {**asdict(check), "value": check.value if np.isfinite(check.value) else None}
 
 
-def _table(checks: dict[str, list[Check]]) -> str:
+def _table(checks: dict[Variant, list[Check]]) -> str:
     lines = []
     for variant, group in checks.items():
         width = max(len(check.subject) for check in group)

@@ -21,11 +21,12 @@ from andon.export import bundle as writing
 from andon.export.command import narrow_lines
 from andon.export.exporter import GateError, Request, _indices, export_bundle
 from andon.export.frames import Evidence, Frames, with_synthetic_defects
+from andon.runtime.agreement import LIMITS, Limits
 from andon.runtime.bundle import Bundle, read_npz
 from andon.runtime.engine.onnxruntime import OnnxRuntimeBackend
 from andon.runtime.errors import BundleError, ConfigError
 from andon.runtime.program import Program
-from andon.runtime.replay import LIMITS, Limits, gate_programs, replay_gate
+from andon.runtime.replay import gate_programs, replay_gate
 from andon.train.method import AnomalyModel
 from torch import nn
 
@@ -191,7 +192,7 @@ def test_an_island_makes_the_fallback_unnecessary(toy: Toy, tmp_path: Path) -> N
 
 
 def test_the_export_fails_when_no_fallback_helps(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = verify.Gate(flips=0.005, auroc_drop=0.002, map_correlation=1.1, rank_correlation=0.9)
+    gate = replace(verify.GATES["fp16"], map_correlation=1.1)
     monkeypatch.setattr(verify, "GATES", {"fp16": gate})
     with pytest.raises(GateError, match="map correlation"):
         export(toy, tmp_path / "b", "fp16")
@@ -234,10 +235,17 @@ def test_alternative_programs_have_a_gate_of_their_own(
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if "short: decisions" in line] == ["fp16"]
 
 
+def allow(monkeypatch: pytest.MonkeyPatch, map_correlation: float) -> None:
+    """INT8 may differ by anything but that; what is replayed before the bundle ships, too."""
+    gate = verify.Gate(1, 1, map_correlation, rank_correlation=-1, score=1e9, map=1e9)
+    monkeypatch.setattr(verify, "GATES", {"fp16": verify.GATES["fp16"], "int8": gate})
+    limits = replace(LIMITS["int8"], score=1e9, read=1e9, correlation=map_correlation, flips=1, auroc_drop=1)
+    monkeypatch.setitem(LIMITS, "int8", limits)  # type: ignore[index]
+
+
 def test_int8_quantises_the_products(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # An untrained toy has no decisions that could survive INT8; what is quantised is looked at, not how well.
-    anything = verify.Gate(flips=1, auroc_drop=1, map_correlation=-1, rank_correlation=-1)
-    monkeypatch.setattr(verify, "GATES", {"fp16": verify.GATES["fp16"], "int8": anything})
+    allow(monkeypatch, map_correlation=-1.0)
     result = export(toy, tmp_path / "b", "fp16", "int8")
     model = onnx.load(str(tmp_path / "b" / result.manifest.stages["encode"].files["int8"]))
     kinds = [node.op_type for node in model.graph.node]
@@ -266,8 +274,7 @@ def test_a_stage_that_cannot_compute_in_int8_still_stores_its_weights_so(
     toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # All products are computed in INT8, which spoils the maps; verdicts do not count: an untrained toy has none.
-    gate = verify.Gate(flips=1, auroc_drop=1, map_correlation=0.98, rank_correlation=0.9)
-    monkeypatch.setattr(verify, "GATES", {"fp16": verify.GATES["fp16"], "int8": gate})
+    allow(monkeypatch, map_correlation=0.98)
     monkeypatch.setitem(reduce.BUDGETS, "int8", (1e9,))
     module = Outlier(toy.model.encode)
     toy.model.encode = module  # type: ignore[assignment]
@@ -321,7 +328,7 @@ def test_python_m_andon_export_is_the_command() -> None:
 
 def test_export_and_device_keep_the_same_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """One place for both: what `andon verify` allows on the device is what the export was gated by."""
-    changed = Limits(score=0.25, output=None, correlation=0.5, flips=0.125, auroc_drop=0.0625)
+    changed = Limits(score=0.25, output=None, correlation=0.5, flips=0.125, auroc_drop=0.0625, read=0.75)
     for variant in LIMITS:
         monkeypatch.setitem(LIMITS, variant, changed)  # type: ignore[index]
     fresh = SourceFileLoader("andon.export.verify_again", verify.__file__)
@@ -332,3 +339,4 @@ def test_export_and_device_keep_the_same_limits(monkeypatch: pytest.MonkeyPatch)
     assert module.SCORE_PARITY == 0.25
     for gate in module.GATES.values():
         assert (gate.flips, gate.auroc_drop, gate.map_correlation) == (0.125, 0.0625, 0.5)
+        assert (gate.score, gate.map) == (0.25, 0.75)

@@ -15,7 +15,7 @@ from andon.export.onnx import OPSET, export_stage, tensor_type
 from andon.export.precision import FP32_OPERATORS, simulate
 from andon.export.stage import StageDef
 from andon.export.walk import Walk, torch_call
-from andon.runtime.replay import difference
+from andon.runtime.agreement import difference
 from andon.train.registry import list_methods
 
 from .edge import STORED, VARIANTS, edge, stage_model

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from andon.runtime.agreement import flipped
 from andon.runtime.bundle import Bundle
 from andon.runtime.commands import bench, verify
 from andon.runtime.engine.onnxruntime import OnnxRuntimeBackend
 from andon.runtime.manifest import Variant
 from andon.runtime.program import Program
-from andon.runtime.replay import flipped, replay_gate
+from andon.runtime.replay import replay_gate
 
 from .conftest import ENCODE, ENGINE, SCORE, run  # type: ignore[import-not-found]
 from .parts import gate, golden

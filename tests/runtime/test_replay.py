@@ -1,0 +1,248 @@
+"""Engines that give something else than what was recorded: each is refused in every precision, as `andon verify` is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from andon.runtime.agreement import retold
+from andon.runtime.bundle import Bundle
+from andon.runtime.engine.onnxruntime import OnnxRuntimeBackend
+from andon.runtime.errors import BundleError
+from andon.runtime.manifest import Variant
+from andon.runtime.program import Program
+from andon.runtime.replay import GATE, GOLDEN, WARM, play_warm, replay_gate, replay_golden, replay_warm
+
+from .conftest import ENCODE, ENGINE, run  # type: ignore[import-not-found]
+from .conftest import SCORE as PLAIN
+from .memorystation import SCORE, memory_parts  # type: ignore[import-not-found]
+from .parts import gate, golden  # type: ignore[import-not-found]
+
+MakeBundle = Callable[..., Path]
+REDUCED: tuple[Variant, ...] = ("fp16", "int8")
+FRAMES = np.random.default_rng(5).integers(90, 130, (6, 4, 4, 3), dtype=np.uint8)
+IDS = np.array([0, 1, 0, 1, 0, 1], np.int32)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Program]:
+    with Bundle.load(path) as bundle, OnnxRuntimeBackend(threads=1) as backend, Program(bundle, backend) as program:
+        yield program
+
+
+def recorded(path: Path) -> dict[str, np.ndarray]:
+    """The golden set that a right engine gives."""
+    rows: dict[str, list[np.ndarray]] = {}
+    with opened(path) as program:
+        for frame, product in zip(FRAMES, IDS, strict=True):
+            program.reset()
+            program.frame[...] = frame
+            result = program.run(int(product))
+            rows.setdefault("score", []).append(np.array(result.score, np.float32))
+            rows.setdefault("map", []).append(np.array(result.map)[None])
+            for name in program.outputs:
+                rows.setdefault(name, []).append(np.array(program.read(name)))
+    return {"frames": FRAMES, "class_ids": IDS} | {name: np.stack(values) for name, values in rows.items()}
+
+
+def failing(path: Path, variant: Variant, most: int | None = None) -> set[str]:
+    """What `andon verify` refuses of the golden set; most: as `andon check` looks at a few frames."""
+    with opened(path) as program:
+        program.variant = variant
+        return {check.subject for check in replay_golden(program, most=most) if not check.ok}
+
+
+def scaled(text: str, output: str, factor: float) -> str:
+    """The stage with one output multiplied where it leaves the stage."""
+    head, body = text.split("{\n", 1)
+    body = re.sub(rf"\b{output}\b", f"{output}_right", body.rsplit("}", 1)[0])
+    by = f"by_{output} = Constant<value = float {{{factor}}}>()"
+    return f"{head}{{\n{body}    {by}\n    {output} = Mul({output}_right, by_{output})\n}}"
+
+
+@pytest.mark.parametrize("variant", REDUCED)
+@pytest.mark.parametrize(
+    ("output", "factor"), [("score", 0.5), ("map", 0.5), ("patch_score", 0.0), ("score", 1.002), ("patch_score", 1.01)]
+)
+def test_a_reduced_engine_that_gives_something_else(
+    make_bundle: MakeBundle, variant: Variant, output: str, factor: float
+) -> None:
+    """Half the score, half the map, nothing for the memory to learn by: what was measured of rounding is allowed."""
+    parts = memory_parts()
+    right = recorded(make_bundle(**parts))
+    stages = dict(parts["stages"])
+    stages["score"] = (scaled(SCORE, output, factor), stages["score"][1])
+    path = make_bundle(**{**parts, "stages": stages}, npz={GOLDEN: right})
+    wrong = factor < 0.9
+    name = {"score": "score", "map": "map", "patch_score": "score.patch_score"}[output]
+    for most in (None, 3):
+        found = failing(path, variant, most)
+        assert (name in found) == wrong and (wrong or not found), (most, found)
+
+
+def test_three_in_a_hundred_are_too_much_for_fp16(make_bundle: MakeBundle) -> None:
+    parts = memory_parts()
+    right = recorded(make_bundle(**parts))
+    stages = {**parts["stages"], "score": (scaled(SCORE, "score", 0.97), parts["stages"]["score"][1])}
+    path = make_bundle(**{**parts, "stages": stages}, npz={GOLDEN: right})
+    assert failing(path, "fp16") == {"score"} == failing(path, "fp32") - {"score.score"}
+
+
+def told(count: int = 8) -> dict[str, np.ndarray]:
+    """A golden set with the classifier's logits."""
+    made = golden([10 * i + 10 for i in range(count)])
+    return made | {"encode.logits": made["encode.u"][..., :2]}
+
+
+NEGATED = ENCODE.replace("logits = Slice", "right = Slice").replace("\n}", "\n    logits = Neg(right)\n}")
+
+
+@pytest.mark.parametrize("variant", ["fp32", *REDUCED])
+def test_an_engine_that_tells_other_products(make_bundle: MakeBundle, variant: Variant) -> None:
+    """With `product: auto` it judges each part by another's threshold."""
+    stages = {"encode": (NEGATED, {"image": "frame"}), "score": (PLAIN, {"u": "encode.u"})}
+    judged = gate([10, 20, 60, 70], 0.5)
+    npz = {GOLDEN: told(), GATE: judged | {"logits": told()["encode.logits"][[0, 1, 5, 6], 0]}}
+    assert {"encode.logits", "products told"} <= failing(make_bundle(stages=stages, npz=npz), variant)
+    for made, wrong in (({"stages": stages}, True), ({}, False)):
+        with opened(make_bundle(**made, npz=npz)) as program:
+            program.variant = variant
+            assert {check.subject for check in replay_gate(program) if not check.ok} == (
+                {"products told"} if wrong else set()
+            )
+
+
+def test_products_that_are_equally_likely_may_be_told_either_way() -> None:
+    reference = np.array([[1.0, 1.0, 0.0], [1.0, 0.9, 0.0]])
+    other = reference[:, [1, 0, 2]] - [[1e-7, 0.0, 0.0]]
+    assert retold("fp16", other, reference).tolist() == [False, True]
+    assert retold("fp16", reference * np.nan, reference).all(), "what is not a number tells nothing"
+
+
+def test_the_verdicts_of_the_golden_set_at_the_bundles_thresholds(make_bundle: MakeBundle) -> None:
+    """INT8 may be 4 in 100 off, which is next to nothing, unless a threshold lies there."""
+    made = told()
+    entry = {"false_alarm_rate": 0.05, "samples": 19}
+    stages = {"encode": (ENCODE, {"image": "frame"}), "score": (scaled(PLAIN, "score", 0.96), {"u": "encode.u"})}
+    made["frames"][1:4] = made["frames"][0]
+    for name in ("score", "map", "encode.u", "encode.logits"):
+        made[name][1:4] = made[name][0]
+    for value, wrong in ((0.098, True), (0.25, False), (None, False)):
+        thresholds = {} if value is None else {"a": {"default": {"value": value, **entry}}}
+        path = make_bundle(stages=stages, npz={GOLDEN: made}, thresholds=thresholds)
+        assert failing(path, "int8") == ({"verdicts"} if wrong else set())
+
+
+# -- loops -------------------------------------------------------------------------------------------------------------
+
+FEATURES = """features (uint8[1,4,4,3] image) => (float[1] level) {
+    x = Cast<to=1>(image)
+    shape = Constant<value = int64[1] {48}>()
+    flat = Reshape(x, shape)
+    level = ReduceMax<axes=[0], keepdims=1>(flat)
+}"""
+#: p and q go on by the level, q at another rate; the score hardly depends on them.
+STEP = """step (float[1] level, float[1] p, float[1] q) => (float[1] p_next, float[1] q_next) {
+    rate = Constant<value = float {0.01}>()
+    part = Mul(level, rate)
+    p_next = Add(p, level)
+    q_next = Add(q, part)
+}"""
+WARM_SCORE = """score (float[1] level, float[1] p) => (float[1,1,1,1] map, float[1] score) {
+    shape = Constant<value = int64[4] {1,1,1,1}>()
+    small = Constant<value = float {0.0000001}>()
+    little = Mul(p, small)
+    score = Add(level, little)
+    map = Reshape(score, shape)
+}"""
+KEPT = {"p": "p", "q": "q"}
+
+
+def looped(
+    make_bundle: MakeBundle, npz: Mapping[str, Any] | None = None, persist: Mapping[str, str] | None = None
+) -> Path:
+    """Ten steps a frame, carried on by product; `persist`: where to."""
+    carry, init = {"p_next": "p", "q_next": "q"}, {"p": "class:p", "q": "class:q"}
+    loop = {"loop": "step", "count": 10, "carry": carry, "init": init, "persist": KEPT if persist is None else persist}
+    return make_bundle(
+        stages={
+            "features": (FEATURES, {"image": "frame"}),
+            "step": (STEP, {"level": "features.level", "p": "carry", "q": "carry"}),
+            "score": (WARM_SCORE, {"level": "features.level", "p": "step.p_next"}),
+        },
+        program=[{"run": "features"}, loop, {"run": "score"}],
+        state={name: np.zeros((2, 1), np.float32) for name in KEPT},
+        class_bound=("p", "q"),
+        outputs={"score": "score.score", "map": "score.map"},
+        npz=npz or {},
+    )
+
+
+def test_what_a_loop_gives_may_be_further_off_by_as_many_steps(make_bundle: MakeBundle) -> None:
+    """Export compares step by step; after ten the errors of ten have added up (1.1e-3 of 1e-3 was seen)."""
+    right = recorded(looped(make_bundle))
+    for name, error, wrong in (
+        ("step.q_next", 5e-3, False),
+        ("step.q_next", 2e-2, True),
+        ("features.level", 5e-3, True),
+    ):
+        path = looped(make_bundle, {GOLDEN: right | {name: right[name] * np.float32(1 + error)}})
+        assert failing(path, "fp32") == ({name} if wrong else set())
+
+
+@pytest.mark.parametrize(
+    ("persist", "wrong"),
+    [
+        (KEPT, set()),
+        ({"p": "q", "q": "p"}, {"warm state.q"}),
+        ({"p": "p"}, None),
+        ({}, None),
+    ],
+    ids=["right", "swapped", "one of two", "nothing"],
+)
+def test_a_program_that_goes_on_from_something_else_than_was_recorded(
+    make_bundle: MakeBundle, persist: Mapping[str, str], wrong: set[str] | None
+) -> None:
+    """Every frame for itself, and its score, are as they should be: only what the frames leave is not."""
+    reference = looped(make_bundle)
+    with opened(reference) as program:
+        warm = play_warm(program, FRAMES, IDS)
+    assert len(warm["score"]) == 2 * len(FRAMES) and warm["state.q"].shape == (2, 1)
+    path = looped(make_bundle, {GOLDEN: recorded(reference), WARM: warm}, persist)
+    assert not failing(path, "fp32")
+    with opened(path) as program:
+        for program.variant in ("fp32", *REDUCED):
+            if wrong is None:
+                with pytest.raises(BundleError, match=r"warm\.npz is not of this program"):
+                    replay_warm(program)
+                continue
+            checks = replay_warm(program)
+            found = {check.subject for check in checks if not check.ok}
+            assert found >= wrong and bool(found) == bool(wrong)
+        assert program.read_state("p", 0)[0] == 0, "no line starts from where the replay ended"
+
+
+def test_verify_says_what_it_could_not_check(make_bundle: MakeBundle, capsys: pytest.CaptureFixture[str]) -> None:
+    good = {GOLDEN: told(2)}
+    judged = gate([10, 20, 60, 70], 0.5)
+    for npz, told_of in (
+        (good, ["decisions beyond"]),
+        (good | {GATE: judged}, ["products that the classifier tells"]),
+        (good | {GATE: judged | {"logits": told()["encode.logits"][[0, 1, 5, 6], 0]}}, []),
+    ):
+        code, result, text = run(capsys, "verify", "--bundle", make_bundle(npz=npz), *ENGINE)
+        assert code == 0 and len(result["not_checked"]) == len(told_of) == text.count("NOT CHECKED: ")
+        assert all(part in said for part, said in zip(told_of, result["not_checked"], strict=True))
+    reference = looped(make_bundle)
+    with opened(reference) as program:
+        warm = play_warm(program, FRAMES, IDS)
+    npz = {GOLDEN: recorded(reference), GATE: {**judged, "score": np.zeros(4, np.float32)}}
+    for more, carried in (({}, True), ({WARM: warm}, False)):
+        _, result, _ = run(capsys, "verify", "--bundle", looped(make_bundle, {**npz, **more}), *ENGINE)
+        assert any("from frame to frame" in said for said in result["not_checked"]) == carried
+        assert any(check["subject"] == "warm state.q" for check in result["checks"]["fp32"]) != carried
