@@ -7,9 +7,12 @@ Layout::
     state/state.npz  state/tables.npz     arrays by state or table name
     golden/golden.npz   frames uint8 [n, H, W, 3], class_ids int32 [n], score [n], map [n, 1, h, w] and every
                         `<stage>.<output>` [n, *shape] as torch gives them; every frame starts from the shipped state
+    golden/warm.npz     where the program carries anything from frame to frame: score [2 n] of the golden frames twice
+                        over without a reset, and state.<name> after the last, as torch gives them
     golden/gate.npz     frames, class_ids, labels int32 [n] (1 defective, 0 good, -1 unknown), score [n] of the FP32
-                        engines, threshold [classes] float32: what the decision gate of export judged by;
-                        score.<program>, threshold.<program> of the alternative programs that were gated
+                        engines, threshold [classes] float32: what the decision gate of export judged by; logits
+                        [n, classes] of a product classifier; score.<program>, threshold.<program> of the alternative
+                        programs that were gated
 
 (loading: runtime/bundle.py, replaying: runtime/replay.py)
 """
@@ -52,8 +55,6 @@ from .walk import Array
 
 STATE_FILE = "state/state.npz"
 TABLE_FILE = "state/tables.npz"
-GOLDEN_FILE = "golden/golden.npz"
-GATE_FILE = "golden/gate.npz"
 REPORT_FILE = "report.json"
 BUNDLES = "ANDON_BUNDLES"
 

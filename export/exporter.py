@@ -9,19 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..runtime.errors import AndonError, ConfigError
 from ..runtime.manifest import Manifest, Stage, Variant
 from ..train.method import AnomalyModel
-from . import alternatives, bundle, trtcheck, verify
+from . import alternatives, bundle, shipped, trtcheck, verify
 from .alternatives import Alternatives
 from .frames import Evidence, Frames, thin
 from .onnx import StageGraph, export_stage
 from .reduce import ROUNDED, Reduced, Reducer
 from .stage import StagedModel
 from .verify import Check, Scored
-from .walk import Array, Walk, examples, torch_call
+from .walk import Array, examples
 
 #: Frames of the golden set, and of the gate set that travels along; where products are more, one of each
 GOLDEN_FRAMES = 8
@@ -92,6 +90,7 @@ def export_bundle(
             expected=", ".join(stage.name for stage in staged.stages),
         )
     target = request.out or bundle.default_path(staged.method, provenance)
+    shipped.require_warm_starts(staged)
     with bundle.new_bundle(target) as root:
         run = _Run(root, model, staged, evidence, request, say)
         export = run.export(target, provenance)
@@ -140,13 +139,21 @@ class _Run:
             frames = self._evidence.labelled.select(gate)
             others = alternatives.judge(self._root, manifest, reducer.rounded, good, frames, self._say)
             self._lap("alternative programs")
-        golden = self._golden(gate, full, threshold, others.reference)
+        labelled = self._evidence.labelled
+        shipped.write_golden(self._root, self._staged, _spread(labelled, max(GOLDEN_FRAMES, len(self._staged.classes))))
+        shipped.write_gate(self._root, labelled, gate, full, threshold, others.reference)
+        self._say("golden and gate set on the files as they ship")
+        self._checks += shipped.replay(self._root, manifest)
+        self._refuse_failures(
+            "leave the variant out, or give --fp32-stage for the stage at fault; where fp32 fails, mend the cut: "
+            "andon verify would refuse this bundle"
+        )
         kept: dict[str, Any] = {"holdout": list(provenance.holdout), "constants": list(provenance.constants)}
         if provenance.fingerprints:
             kept["fingerprints"] = dict(provenance.fingerprints)
         if provenance.parts:
             kept["parts"] = list(provenance.parts)
-        report = self._report(manifest, reduced, golden, threshold) | {"alternatives": others.record} | kept
+        report = self._report(manifest, reduced, threshold) | {"alternatives": others.record} | kept
         shutil.rmtree(self._root / ROUNDED, ignore_errors=True)
         manifest = bundle.finish(self._root, manifest, report, self._summary(manifest, reduced, others))
         self._lap("golden set and bundle")
@@ -201,42 +208,7 @@ class _Run:
         least = max(GOLDEN_FRAMES, len(self._staged.classes))
         return _indices(labelled, max(least, min(GATE_FRAMES, GATE_BYTES // labelled.images[0].nbytes)))
 
-    def _golden(self, chosen: list[int], full: Scored, threshold: Array, others: Mapping[str, Array]) -> dict[str, Any]:
-        """Write golden.npz (torch's values) and gate.npz; returns the tolerances they are to be replayed with.
-
-        chosen: the labelled frames of gate.npz. others: what gate.npz has of the alternative programs.
-        """
-        labelled = self._evidence.labelled
-        frames = _spread(labelled, max(GOLDEN_FRAMES, len(self._staged.classes)))
-        walk = Walk(self._staged, torch_call(self._staged))
-        values: dict[str, list[Array]] = {}
-        for image, class_id in zip(frames.images, frames.class_ids, strict=True):
-            walk.reset()
-            for name, array in walk.frame(image[None], int(class_id)).items():
-                values.setdefault(name, []).append(np.array(array))
-        stacked = {name: np.stack(arrays) for name, arrays in values.items()}
-        outputs = self._staged.outputs
-        named = {"score": stacked[outputs.score][:, 0], "map": stacked[outputs.map][:, 0]}
-        inputs = {"frames": frames.images, "class_ids": frames.class_ids}
-        bundle.save_npz(self._root, bundle.GOLDEN_FILE, {**inputs, **named, **stacked})
-        gate = labelled.select(chosen)
-        bundle.save_npz(
-            self._root,
-            bundle.GATE_FILE,
-            {
-                "frames": gate.images,
-                "class_ids": gate.class_ids,
-                "labels": gate.labels,
-                "score": full.score[chosen],
-                "threshold": threshold,
-                **others,
-            },
-        )
-        return {"stages": {stage.name: stage.tolerance for stage in self._staged.stages}, "score": verify.SCORE_PARITY}
-
-    def _report(
-        self, manifest: Manifest, reduced: Mapping[Variant, Reduced], golden: dict[str, Any], threshold: Array
-    ) -> dict[str, Any]:
+    def _report(self, manifest: Manifest, reduced: Mapping[Variant, Reduced], threshold: Array) -> dict[str, Any]:
         evidence = self._evidence
         return {
             "method": self._staged.method,
@@ -247,7 +219,6 @@ class _Run:
             "checks": verify.record(self._checks),
             "thresholds": dict(zip(self._staged.classes, map(float, threshold), strict=True)),
             "gates": {variant: vars(verify.GATES[variant]) for variant in reduced},
-            "golden_tolerance": golden,
             "variants": {variant: r.record() for variant, r in reduced.items()},
             "bytes": bundle.variant_bytes(self._root, manifest),
             "tensorrt": trtcheck.versions(),

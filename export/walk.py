@@ -70,6 +70,11 @@ class Walk:
         self._state = {name: np.array(array) for name, array in self._staged.state.items()}
         self._counters: dict[tuple[str, int], int] = {}
 
+    @property
+    def state(self) -> Mapping[str, Array]:
+        """What is carried from frame to frame, and all other state, by name."""
+        return self._state
+
     def frame(self, frame: Array, class_id: int = 0) -> dict[str, Array]:
         """Run one frame. frame: uint8 [1, height, width, 3]. Returns ``<stage>.<output>`` -> array.
 

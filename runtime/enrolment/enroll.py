@@ -22,7 +22,7 @@ from ..fingerprint import image_hash, pack
 from ..manifest import FileEntry, Manifest, State, Threshold
 from ..newest import export_time
 from ..program import Program
-from ..replay import GOLDEN
+from ..replay import GOLDEN, WARM, carries, play_warm
 from ..wiring import check, programs
 from .bank import Bank, BankSettings, build_bank, fill, principal
 from .distinct import alike, distinct
@@ -232,13 +232,15 @@ def _left_out(support: Support, bank: Bank, valid: Array) -> Iterator[tuple[Arra
 
 
 def _golden(bundle: Bundle, backend: Backend, support: Support) -> None:
-    """golden/golden.npz: every stage output of the FP32 program, as this machine's engines give them.
+    """golden/golden.npz: every stage output of the FP32 program, as this machine's engines give them; golden/warm.npz
+    where it carries anything from frame to frame.
 
     On the support mirrored and upside down: at the support itself every distance is a rounding error of zero, which no
     other engine or precision repeats.
     """
     frames = np.concatenate([support.frames[:, :, ::-1], support.frames[:, ::-1]])
     values: dict[str, list[Array]] = {}
+    ids, warm = np.zeros(len(frames), np.int32), {}
     with Program(bundle, backend) as program:
         for frame in frames:
             program.reset()
@@ -248,11 +250,15 @@ def _golden(bundle: Bundle, backend: Backend, support: Support) -> None:
             values.setdefault("map", []).append(np.array(result.map)[None])
             for key in program.outputs:
                 values.setdefault(key, []).append(np.array(program.read(key)))
+        if carries(bundle.manifest.program):
+            warm = play_warm(program, frames, ids)
     stacked = {key: np.stack(arrays) for key, arrays in values.items()}
-    stacked |= {"frames": frames, "class_ids": np.zeros(len(frames), np.int32)}
-    path = bundle.root / GOLDEN
-    path.parent.mkdir(exist_ok=True)
-    np.savez_compressed(path, allow_pickle=False, **stacked)
+    stacked |= {"frames": frames, "class_ids": ids}
+    for name, arrays in ((GOLDEN, stacked), (WARM, warm)):
+        path = bundle.root / name
+        path.parent.mkdir(exist_ok=True)
+        if arrays:
+            np.savez_compressed(path, allow_pickle=False, **arrays)
 
 
 @contextmanager

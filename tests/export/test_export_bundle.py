@@ -26,7 +26,7 @@ from andon.runtime.bundle import Bundle, read_npz
 from andon.runtime.engine.onnxruntime import OnnxRuntimeBackend
 from andon.runtime.errors import BundleError, ConfigError
 from andon.runtime.program import Program
-from andon.runtime.replay import gate_programs, replay_gate
+from andon.runtime.replay import GATE, GOLDEN, gate_programs, replay_gate
 from andon.train.method import AnomalyModel
 from torch import nn
 
@@ -43,7 +43,7 @@ def test_a_looped_method_exports_loads_and_replays(toy: Toy, tmp_path: Path) -> 
     assert verify.passed(result.checks)
     bundle = Bundle.load(tmp_path / "b")
     assert bundle.manifest.variants == ("fp32", "fp16", "int8")
-    golden = read_npz(bundle.root / writing.GOLDEN_FILE)
+    golden = read_npz(bundle.root / GOLDEN)
     with OnnxRuntimeBackend(threads=1) as backend, Program(bundle, backend) as program:
         for i, (frame, class_id) in enumerate(zip(golden["frames"], golden["class_ids"], strict=True)):
             program.reset()
@@ -54,7 +54,7 @@ def test_a_looped_method_exports_loads_and_replays(toy: Toy, tmp_path: Path) -> 
                 for output in stage.outputs:
                     found = program.read(f"{stage.name}.{output}")
                     np.testing.assert_allclose(found, golden[f"{stage.name}.{output}"][i], rtol=1e-3, atol=1e-4)
-    gate = read_npz(bundle.root / writing.GATE_FILE)
+    gate = read_npz(bundle.root / GATE)
     assert set(gate["labels"]) == {0, 1} and gate["threshold"].shape == (2,)
 
 
@@ -86,7 +86,7 @@ def test_every_product_is_in_what_is_replayed_on_the_device(
 
     monkeypatch.setattr(verify, "model_parity", noted)
     export(toy, tmp_path / "b")
-    for name in (writing.GOLDEN_FILE, writing.GATE_FILE):
+    for name in (GOLDEN, GATE):
         assert {*read_npz(tmp_path / "b" / name)["class_ids"]} == {0, 1}
     assert {*compared} == {0, 1}
 
