@@ -44,14 +44,24 @@ class DriftWatch:
                 found[product] = detail
         return found
 
-    def observe(self, camera: str, product: str, score: float) -> Watched:
-        """Hold a score against the reference of its camera and product, or take it into that; log what changes."""
+    def observe(self, camera: str, product: str, score: float, apart: bool) -> Watched:
+        """Hold a score against the reference of its camera and product, or take it into that; log what changes.
+
+        apart: it is known to be of another part than the one before.
+        """
         name = f"{camera}/{product}"
         if name not in self.monitors:
             self.monitors[name] = DriftMonitor(self._config.policy())
         monitor = self.monitors[name]
         learning = not monitor.complete
-        drift = monitor.observe(score)
+        drift = monitor.observe(score, apart)
+        completed = monitor.complete and (learning or drift.renewed)
+        if drift.renewed:
+            log.warning("camera %s: the drift reference of %s was of too few parts: replaced", camera, product)
+        if completed and not apart:
+            every = monitor.spacing.stride
+            often = "every score" if every == 1 else f"one score in {every} to {2 * every}"
+            log.info("camera %s: drift reference of %s taken; %s counts", camera, product, often)
         if drift.changed:
             detail = f"{product}: scores moved up, KS {drift.statistic:.2f} against {drift.critical:.2f}"
             log.warning("camera %s: drift %s (%s)", camera, "warning" if drift.warning else "cleared", detail)
@@ -59,7 +69,7 @@ class DriftWatch:
                 self._warnings[name] = detail
             else:
                 self._warnings.pop(name, None)
-        return Watched(drift.changed, drift.warning, learning, learning and monitor.complete)
+        return Watched(drift.changed, drift.warning, learning, completed)
 
     def reset(self) -> None:
         """Every monitor takes a new reference; what was warned of is over."""

@@ -117,7 +117,7 @@ class LineMemory:
         if scored is None or scored.score is None or not np.isfinite(scored.score):
             return
         if not self.teaches_first:
-            self._watch(frame.camera, scored.product or "", scored.score)
+            self._watch(frame, scored.product or "", scored.score)
         if scored.class_index is None:
             return
         self._warm_start.after_frame(program, scored.class_index)
@@ -132,7 +132,7 @@ class LineMemory:
         if scored.score is None or not np.isfinite(scored.score):
             return False
         if self.teaches_first:  # the second score is against its own patches: a freeze would look like drift
-            self._watch(frame.camera, scored.product or "", scored.score)
+            self._watch(frame, scored.product or "", scored.score)
         if scored.class_index is None:
             return False
         outcome = self._banks.learn(program, scored.class_index, scored.score, trusted=label == "OK")
@@ -144,12 +144,12 @@ class LineMemory:
         self._offer()
         return True
 
-    def _watch(self, camera: str, product: str, score: float) -> None:
+    def _watch(self, frame: Frame, product: str, score: float) -> None:
         if not self._config.drift.enabled:
             return
-        seen = self._drift.observe(camera, product, score)
+        seen = self._drift.observe(frame.camera, product, score, apart=frame.part_id is not None)
         if seen.changed:
-            self._note({"action": "drift", "camera": camera, "warning": seen.warning})
+            self._note({"action": "drift", "camera": frame.camera, "warning": seen.warning})
         # Whether or not anything is learnt: after a power cut a new reference would be taken from what has drifted.
         if seen.changed or seen.completed or (seen.learning and self._clock() >= self._save_due):
             self._offer()

@@ -42,12 +42,15 @@ class GuardConfig(Settings):
 
 
 class DriftConfig(Settings):
-    """Warning when scores have moved up (calib/drift.py)."""
+    """Warning when scores have moved up (calib/drift.py). Scores count that are of different parts: those of frames
+    with a part id, and of a camera that runs freely one now and then, as far apart as its first scores show to do."""
 
     enabled: bool = Field(default=True, description="Watch the scores of every camera and product")
-    reference: int = Field(default=100, ge=5, description="First scores, the reference")
-    window: int = Field(default=100, ge=5, description="Recent scores, held against them")
-    alpha: float = Field(default=1e-6, gt=0, lt=1, description="Chance of a false warning per frame")
+    reference: int = Field(default=100, ge=5, description="First scores that count, the reference")
+    window: int = Field(default=100, ge=5, description="Recent scores that count, held against them")
+    alpha: float = Field(
+        default=1e-6, gt=0, lt=1, description="Chance of a false warning per score that counts, while nothing moves"
+    )
 
     @model_validator(mode="after")
     def _can_warn(self) -> DriftConfig:

@@ -94,13 +94,14 @@ class Station:
         self.memory = LineMemory(self.detector.program, config, folder)
         self.seq = 0
 
-    def see(self, value, product="a", label=None):
+    def see(self, value, product="a", label=None, named=True):
+        """Score a picture of one shade and let the memory see it; named: with a part id, as a trigger gives it."""
         image = np.full((4, 4, 3), value, np.uint8)
         scored = self.detector.judge_image(image, product)
         now = datetime.now(timezone.utc)
         self.seq += 1
         verdict = Verdict(str(self.seq), "cam", self.seq, now, now, label or scored.label, "", product=product)
-        frame = Frame("cam", self.seq, now, 0.0, image)
+        frame = Frame("cam", self.seq, now, 0.0, image, part_id=str(self.seq) if named else None)
         self.memory.after_frame(self.detector.program, Judgement(verdict, scored), frame)
         return scored.score
 

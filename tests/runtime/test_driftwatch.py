@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from andon.runtime.driftwatch import DriftWatch
 from andon.runtime.errors import ConfigError
 from andon.runtime.memoryconfig import DriftConfig, MemoryConfig
 
@@ -73,3 +74,44 @@ def test_a_drift_warning_ends_where_drift_is_not_watched(station):
     assert station(DRIFTS).memory.drift("cam"), "it survives a restart"
     again = station(DRIFTS.model_copy(update={"drift": DriftConfig(enabled=False)}))
     assert again.memory.drift("cam") == {} and again.memory.describe()["drift_score"] == {}
+
+
+def test_pictures_of_a_camera_that_runs_freely_are_not_counted_one_by_one(station):
+    line = station(DRIFTS)
+    for index in range(30):
+        line.see(100 + index // 10, label="NG", named=False)
+    assert not line.memory._drift.monitors["cam/a"].complete
+    line.memory._offer()
+    line.memory._saver.flush()
+    (restored,) = station(DRIFTS).memory._drift.monitors.values()
+    assert len(restored.spacing.state()["measuring"]) == 30, "what was measured outlives a power cut"
+    for _ in range(12):
+        line.see(100, product="b", label="NG")
+    assert line.memory._drift.monitors["cam/b"].complete
+
+
+def test_what_counts_of_a_camera_that_runs_freely_is_said_when_it_is_known(caplog):
+    caplog.set_level("INFO")
+    rng, watch = np.random.default_rng(0), DriftWatch(DriftConfig())
+    for level in rng.normal(size=600):
+        for _ in range(3):
+            watch.observe("cam", "nut", level + rng.normal(0, 0.1), False)
+            watch.observe("cam2", "nut", level, True)
+    every = watch.monitors["cam/nut"].spacing.stride
+    said = [record.message for record in caplog.records]
+    assert said == [f"camera cam: drift reference of nut taken; one score in {every} to {2 * every} counts"]
+
+
+def test_each_product_of_a_camera_drifts_for_itself():
+    watch = DriftWatch(DriftConfig(reference=10, window=10, alpha=0.01))
+    for level in range(10):
+        for where in ("cam/bolt", "cam/nut", "cam2/nut"):
+            watch.observe(*where.split("/"), level, True)
+    for level in range(20, 30):
+        watch.observe("cam", "nut", level, True)
+    assert list(watch.warnings("cam")) == ["nut"] and watch.warnings("cam2") == {}
+    for level in range(20, 30):
+        watch.observe("cam", "bolt", level, True)
+        watch.observe("cam2", "nut", level, True)
+    assert sorted(watch.warnings("cam")) == ["bolt", "nut"]
+    assert watch.warnings("cam")["nut"] == "nut: scores moved up, KS 1.00 against 0.68"

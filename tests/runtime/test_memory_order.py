@@ -42,7 +42,8 @@ class Judged(Station):
     def see(self, value):
         """The verdict of a picture of one shade."""
         self.seq += 1
-        frame = Frame("cam", self.seq, datetime.now(timezone.utc), 0.0, np.full((4, 4, 3), value, np.uint8))
+        image = np.full((4, 4, 3), value, np.uint8)
+        frame = Frame("cam", self.seq, datetime.now(timezone.utc), 0.0, image, part_id=str(self.seq))
         judgement = self.judge.judge(frame)
         self.memory.after_frame(self.detector.program, judgement, frame)
         return judgement.verdict
