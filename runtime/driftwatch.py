@@ -71,11 +71,12 @@ class DriftWatch:
                 self._warnings.pop(name, None)
         return Watched(drift.changed, drift.warning, learning, completed)
 
-    def reset(self) -> None:
-        """Every monitor takes a new reference; what was warned of is over."""
-        for monitor in self.monitors.values():
-            monitor.reset()
-        self._warnings.clear()
+    def reset(self, camera: str | None = None) -> None:
+        """Every monitor, or those of a camera, takes a new reference; what they warned of is over."""
+        for name, monitor in self.monitors.items():
+            if camera in (None, name.split("/", 1)[0]):
+                monitor.reset()
+                self._warnings.pop(name, None)
 
     def describe(self) -> dict[str, Any]:
         """For status, web page and command results."""

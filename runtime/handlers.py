@@ -119,7 +119,7 @@ class Handlers:
         return {"part_id": arguments["part_id"]}
 
     def memory(self, camera: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Freeze, unfreeze, snapshot, roll back or reset the memory."""
+        """Freeze, unfreeze, snapshot, roll back or reset the memory, or a new drift reference for the camera."""
         worker = self._app.worker
 
         def act() -> dict[str, Any]:
@@ -128,7 +128,7 @@ class Handlers:
                     "this line has no online memory",
                     next_step="use a bundle with a memory and set memory.enabled in the configuration",
                 )
-            return worker.memory.command(arguments["action"], arguments)
+            return worker.memory.command(arguments["action"], {**arguments, "camera": camera})
 
         return worker.call(act)
 

@@ -72,7 +72,7 @@ class OnlineMemory(Protocol):
         ...
 
     def command(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """freeze, unfreeze, snapshot, rollback, reset. AndonError when refused."""
+        """freeze, unfreeze, snapshot, rollback, reference, reset. AndonError when refused."""
         ...
 
     def describe(self) -> dict[str, Any]:

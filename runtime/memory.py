@@ -207,9 +207,10 @@ class LineMemory:
     # -- commands ----------------------------------------------------------------------------------------------------
 
     def command(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Execute freeze, unfreeze, snapshot, rollback (`version`, else the newest older one) or reset.
+        """Execute freeze, unfreeze, snapshot, rollback (`version`, else the newest older one), reference or reset.
 
-        Where there is no memory but a drift watch, reset gives that a new reference, and is all there is.
+        reference: the drift watch of `camera` (else of all) takes a new reference; what was learnt stays. Where there
+        is no memory but a drift watch, this and reset, which does the same for all cameras, are all there is.
 
         Raises:
             ConfigError: unknown action, or there is no memory to command.
@@ -220,11 +221,19 @@ class LineMemory:
             "unfreeze": lambda _: self._banks.freeze(False),
             "snapshot": lambda _: self._snapshot(),
             "rollback": lambda a: self._rollback(a.get("version")),
+            "reference": lambda a: self._drift.reset(a.get("camera")),
             "reset": lambda _: self._reset(),
         }
         if name not in actions:
             raise ConfigError(f"no memory action '{name}'", found=name, expected=", ".join(actions))
-        if not self._banks.calibrators and not (name == "reset" and self._config.drift.enabled):
+        if name == "reference" and not self._config.drift.enabled:
+            raise ConfigError(
+                "this line watches no drift",
+                found="memory.drift.enabled: false",
+                next_step="set memory.drift.enabled: true in the line configuration",
+            )
+        watch_only = name in ("reference", "reset") and self._config.drift.enabled
+        if not self._banks.calibrators and not watch_only:
             raise ConfigError(
                 "this line has no memory to command",
                 found="memory.enabled: false" if not self._config.enabled else "a bundle without memory",
@@ -234,6 +243,8 @@ class LineMemory:
         before = self._versions.number
         actions[name](arguments)
         entry = {"action": name, "before": before, "version": self._versions.number, "by": arguments.get("by")}
+        if name == "reference":
+            entry["camera"] = arguments.get("camera")
         self._note(entry, sync=True)
         if name != "snapshot":
             self._offer()

@@ -84,6 +84,10 @@ def test_memory_learns_obeys_and_survives(
         back = command(action="rollback", version=pinned["version"])
         assert back["rows"] == pinned["rows"] and back["version"] > pinned["version"]
         consumer.until(lambda: consumer.of("verdict")[-1]["memory_version"] > back["version"] + 2)
+        assert command(action="reference")["rows"]["disc"] > 0
+        audit = next(line.parent.rglob("memory/audit.jsonl")).read_text(encoding="utf-8").splitlines()
+        (renewed,) = [entry for entry in map(json.loads, audit) if entry["action"] == "reference"]
+        assert renewed["camera"] == "cam0"
     finally:
         process.send_signal(signal.SIGKILL)
         process.communicate()

@@ -162,6 +162,8 @@ def test_not_an_id() -> None:
         ("memory", {"action": "freeze"}, True),
         ("memory", {"action": "rollback", "version": 3}, True),
         ("memory", {"action": "freeze", "version": 3}, False),
+        ("memory", {"action": "reference", "by": "Ada"}, True),
+        ("memory", {"action": "reference", "version": 3}, False),
         ("memory", {"action": "forget"}, False),
         ("product", {"product": "poly"}, True),
         ("rebuild", {}, True),

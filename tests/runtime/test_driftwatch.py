@@ -115,3 +115,36 @@ def test_each_product_of_a_camera_drifts_for_itself():
         watch.observe("cam2", "nut", level, True)
     assert sorted(watch.warnings("cam")) == ["bolt", "nut"]
     assert watch.warnings("cam")["nut"] == "nut: scores moved up, KS 1.00 against 0.68"
+    watch.reset("cam")
+    assert watch.warnings("cam") == {} and list(watch.warnings("cam2")) == ["nut"]
+    assert not watch.monitors["cam/bolt"].complete and watch.monitors["cam2/nut"].complete
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_new_reference_leaves_what_was_learnt(station, enabled):
+    config = DRIFTS.model_copy(update={"enabled": enabled})
+    line, rng = station(config), np.random.default_rng(0)
+    for _ in range(12):
+        line.see(int(rng.integers(100, 103)))
+    for _ in range(12):
+        line.see(int(rng.integers(106, 109)), label="NG")
+    learnt, version = line.memory.describe().get("rows"), line.memory.version("a")
+    assert line.memory.drift("cam") and (not enabled or learnt["a"] > 0)
+    answer = line.memory.command("reference", {"camera": "other"})
+    assert answer["drift"] == ["cam/a"], "another camera's is its own"
+    answer = line.memory.command("reference", {"camera": "cam", "by": "Ada"})
+    assert answer["drift"] == [] and answer.get("rows") == learnt and answer["version"] == version
+    last = line.memory._audit.entries()[-1]
+    assert (last["action"], last["camera"], last["by"]) == ("reference", "cam", "Ada")
+    again = station(config)  # after a power cut
+    assert again.memory.drift("cam") == {} and again.memory.describe().get("rows") == learnt
+    for _ in range(25):
+        again.see(int(rng.integers(106, 109)), label="NG")
+    assert again.memory.drift("cam") == {}, "what was a drift is usual now"
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_no_new_reference_where_drift_is_not_watched(station, enabled):
+    line = station(DRIFTS.model_copy(update={"enabled": enabled, "drift": DriftConfig(enabled=False)}))
+    with pytest.raises(ConfigError, match="watches no drift"):
+        line.memory.command("reference", {"camera": "cam"})
