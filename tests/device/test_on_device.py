@@ -12,7 +12,7 @@ from andon.runtime.bundle import Bundle
 from andon.runtime.engine.base import Backend
 from andon.runtime.engine.onnxruntime import OnnxRuntimeBackend
 from andon.runtime.program import Program
-from andon.runtime.replay import replay_gate, replay_golden
+from andon.runtime.replay import WARM, golden_size, replay_gate, replay_golden, replay_warm
 
 from ..runtime.test_program import looped  # type: ignore[import-not-found]
 
@@ -62,5 +62,6 @@ def test_an_exported_bundle_keeps_its_decisions(cache: Path) -> None:
     with Bundle.load(os.environ["ANDON_DEVICE_BUNDLE"]) as bundle, tensorrt(cache) as backend:
         for variant in bundle.manifest.variants:
             with Program(bundle, backend, variant) as program:
-                failed = [check for check in replay_golden(program) + replay_gate(program) if not check.ok]
+                warm = replay_warm(program) if golden_size(bundle, WARM) else []
+                failed = [check for check in (*replay_golden(program), *warm, *replay_gate(program)) if not check.ok]
                 assert not failed
