@@ -28,6 +28,7 @@ from ..runtime.quality import Metrics, mean_metrics, table
 from ..runtime.remarks import remarks
 from ..runtime.verdict import readable
 from . import distributed
+from .alike import group_warnings
 from .augment import augmented, described
 from .backbones import absolute_weights, backbones_in
 from .checkpoint import (
@@ -224,6 +225,8 @@ def train(request: Request) -> dict[str, Any]:
     show = distributed.is_main()
     trainset = extract(model, fitting, device=device, progress=show)
     calibration = extract(model, constants, device=device, progress=show)
+    for text in group_warnings(trainset, data.products) if show and split.thresholds and not parts else ():
+        _say(text)
     fingerprints = {  # now: what cannot be read must not cost the training
         "fitted": pack(trainset.hashes),
         "constants": pack(calibration.hashes),
