@@ -265,7 +265,7 @@ class TensorRTBackend:
         row = target.nbytes // target.shape[0] if target.shape and start else 0
         if array.nbytes + start * row > target.nbytes:
             raise EngineError("upload past the end of a buffer", found=array.shape, expected=target.shape)
-        whole = array if array.flags.c_contiguous else array.copy(order="C")
+        whole = np.ascontiguousarray(array)  # itself where it is
         self._cuda.upload(target.address + start * row, whole)
         if whole is not array:
             self._cuda.synchronize()  # the copy goes with this call

@@ -234,6 +234,7 @@ def test_an_evidence_folder_that_somebody_removed_is_made_again(
     bad = make_judge().judge(frame(picture(250)))
     folder = tmp_path / "evidence"
     with EvidenceStore(EvidenceConfig(), folder) as store:
+        eventually(folder.is_dir)  # the store's thread makes it
         folder.rmdir()
         path = store.keep(bad.verdict, picture(250), bad.scored.map, bad.box, 0.5)
         eventually(lambda: store.written + store.failed == 1)
