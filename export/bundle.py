@@ -21,11 +21,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tarfile
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -92,36 +89,6 @@ def default_path(method: str, provenance: Provenance) -> Path:
 def tar_path(bundle: Path) -> Path:
     """Where :func:`pack` packs a bundle directory."""
     return bundle.with_name(bundle.name + ".tar")
-
-
-def require_new(target: Path) -> None:
-    """Refuse to write over what is there.
-
-    Raises:
-        ConfigError: `target` exists.
-    """
-    if target.exists():
-        raise ConfigError(
-            f"{target} exists", found="a file or folder", expected="a new name", next_step="give another --out"
-        )
-
-
-@contextmanager
-def new_bundle(target: Path) -> Iterator[Path]:
-    """A temporary directory beside `target` that becomes `target` when the block ends without an error.
-
-    Raises:
-        ConfigError: `target` exists already.
-    """
-    require_new(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield building
-        building.chmod(0o755)
-        building.rename(target)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def save_stage(root: Path, stage: str, variant: str, model: onnx.ModelProto) -> str:

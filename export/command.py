@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ..runtime.bundlefiles import require_new
 from ..runtime.commands.numbers import count
 from ..runtime.errors import ConfigError, quoted
 from ..train.registry import list_methods
@@ -55,9 +56,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from .nextstep import calibrate_step
 
     if args.out:  # now: what is there, another bundle's tar too, is found before the work, and not replaced
-        bundle.require_new(args.out)
+        require_new(args.out)
         if args.tar:
-            bundle.require_new(bundle.tar_path(args.out))
+            require_new(bundle.tar_path(args.out))
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
     checkpoint = args.checkpoint or newest_checkpoint(args.method)
     origin = read_provenance(checkpoint)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..runtime.bundlefiles import new_bundle
 from ..runtime.errors import AndonError, ConfigError
 from ..runtime.manifest import Manifest, Stage, Variant
 from ..train.method import AnomalyModel
@@ -91,7 +92,7 @@ def export_bundle(
         )
     target = request.out or bundle.default_path(staged.method, provenance)
     shipped.require_warm_starts(staged)
-    with bundle.new_bundle(target) as root:
+    with new_bundle(target) as root:
         run = _Run(root, model, staged, evidence, request, say)
         export = run.export(target, provenance)
     export.path = target

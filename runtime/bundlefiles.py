@@ -1,10 +1,14 @@
-"""What the files of a bundle may be, packed or not: how many, how large, and nowhere but in its directory."""
+"""A bundle's files, packed or not: how many, how large, nowhere but in its directory; and how a new one comes to be."""
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from .errors import BundleError
+from .errors import BundleError, ConfigError
 
 MAX_FILE_BYTES = 4 << 30
 MAX_TOTAL_BYTES = 8 << 30
@@ -38,3 +42,33 @@ def inside(root: Path, name: str) -> Path:
                 next_step="do not use this bundle; " + COPY_AGAIN,
             )
     return path
+
+
+def require_new(target: Path) -> None:
+    """Refuse to write over what is there.
+
+    Raises:
+        ConfigError: `target` exists.
+    """
+    if target.exists():
+        raise ConfigError(
+            f"{target} exists", found="a file or folder", expected="a new name", next_step="give another --out"
+        )
+
+
+@contextmanager
+def new_bundle(target: Path) -> Iterator[Path]:
+    """A temporary directory beside `target` that becomes `target` when the block ends without an error.
+
+    Raises:
+        ConfigError: `target` exists already.
+    """
+    require_new(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield building
+        building.chmod(0o755)
+        building.rename(target)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)

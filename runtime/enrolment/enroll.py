@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle import DIGEST, MANIFEST, Bundle, hash_file, write_manifest
+from ..bundlefiles import new_bundle
 from ..engine.base import Backend
 from ..errors import ConfigError
 from ..fingerprint import image_hash, pack
@@ -109,7 +108,7 @@ def enroll(source: Bundle, backend: Backend, name: str, support: Support, target
         patches = [extract(frame) for frame in support.frames]
         much_alike = alike(support.frames, patches, extract)
     product = enroll_product(source.manifest, patches, list(support.masks))
-    with _new_folder(target) as root:
+    with new_bundle(target) as root:
         draft = _write(source, root, target.name, name, product.state)
         thresholds = provisional_thresholds(draft, backend, support, product.bank)
         _golden(draft, backend, support)
@@ -259,20 +258,3 @@ def _golden(bundle: Bundle, backend: Backend, support: Support) -> None:
         path.parent.mkdir(exist_ok=True)
         if arrays:
             np.savez_compressed(path, allow_pickle=False, **arrays)
-
-
-@contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that becomes it when the block ends well."""
-    if target.exists():
-        raise ConfigError(
-            f"{target} exists", found="a file or folder", expected="a new name", next_step="give another --out"
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield building
-        building.chmod(0o755)
-        building.rename(target)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
