@@ -120,6 +120,7 @@ class Session:
             )
         except (OSError, ssl.SSLError, ValueError) as error:
             raise Lost(explain(error, self._broker)) from error
+        self._backlog = Backlog(time.monotonic())  # before there was a connection nothing could lie there
         if (option := getattr(socket, "TCP_NOTSENT_LOWAT", None)) is not None:
             self._socket().setsockopt(socket.IPPROTO_TCP, option, _UNSENT)
         self._selector.register(self._wake, selectors.EVENT_READ)

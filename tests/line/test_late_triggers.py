@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from andon.runtime.broker import EmbeddedBroker
 from andon.runtime.errors import ConfigError
 from andon.runtime.handlers import Handlers
-from andon.runtime.lineconfig import TriggerConfig
+from andon.runtime.lineconfig import BrokerConfig, TriggerConfig
+from andon.runtime.mqtt import session
 from andon.runtime.mqtt.backlog import LOOK, Backlog
+from andon.runtime.mqtt.hooks import Hooks
+from andon.runtime.outbox import Outbox
 from andon.runtime.slot import Trigger
 
 from .running import LIVE, RunningLine
@@ -97,6 +103,30 @@ def test_what_lay_there_while_nobody_looked_is_late_until_all_is_read() -> None:
     for look in range(1, 100):  # acknowledgements without a pause
         backlog.looked(127 + look * LOOK, empty=False)
     assert backlog.late(127 + 99 * LOOK) == 0
+
+
+def test_what_comes_on_a_new_connection_is_not_late_because_connecting_took_long(
+    tmp_path: Path, broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skipped = [0.0]
+    monkeypatch.setattr(session, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + skipped[0]))
+    hooks = Hooks(lambda state: b"{}", lambda: None, *[lambda *_: None] * 4)
+    wake, other = os.pipe()
+    with Outbox(tmp_path / "outbox.db") as outbox:
+        config = BrokerConfig(port=broker.port)
+        connection = session.Session(config, "a", "andon/v1/a/b/c", ["cam0"], outbox, 8, hooks, wake)
+        connect = connection._client.connect
+
+        def slowly(*arguments: Any, **more: Any) -> Any:
+            skipped[0] = 100.0  # a name that is looked up, TLS on a CPU that builds engines
+            return connect(*arguments, **more)
+
+        monkeypatch.setattr(connection._client, "connect", slowly)
+        connection.open(lambda: False)
+        assert connection._backlog.late(session.time.monotonic()) < 50
+        connection.close()
+    os.close(wake)
+    os.close(other)
 
 
 def test_parts_announced_while_the_station_was_held_up_get_no_later_picture(
