@@ -57,7 +57,7 @@ def test_memory_learns_obeys_and_survives(
     folder, bundle = parts
     source = {"kind": "folder", "path": str(folder), "loop": True, "fps": 30}
     line = make_line(
-        {"cam0": {"source": source, "product": "disc"}},
+        {"cam0": {"source": source, "product": "disc", "drop": "block"}},  # or engines that open slowly cost the frames
         bundle=str(bundle),
         broker={"host": broker.host, "port": broker.port},
         memory={"enabled": True, "save_every": 0.2, "guard": {"quantile": 1.0, "window": 10, "warmup": 5}},
