@@ -21,7 +21,7 @@ from .alarm import AlarmBoard, Kind
 from .alarm import payload as alarm_payload
 from .bundle import Bundle
 from .deliverywatch import DeliveryWatch
-from .detector import AUTO, Detector
+from .detector import Detector
 from .engine.select import open_backend
 from .errors import AndonError
 from .evidence import EvidenceStore
@@ -393,7 +393,7 @@ class LineApp:
 
     def _never_judged(self, item: Frame | Missed, why: str) -> Judgement:
         product = self.overrides.products.get(item.camera, self.config.cameras[item.camera].product)
-        return self._unjudged.verdict(item, why, self.ids.next(), None if product == AUTO else product)
+        return self._unjudged.verdict(item, why, self.ids.next(), product)
 
     def _camera_state(self, state: CameraState) -> None:
         """Called by camera threads: publish, and let the alarm board know, on the thread that owns it."""

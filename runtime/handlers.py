@@ -100,7 +100,6 @@ class Handlers:
         now, delay = time.monotonic(), settings.delay_ms / 1000 if settings else 0.0
         timeout = settings.timeout_ms / 1000 if settings else TRIGGER_TIMEOUT
         judge = self._app.worker.judge  # none while engines are built: then the line has no product to expect yet
-        expected = judge.product_of(camera) if judge is not None else AUTO
         age = _age(arguments["ts"]) if "ts" in arguments else 0.0
         late = max(age, arguments.get("late", 0.0))
         trigger = Trigger(
@@ -108,7 +107,7 @@ class Handlers:
             at=now + delay,  # not from `ts`: clocks that are a little off would shift every picture
             deadline=now + delay + timeout - late,
             product=arguments.get("product"),
-            expected=None if expected == AUTO else expected,
+            expected=None if judge is None else judge.product_of(camera),
         )
         if age < -timeout:  # one of the clocks is wrong: nothing says when it was sent
             detail = f"the trigger's ts is {-age:.1f} s ahead of this station's clock"

@@ -48,8 +48,8 @@ class Missed:
 class Trigger:
     """A part announced for a camera. `at` and `deadline` are monotonic seconds; the frame is captured after `at`.
 
-    product: as which it was announced; expected: what the camera expected then, for a frame that brings none: a product
-    commanded afterwards is of the parts behind it.
+    product: as which it was announced; expected: what the camera expected then (`auto`, too), for a frame that brings
+    none: a product commanded afterwards is of the parts behind it.
     detail: what is said of a part that has no frame by the deadline.
     """
 

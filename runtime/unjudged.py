@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
+from .detector import AUTO
 from .judge import Judgement
 from .slot import Missed, missed
 from .types import Frame, Verdict
@@ -21,8 +22,12 @@ class Unjudged:
     method: str
     bundle: str
 
-    def verdict(self, item: Frame | Missed, why: str, identifier: str, product: str | None) -> Judgement:
-        """UNKNOWN, for its own reason where it has no picture, else engine_error. why: said of one with a picture."""
+    def verdict(self, item: Frame | Missed, why: str, identifier: str, expected: str) -> Judgement:
+        """UNKNOWN, for its own reason where it has no picture, else engine_error.
+
+        why: said of one with a picture. expected: product that its camera expects, of one that brings none.
+        """
+        product = item.product or expected
         if isinstance(item, Frame):
             item = missed(item, "engine_error", why)
         verdict = Verdict(
@@ -33,7 +38,7 @@ class Unjudged:
             ts_judged=datetime.now(timezone.utc),
             label="UNKNOWN",
             reason=item.reason,
-            product=item.product or product,
+            product=None if product == AUTO else product,
             part_id=item.part_id,
             method=self.method,
             bundle=self.bundle,

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 from andon.runtime.broker import EmbeddedBroker
 from andon.runtime.errors import ConfigError
@@ -22,7 +23,9 @@ from andon.runtime.mqtt import session
 from andon.runtime.mqtt.backlog import LOOK, Backlog
 from andon.runtime.mqtt.hooks import Hooks
 from andon.runtime.outbox import Outbox
-from andon.runtime.slot import Trigger
+from andon.runtime.slot import LanePolicy, Slots, Trigger
+from andon.runtime.types import Frame
+from andon.runtime.unjudged import Unjudged
 
 from .running import LIVE, RunningLine
 
@@ -48,6 +51,18 @@ def announced(age: float | None = None, **arguments: Any) -> Trigger:
     assert isinstance(trigger, Trigger)
     assert trigger.at >= before, "never a frame of before it came"
     return replace(trigger, at=trigger.at - before, deadline=trigger.deadline - before)
+
+
+def test_a_part_of_before_a_product_command_is_told_by_the_classifier_where_that_told_them() -> None:
+    slots, camera = Slots({"a": LanePolicy()}), SimpleNamespace(trigger=None)
+    worker = SimpleNamespace(judge=SimpleNamespace(product_of=lambda camera: "auto"))
+    app: Any = SimpleNamespace(config=SimpleNamespace(cameras={"a": camera}), slots=slots, worker=worker)
+    Handlers(app).trigger("a", {"part_id": "p"})
+    now = datetime.now(timezone.utc)
+    slots.put(Frame("a", 0, now, time.monotonic(), np.zeros((2, 2, 3), np.uint8)))
+    item = slots.take(0)
+    assert item is not None and (item.part_id, item.product) == ("p", "auto"), "not as commanded later"
+    assert Unjudged("m", "b").verdict(item, "stopped", "1", "mono").verdict.product is None
 
 
 @pytest.mark.parametrize(
