@@ -115,12 +115,12 @@ class EvidenceStore:
         return str(path)
 
     def _run(self) -> None:
-        broken, found = "", False  # what went wrong last; whether earlier pictures are known
+        broken, unlisted, found = "", "", False  # what went wrong last, each; whether earlier pictures are known
         job: _Job | None
         while True:
             if not found:  # a share may be away at the start
-                failed = self._attempt(self._find, broken)
-                found, broken = not failed, failed or broken
+                unlisted = self._attempt(self._find, unlisted, broken)
+                found = not unlisted
             try:
                 job = self._jobs.get(timeout=_LOOK)
             except queue.Empty:
@@ -129,19 +129,19 @@ class EvidenceStore:
                 continue
             if job is None:
                 return
-            failed = self._attempt(partial(self._write, job), broken)
+            failed = self._attempt(partial(self._write, job), broken, unlisted)
             self.failed += bool(failed)
             if broken and not failed:
                 log.info("evidence is written again")
             broken = failed
 
     @staticmethod
-    def _attempt(work: Callable[[], None], before: str) -> str:
+    def _attempt(work: Callable[[], None], *before: str) -> str:
         """What went wrong, empty if nothing did; said unless it is what went wrong before."""
         try:
             work()
         except Exception as error:  # noqa: BLE001 - a picture that cannot be drawn must not end the others
-            if str(error) != before:
+            if str(error) not in before:
                 log.error("evidence cannot be written: %s", error)
             return str(error) or type(error).__name__
         return ""
@@ -159,10 +159,10 @@ class EvidenceStore:
         found: dict[Path, int] = {}
         others: list[str] = []
         for day in self._folder.glob("*/*"):
-            if not (_DAY.fullmatch(day.name) and day.is_dir()):
+            if not _DAY.fullmatch(day.name):
                 continue
             if self._cameras is not None and day.parent.name not in self._cameras:
-                others.append(day.parent.name)
+                others.append(day.parent.name)  # not looked at: it may be closed to us
                 continue
             for path, size in _pictures(day):
                 if path.suffix == ".jpg":
@@ -243,7 +243,7 @@ class EvidenceStore:
 
 def _pictures(day: Path) -> Iterator[tuple[Path, int]]:
     """The pictures of a day, whole and half, with their bytes; none of a folder that this user may not read."""
-    with contextlib.suppress(PermissionError), os.scandir(day) as entries:
+    with contextlib.suppress(PermissionError, NotADirectoryError), os.scandir(day) as entries:
         for entry in entries:
             if _PICTURE.fullmatch(entry.name):
                 with contextlib.suppress(FileNotFoundError):  # removed since it was listed

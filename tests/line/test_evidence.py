@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from typing import Any
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -175,6 +176,40 @@ def test_a_folder_that_comes_later_is_used_then(
         eventually(lambda: store.written == 1)
     assert path is not None and Path(path).is_file()
     assert "evidence cannot be written" in caplog.text
+
+
+def test_earlier_pictures_that_cannot_be_listed_are_said_once(
+    make_judge: Callable[..., Judge],
+    tmp_path: Path,
+    eventually: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "evidence" / "cam" / "2026-01-01").mkdir(parents=True)
+    monkeypatch.setattr("andon.runtime.evidence._pictures", Mock(side_effect=OSError(5, "Input/output error")))
+    bad = make_judge().judge(frame(picture(255)))
+    with EvidenceStore(EvidenceConfig(), tmp_path / "evidence", cameras=["cam"]) as store:
+        for count in (1, 2, 3):
+            store.keep(bad.verdict, picture(255), None, bad.box, None)
+            eventually(lambda count=count: store.written == count)
+    said = [text for text in caplog.messages if "evidence" in text]
+    assert said == ["evidence cannot be written: [Errno 5] Input/output error"]
+
+
+def test_a_closed_folder_of_somebody_else_keeps_none_of_ours_from_being_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, eventually: Callable[..., None]
+) -> None:
+    is_dir = Path.is_dir
+
+    def closed(path: Path) -> bool:
+        if path.parent.name == "other":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_dir(path)
+
+    (tmp_path / "other" / "2026-01-01").mkdir(parents=True)
+    monkeypatch.setattr(Path, "is_dir", closed)  # where it may be listed and not entered
+    with EvidenceStore(EvidenceConfig(), tmp_path, cameras=["cam"]):
+        eventually(lambda: "this line has not (other)" in caplog.text)
 
 
 def test_a_picture_has_its_name_once_the_disk_has_it(
