@@ -145,6 +145,7 @@ class LineWorker:
                 raise _stopping()
             self.judge = self.memory = None
         self._shut()
+        self._engine_watch = EngineWatch()  # the failures were of the engines before
         self._open_engines(bundle)
 
     @property

@@ -113,6 +113,18 @@ def make_with(board: AlarmBoard) -> tuple[Any, dict[str, str]]:
     return line, drifted
 
 
+def test_failures_of_the_engines_before_do_not_count_against_new_ones() -> None:
+    line, slots, finished = make()
+    line.start()
+    assert line.wait_ready(10)
+    watches = [line.call(lambda: line._engine_watch)]
+    line.call(lambda: line.reopen(Mock()))
+    watches.append(line.call(lambda: line._engine_watch))
+    assert watches[0] is not watches[1]
+    slots.close()
+    assert finished.wait(10) and line.join(10)
+
+
 def test_a_line_that_stops_begins_no_build() -> None:
     line, slots, finished = make()
     line.start()
