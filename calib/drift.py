@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import CalibrationError
-from .spacing import Spacing, Standstill
+from .spacing import Pace, Spacing, Standstill
 
 Array = NDArray[Any]
 
@@ -56,7 +56,7 @@ class DriftPolicy:
 @dataclass(frozen=True)
 class Drift:
     """warning: the state now; changed: it changed with this score; statistic against critical; renewed: the reference
-    was thrown away, since the version that took it had taken scores of too few parts."""
+    was thrown away, as it was of too few parts: an earlier version took it, or the line stood or was faster then."""
 
     warning: bool
     changed: bool
@@ -76,6 +76,7 @@ class DriftMonitor:
     def __init__(self, policy: DriftPolicy) -> None:
         self.policy = policy
         self.spacing = Spacing()
+        self._pace = Pace()
         self._reference: list[float] = []
         self._complete = False
         self._standstill, self._standing = Standstill(()), False
@@ -116,6 +117,10 @@ class DriftMonitor:
         for each in counted:
             if apart or not self._stands(each):
                 self._count(each)
+                if not apart and self._pace.add(each):
+                    renewed = True
+                    self.reset()
+                    break
         return Drift(self._warning, self._warning != before, self._statistic, self.critical, renewed)
 
     def _count(self, score: float) -> None:
@@ -150,7 +155,7 @@ class DriftMonitor:
     def reset(self) -> None:
         """Take a new reference from the next scores, and measure anew which of them are of different parts."""
         self._begin()
-        self.spacing, self._of_parts = Spacing(), True
+        self.spacing, self._pace, self._of_parts = Spacing(), Pace(), True
 
     def _begin(self) -> None:
         self._reference, self._complete, self._warning, self._statistic = [], False, False, 0.0

@@ -90,6 +90,41 @@ def neighbours(scores: Sequence[float]) -> float:
     return float(ranks[1:] @ ranks[:-1]) / scale if scale > 0 else 0.0
 
 
+class Pace:
+    """Whether scores that were picked are of few parts after all: the line stood while they were measured, or one part
+    was in view throughout, so that nothing but noise told them apart; or the line has become much slower.
+
+    Scores of one part are nearly equal, those a while apart are not. A step or a trend of them does neither: it moves
+    few of the differences, and medians are compared. Every score is looked at, and every 4th, 16th and 64th.
+    """
+
+    _LAG = MEASURED // 8
+    _NEAR = 0.4  # as a share; of different parts it is 1, give or take a tenth
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._scores: dict[int, list[float]] = {1: [], 4: [], 16: [], 64: []}
+
+    def add(self, score: float) -> bool:
+        """Whether the latest scores, this one included, show that."""
+        few = False
+        for every, scores in self._scores.items():
+            if self._count % every == 0:
+                scores.append(score)
+                if len(scores) == MEASURED:
+                    near, far = (_difference(scores, lag) for lag in (1, self._LAG))
+                    few |= near < self._NEAR * far
+                    del scores[: MEASURED // 2]
+        self._count += 1
+        return few
+
+
+def _difference(scores: Sequence[float], lag: int) -> float:
+    """Median difference of scores that are so far apart."""
+    values = np.asarray(scores)
+    return float(np.median(np.abs(values[lag:] - values[:-lag])))
+
+
 class Standstill:
     """Whether one scene has been in view for a while, as it is where a line stops: its score is then no new part's.
 

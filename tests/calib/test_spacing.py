@@ -139,3 +139,28 @@ def test_a_reference_of_parts_that_an_earlier_version_took_is_kept(apart):
     assert not watch(new, pictures(rng, 250, 1), apart)
     assert new.state()["reference"].tolist() == old.state()["reference"].tolist()
     assert watch(new, pictures(rng, 100, 1, level=2), apart)
+
+
+@pytest.mark.parametrize("stood, each", [(1000, 25), (0, 400)])
+def test_a_measurement_of_one_part_alone_is_made_again(stood, each):
+    """The line stood when the station was started, or its first part was in view throughout: only noise was measured,
+    and every picture taken for a part."""
+    rng = np.random.default_rng(3)
+    monitor = DriftMonitor(DriftPolicy())
+    watch(monitor, pictures(rng, 1, stood or each))
+    assert monitor.spacing.measured and monitor.spacing.stride == 1
+    seen = [monitor.observe(float(score), apart=False) for score in pictures(rng, 64_000 // each, each)]
+    assert each / 2 <= monitor.spacing.stride <= 8 * each
+    at = max(index for index, drift in enumerate(seen) if drift.renewed)
+    assert at < 100 * each and not any(drift.warning for drift in seen[at:])
+
+
+@pytest.mark.parametrize("each", [1, 25])
+@pytest.mark.parametrize("level", [2, 50])
+def test_what_drifts_is_not_taken_for_a_slower_line(each, level):
+    rng = np.random.default_rng(4)
+    monitor = started(rng, each)
+    watch(monitor, pictures(rng, 300, each))
+    seen = [monitor.observe(float(score), apart=False) for score in pictures(rng, 1000, each, level)]
+    assert not any(drift.renewed for drift in seen)
+    assert monitor.warning and sum(drift.changed for drift in seen) == 1
