@@ -73,6 +73,7 @@ def _from_names(samples: Sequence[Sample], how: str) -> dict[str, str]:
             f"--group-by {quoted(how)} is not a regular expression",
             found=error,
             expected="a regular expression such as 'serial_([0-9]+)', or a table FILE.csv",
+            next_step="repeat the command with --group-by 'serial_([0-9]+)', as the names of your images are",
         ) from error
     found = {s.key: search(s.key) for s in samples}
     return {
@@ -98,7 +99,10 @@ def _from_table(samples: Sequence[Sample], path: Path) -> dict[str, str]:
             table = {(row["image"] or "").strip(): (row["part"] or "").strip() for row in rows}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(
-            f"cannot read {path}", found=error, expected="a table in UTF-8 with the columns image,part"
+            f"cannot read {path}",
+            found=error,
+            expected="a table in UTF-8 with the columns image,part",
+            next_step="name the table that there is, with --group-by FILE.csv",
         ) from error
     named = {s.key: table.get(s.key) or table.get(s.path.name) for s in samples}
     return {key: part for key, part in named.items() if part}

@@ -9,6 +9,14 @@ import cv2
 import numpy as np
 from andon.runtime.fingerprint import image_hash, pack
 
+#: A front end whose one feature is the frame's largest value.
+FEATURES = """features (uint8[1,4,4,3] image) => (float[1] level) {
+    x = Cast<to=1>(image)
+    shape = Constant<value = int64[1] {48}>()
+    flat = Reshape(x, shape)
+    level = ReduceMax<axes=[0], keepdims=1>(flat)
+}"""
+
 
 def level(brightness: int, product: str) -> np.ndarray:
     """Red for product a, green for b: the synthetic classifier reads that, the score is the brightness / 100."""

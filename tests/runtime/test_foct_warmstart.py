@@ -9,12 +9,8 @@ from andon.runtime.engine.select import open_backend
 from andon.runtime.program import Program
 from andon.runtime.warmstart import WarmStart
 
-FEATURES = """features (uint8[1,4,4,3] image) => (float[1] level) {
-    x = Cast<to=1>(image)
-    shape = Constant<value = int64[1] {48}>()
-    flat = Reshape(x, shape)
-    level = ReduceMax<axes=[0], keepdims=1>(flat)
-}"""
+from .parts import FEATURES  # type: ignore[import-not-found]
+
 #: phi grows by one a step; the loss is the frame's level.
 STEP = """step (float[1] level, float[1] phi) => (float[1] phi_next, float[1] loss) {
     one = Constant<value = float {1.0}>()

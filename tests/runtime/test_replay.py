@@ -21,7 +21,7 @@ from andon.runtime.replay import GATE, GOLDEN, WARM, play_warm, replay_gate, rep
 from .conftest import ENCODE, ENGINE, run  # type: ignore[import-not-found]
 from .conftest import SCORE as PLAIN
 from .memorystation import SCORE, memory_parts  # type: ignore[import-not-found]
-from .parts import gate, golden  # type: ignore[import-not-found]
+from .parts import FEATURES, gate, golden  # type: ignore[import-not-found]
 
 MakeBundle = Callable[..., Path]
 REDUCED: tuple[Variant, ...] = ("fp16", "int8")
@@ -140,12 +140,6 @@ def test_the_verdicts_of_the_golden_set_at_the_bundles_thresholds(make_bundle: M
 
 # -- loops -------------------------------------------------------------------------------------------------------------
 
-FEATURES = """features (uint8[1,4,4,3] image) => (float[1] level) {
-    x = Cast<to=1>(image)
-    shape = Constant<value = int64[1] {48}>()
-    flat = Reshape(x, shape)
-    level = ReduceMax<axes=[0], keepdims=1>(flat)
-}"""
 #: p and q go on by the level, q at another rate; the score hardly depends on them.
 STEP = """step (float[1] level, float[1] p, float[1] q) => (float[1] p_next, float[1] q_next) {
     rate = Constant<value = float {0.01}>()
