@@ -97,9 +97,8 @@ def conformal_threshold(
             next_step=_less(len(names), confidence) or f"take {needed} images of good parts",
         )
     order = np.argsort(values, kind="stable")
-    below = np.cumsum(
-        (1 / np.bincount(which))[which[order]]
-    )  # how many parts lie below, by the shares of their pictures
+    shares = 1 / np.bincount(which)
+    below = np.cumsum(shares[which[order]])  # how many parts lie at or below each score
     return float(values[order][np.searchsorted(below, k - 1e-9)])
 
 
