@@ -61,4 +61,4 @@ def test_what_does_not_name_every_part_is_refused(
         (tmp_path / "parts.csv").write_bytes(content)
     with pytest.raises(ConfigError, match=what) as error:
         parts_of(SAMPLES, how)
-    assert error.value.expected
+    assert error.value.expected and error.value.next_step
