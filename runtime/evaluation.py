@@ -24,7 +24,8 @@ Step = Callable[[int], object]
 class Judged:
     """One sample as the engines judged it.
 
-    score: NaN where there is none. product: what it was judged as. predicted: the classifier's choice.
+    score: NaN where there is none. product: what it was judged as. predicted: the classifier's choice. threshold: what
+    the score was held against; None where it was not. learnt: a line's memory scored it that had learnt by then.
     """
 
     sample: Sample
@@ -32,6 +33,8 @@ class Judged:
     score: float
     product: str | None
     predicted: str | None
+    threshold: float | None = None
+    learnt: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ def _product(
         image = read_rgb(sample.path)
         result = detector.judge_image(image, AUTO if auto else sample.product)
         score = float("nan") if result.score is None else result.score
-        mine.append(Judged(sample, result.label, score, result.product, result.predicted))
+        mine.append(Judged(sample, result.label, score, result.product, result.predicted, result.threshold))
         timings.append(result.latency_ms)
         if pixels and result.map is not None:
             maps[i] = map_at(result.map, size)

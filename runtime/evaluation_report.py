@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from .evaluation import Array, Evaluated
 from .images import read_mask, read_rgb
 from .recorded import Origin
 from .report.evaluation import Evaluation, Part, write
+from .unlike import Held
 
 
 def write_report(
@@ -20,13 +21,15 @@ def write_report(
     detector: Detector,
     dataset: Dataset,
     evaluated: Evaluated,
-    remarks: Mapping[str, str],
+    promises: Mapping[str, Held],
+    remarks: Sequence[tuple[str, str]] = (),
     remark: str = "",
     whose: Origin | None = None,
 ) -> Path:
     """Write the report; pictures are judged once more, with the product they were judged as.
 
-    remarks: by product; remark: on the whole; whose: where the verdicts were recorded; None: judged here.
+    promises: by product, beside the rates; remarks: with their product; remark: on the whole; whose: where the verdicts
+    were recorded; None: judged here.
     """
     manifest = detector.bundle.manifest
     samples = {j.sample.key: j for j in evaluated.judged}
@@ -66,12 +69,16 @@ def write_report(
     lead = f"{len(parts)} images of {dataset.spec}, {whose or 'judged by the engines of this machine'}."
     if whose is not None and (unlike := whose.unlike(detector.bundle)):
         lead += f" Warning: {unlike}."
-    said = [*evaluated.unknown().items(), *remarks.items()]
+    said = [*evaluated.unknown().items(), *remarks]
     lead = " ".join([lead, *([f"{remark}."] if remark else []), *(f"{product}: {text}." for product, text in said)])
     title = f"{manifest.name if whose is None else whose.file.name}: {manifest.method}"
-    return write(
-        Evaluation(title, lead, parts, evaluated.products, thresholds, stages, tiles, list(facts.items())), path, look
-    )
+    metrics = {p: {**m, **_promised(promises.get(p))} for p, m in evaluated.products.items()}
+    return write(Evaluation(title, lead, parts, metrics, thresholds, stages, tiles, list(facts.items())), path, look)
+
+
+def _promised(found: Held | None) -> dict[str, float]:
+    """What stands beside a product's rates in the report."""
+    return {} if found is None else {"promised_false_alarm_rate": found.promise}
 
 
 def _figure(value: float | None) -> str:

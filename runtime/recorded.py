@@ -21,6 +21,8 @@ from .quality import Metrics, mean_metrics, summarize
 
 #: What is read of a verdict.
 _FIELDS = ("id", "part_id", "product", "label", "score", "threshold", "method", "bundle", "ts_judged", "latency_ms")
+#: What is read where it is there: 0, or null, of a memory as it was shipped.
+_MEMORY = "memory_version"
 #: More seconds than this between two verdicts, and ten times the usual: the line stood still, or the clock was set.
 _STOOD = 60.0
 
@@ -60,7 +62,8 @@ def read_verdicts(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             verdict = json.loads(line)
-            verdicts.setdefault(verdict["id"], {field: verdict[field] for field in _FIELDS})
+            kept = {field: verdict[field] for field in _FIELDS} | {_MEMORY: verdict.get(_MEMORY)}
+            verdicts.setdefault(verdict["id"], kept)
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{path} line {number} is not a verdict", found=line[:80], expected="one andon.verdict/1 object a line"
@@ -164,7 +167,8 @@ def _distinct(samples: Sequence[Sample]) -> None:
 
 def _judged(sample: Sample, verdict: dict[str, Any]) -> Judged:
     score = float("nan") if verdict["score"] is None else float(verdict["score"])
-    return Judged(sample, verdict["label"], score, verdict["product"], None)
+    learnt = bool(verdict.get(_MEMORY))
+    return Judged(sample, verdict["label"], score, verdict["product"], None, verdict["threshold"], learnt)
 
 
 def _threshold(product: str, verdicts: Sequence[dict[str, Any]]) -> float | None:

@@ -3,85 +3,145 @@
 A threshold's promise is about parts like the calibration's. How many of those lie above it by chance is known exactly
 (calib/threshold.py), so more than that says that the images differ, and that every figure of such an evaluation says as
 much about the difference as about defects.
+
+The promise is about one picture of a new part. What was judged with another threshold is not held against it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..calib.threshold import chance_of_as_many, rank
 from .detector import Detector
 from .evaluation import Judged
-from .manifest import Loop
+from .manifest import Loop, Threshold
 from .wiring import programs
 
 _UNLIKE = 1e-3  # probability below which bad luck is no explanation
+_NAMED = 3
 
 
 @dataclass(frozen=True)
-class _Alarms:
-    """number of `parts` good images of a product are NG; promise: of the `samples` behind its threshold.
+class Held:
+    """The false alarms on a product's good images, held against its threshold's promise.
 
+    alarms: how many of `images` good images are NG; rate: the share of them. promise: the largest that was promised, by
+    `samples` good images.
     chance: probability that parts like the calibration's do that or worse; None where it is not known.
     """
 
-    number: int
-    parts: int
+    alarms: int
+    images: int
+    rate: float
     promise: float
     samples: int
     chance: float | None
+
+    @property
+    def unlike(self) -> bool:
+        """Whether chance is no explanation."""
+        return self.chance is not None and self.chance < _UNLIKE
+
+    @property
+    def over(self) -> bool:
+        """Whether the rate is above the promise."""
+        return self.rate > self.promise * (1 + 1e-9)
+
+
+def held(detector: Detector, judged: Sequence[Judged]) -> dict[str, Held]:
+    """Each product's false alarms beside the promise, where it has some and good images that were judged by it."""
+    found = {}
+    for product, (threshold, good) in _promised(detector, judged).items():
+        own = [j for j in good if _by(threshold, j)]
+        if not own:
+            continue
+        alarms = sum(j.label == "NG" for j in own)
+        chance = None
+        if _chance_is_known(detector, threshold, own):
+            promise = (threshold.samples, threshold.false_alarm_rate, threshold.confidence)
+            chance = chance_of_as_many(alarms, len(own), *promise)
+        rate = alarms / len(own)
+        found[product] = Held(alarms, len(own), rate, threshold.false_alarm_rate, threshold.samples, chance)
+    return found
 
 
 def unlike_calibration(detector: Detector, judged: Sequence[Judged]) -> dict[str, str]:
     """What to say of each product whose good images raise more alarms than parts like the calibration's would.
 
     Images that were judged as another product or could not be judged do not count: they are no matter of the light.
-    Nothing is said where the chance is not known: thresholds set by hand or by enrolling, and programs that keep
-    something from frame to frame, whose scores depend on what came before.
+    Nothing is said where the chance is not known: thresholds set by hand or by enrolling, and programs or memories that
+    keep something from frame to frame, whose scores depend on what came before.
     """
     return {
-        product: f"{a.number} of {a.parts} good images are called NG where {a.promise:.1%} were promised; good parts "
-        f"like the {a.samples} of the calibration would do that with probability {_shown(a.chance)}. These are unlike "
+        product: f"{h.alarms} of {h.images} good images are called NG where {h.promise:.1%} were promised; good parts "
+        f"like the {h.samples} of the calibration would do that with probability {_shown(h.chance)}. These are unlike "
         "them (light, lens, batch?), and the figures say as much about that as about defects. Or the calibration's are "
         "pictures of parts that were trained on (andon train --group-by)"
-        for product, a in _alarms(detector, judged).items()
-        if a.chance is not None and a.chance < _UNLIKE
+        for product, h in held(detector, judged).items()
+        if h.unlike
     }
 
 
 def over_promise(detector: Detector, judged: Sequence[Judged]) -> dict[str, str]:
     """Rate beside promise, of each product whose good images raise more alarms than promised, but are not `unlike`."""
+    return {product: beside(h) for product, h in held(detector, judged).items() if h.over and not h.unlike}
+
+
+def beside(found: Held) -> str:
+    """The rate beside the promise in words, and where it is above it how likely that is."""
+    text = f"{found.alarms} of {found.images} good images are called NG, {found.rate:.1%}, where at most "
+    text += f"{found.promise:.1%} were promised"
+    if found.over and found.chance is not None:
+        text += f"; good parts like the {found.samples} of the calibration do that with probability "
+        text += _shown(found.chance)
+    return text
+
+
+def not_compared(detector: Detector, judged: Sequence[Judged]) -> dict[str, str]:
+    """What to say of each product some of whose good images cannot be held against the promise."""
     said = {}
-    for product, a in _alarms(detector, judged).items():
-        if a.number <= a.promise * a.parts or (a.chance is not None and a.chance < _UNLIKE):
-            continue
-        text = f"{a.number} of {a.parts} good images are called NG, {a.number / a.parts:.1%}, where at most "
-        text += f"{a.promise:.1%} were promised"
-        if a.chance is not None:
-            text += f"; good parts like the {a.samples} of the calibration do that with probability {_shown(a.chance)}"
-        said[product] = text
+    for product, (threshold, good) in _promised(detector, judged).items():
+        others = [j.threshold for j in good if not _by(threshold, j) and j.threshold is not None]
+        if others:
+            said[product] = (
+                f"{len(others)} of {len(good)} good images were judged with the threshold {_values(others)}, not with "
+                f"{threshold.value!r}, which calibration set and promised at most {threshold.false_alarm_rate:.1%} "
+                "false alarms for: the promise is not held against them. Next: record verdicts of a line that has the "
+                "bundle's thresholds, or leave --verdicts out to judge the images with them"
+            )
     return said
 
 
-def _alarms(detector: Detector, judged: Sequence[Judged]) -> dict[str, _Alarms]:
-    """The false alarms of each product that has some promise and good images to hold it against."""
-    steps = programs(detector.bundle.manifest)[detector.program_name]
-    has_past = any(isinstance(step, Loop) and step.persist for step in steps)
+def _promised(detector: Detector, judged: Sequence[Judged]) -> dict[str, tuple[Threshold, list[Judged]]]:
+    """Of each product with some promise: its threshold, and what was decided of its good images."""
     found = {}
     for product in sorted({j.sample.product for j in judged}):
         threshold = detector.threshold(product)
         good = [j for j in judged if j.sample.product == product == j.product and j.sample.good]
-        labels = [j.label for j in good if j.label != "UNKNOWN"]
-        if threshold is None or not labels or not threshold.samples or threshold.false_alarm_rate >= 1:
-            continue
-        promise, samples, confidence = threshold.false_alarm_rate, threshold.samples, threshold.confidence
-        number, chance = labels.count("NG"), None
-        provisional = threshold.source.startswith("provisional")
-        if not has_past and not provisional and rank(samples, promise, confidence) is not None:
-            chance = chance_of_as_many(number, len(labels), samples, promise, confidence)
-        found[product] = _Alarms(number, len(labels), promise, samples, chance)
+        good = [j for j in good if j.label != "UNKNOWN"]
+        if threshold is not None and good and threshold.samples and threshold.false_alarm_rate < 1:
+            found[product] = (threshold, good)
     return found
+
+
+def _by(threshold: Threshold, judged: Judged) -> bool:
+    """Whether it was judged with that threshold, which verdicts carry as it is, digit for digit."""
+    return judged.threshold is None or judged.threshold == threshold.value
+
+
+def _chance_is_known(detector: Detector, threshold: Threshold, judged: Sequence[Judged]) -> bool:
+    steps = programs(detector.bundle.manifest)[detector.program_name]
+    has_past = any(isinstance(step, Loop) and step.persist for step in steps) or any(j.learnt for j in judged)
+    provisional = threshold.source.startswith("provisional")
+    possible = rank(threshold.samples, threshold.false_alarm_rate, threshold.confidence) is not None
+    return not has_past and not provisional and possible
+
+
+def _values(thresholds: Iterable[float]) -> str:
+    """Thresholds in words, all digits: they may differ from the bundle's in the last one."""
+    values = sorted({*thresholds})
+    return " or ".join([*(repr(v) for v in values[:_NAMED]), *(["others"] if len(values) > _NAMED else [])])
 
 
 def _shown(chance: float | None) -> str:

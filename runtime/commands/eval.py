@@ -19,7 +19,7 @@ from ..evaluation import Evaluated, confusion_table, evaluate, latency_table, pe
 from ..fingerprint import Seen, counted, tally
 from ..quality import mean_metrics, table
 from ..recorded import Origin, from_verdicts, origin, read_verdicts
-from ..unlike import over_promise, unlike_calibration
+from ..unlike import Held, beside, held, not_compared, over_promise, unlike_calibration
 from . import fewshot, numbers, options
 
 #: Where the workstation side offers the study of all methods (export/study.py), which the device side cannot import.
@@ -91,20 +91,24 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             with options.open_detector(bundle, backend, args, program=name) as detector:
                 evaluated = recorded or _run(detector, samples, auto=args.product == "auto")
                 _print(detector, evaluated, whose, auto=args.product == "auto")
-                # Recorded verdicts were judged with the thresholds of their line, not with the bundle's.
-                unlike = {} if recorded else unlike_calibration(detector, evaluated.judged)
-                over = {} if recorded else over_promise(detector, evaluated.judged)
-                _print_unlike(detector, unlike, over)
+                promises = held(detector, evaluated.judged)
+                unlike = unlike_calibration(detector, evaluated.judged)
+                over = over_promise(detector, evaluated.judged)
+                apart = not_compared(detector, evaluated.judged)
+                _print_promises(detector, promises, unlike, apart)
                 results[name] = as_dict(evaluated) | {
+                    "promises": {product: _promise(found) for product, found in promises.items()},
                     "unlike": list(unlike),
                     "over_promise": list(over),
+                    "not_compared": list(apart),
                     "seen": seen,
                     "skipped": [s.key for s in skipped],
                 }
                 if torch is not None and name == args.program:
                     results[name]["torch"] = _beside_torch(torch, evaluated)
                 if args.report and name == args.program:
-                    made = _report(args.report, detector, dataset, evaluated, unlike, remark, whose)
+                    remarks = [*over.items(), *unlike.items(), *apart.items()]
+                    made = _report(args.report, detector, dataset, evaluated, promises, remarks, remark, whose)
                     results[name]["report"] = str(made)
         if args.samplers:
             print(_samplers(results))
@@ -271,8 +275,18 @@ def _print_seen(seen: Mapping[str, int] | None) -> str:
     return text
 
 
-def _print_unlike(detector: Detector, unlike: Mapping[str, str], over: Mapping[str, str]) -> None:
-    for product, text in [*over.items(), *unlike.items()]:
+def _promise(found: Held) -> dict[str, Any]:
+    """The JSON form of a rate beside its promise."""
+    return {"false_alarm_rate": found.rate, "promised": found.promise, "images": found.images, "alarms": found.alarms}
+
+
+def _print_promises(
+    detector: Detector, promises: Mapping[str, Held], unlike: Mapping[str, str], apart: Mapping[str, str]
+) -> None:
+    """Of every product the rate beside the promise, kept or not, and what of it could not be compared."""
+    for product, found in promises.items():
+        print(f"{product}: {unlike.get(product) or beside(found)}")
+    for product, text in apart.items():
         print(f"{product}: {text}")
     if unlike:
         print(
@@ -336,10 +350,11 @@ def _report(
     detector: Detector,
     dataset: Dataset,
     evaluated: Evaluated,
-    remarks: Mapping[str, str],
+    promises: Mapping[str, Held],
+    remarks: Sequence[tuple[str, str]],
     remark: str,
     whose: Origin | None,
 ) -> Path:
     from ..evaluation_report import write_report
 
-    return write_report(path, detector, dataset, evaluated, remarks, remark, whose)
+    return write_report(path, detector, dataset, evaluated, promises, remarks, remark, whose)

@@ -17,7 +17,7 @@ from .gallery import pair
 
 #: Figures of the decisions at the threshold, shown with their counts; what else there is shows how scores separate.
 DECISIONS = (
-    *("threshold", "false_alarm_rate", "miss_rate", "F1", "balanced_accuracy"),
+    *("threshold", "false_alarm_rate", "promised_false_alarm_rate", "miss_rate", "F1", "balanced_accuracy"),
     *("unknown_rate", "unknown_rate_good", "unknown_rate_defective"),
 )
 PICTURES = (

@@ -37,27 +37,52 @@ def test_eval_says_when_good_images_are_unlike_those_of_the_calibration(
     assert code == 0 and result["unlike"] == ["a"] and "andon calibrate --bundle" in text
     assert "a: 8 of 8 good images are called NG where 5.0% were promised" in text and "b: 8 of 8" not in text
     assert "8 of 8 good images are called NG" in (tmp_path / "r.html").read_text()
-    # What a line recorded was judged with that line's thresholds, so the bundle's promise has no say in it.
-    recorded = [
-        {
-            "id": s.key,
-            "part_id": s.key.removesuffix(".png"),
-            "product": s.product,
-            "label": "NG",
-            "score": 1.0,
-            "threshold": 0.1,
-            "method": "synthetic",
-            "bundle": "0123456789ab",
-            "ts_judged": "2026-01-01T00:00:00.000Z",
-            "latency_ms": {"total": 1.0},
-        }
-        for s in open_dataset(str(data)).samples
-        if s.split == "test"
-    ]
-    (tmp_path / "line.jsonl").write_text("".join(json.dumps(v) + "\n" for v in recorded))
-    code, result, text = run(capsys, *arguments, "--verdicts", tmp_path / "line.jsonl")
-    assert code == 0 and result["products"]["a"]["false_alarm_rate"] == 1
-    assert result["unlike"] == [] and "would do that" not in text + (tmp_path / "r.html").read_text()
+
+
+def test_verdicts_are_held_against_the_promise_of_the_thresholds_that_they_were_judged_with(
+    make_bundle: MakeBundle, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, page, file = make_bundle(report={"holdout": held()}), tmp_path / "r.html", tmp_path / "line.jsonl"
+    _, made, _ = run(capsys, "calibrate", "--bundle", root, "--data", data, "--false-alarm-rate", 0.05, *ENGINE)
+    own = {product: entry["default"]["value"] for product, entry in made["thresholds"].items()}
+    tests = [s for s in open_dataset(str(data)).samples if s.split == "test"]
+
+    def eval_line(alarms: int, thresholds: dict[str, float], others: int = 0, **of: object) -> tuple[dict, str]:
+        """Verdicts of a line that calls so many good images of a product NG; `others` are not of a but hand-set."""
+        lines, count = [], dict.fromkeys("ab", 0)
+        for s in tests:
+            count[s.product] += s.good
+            rest = {"id": s.key, "part_id": s.key.removesuffix(".png"), "product": s.product, "score": 1.0}
+            line = {"method": "synthetic", "bundle": made["bundle"], "ts_judged": "2026-01-01T00:00:00.000Z"}
+            threshold = 0.25 if s.product == "a" and s.good and count["a"] <= others else thresholds[s.product]
+            label = "NG" if not s.good or count[s.product] > 8 - alarms else "OK"
+            lines.append(rest | line | {"threshold": threshold, "label": label, "latency_ms": {"total": 1.0}} | of)
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        arguments = ("--bundle", root, "--data", data, "--verdicts", file, "--report", page, *ENGINE)
+        code, result, text = run(capsys, "eval", *arguments)
+        assert code == 0, text
+        return result, text
+
+    result, text = eval_line(0, own)
+    assert "a: 0 of 8 good images are called NG, 0.0%, where at most 5.0% were promised\n" in text
+    assert result["promises"]["a"] == {"false_alarm_rate": 0, "promised": 0.05, "images": 8, "alarms": 0}
+    assert result["over_promise"] == result["not_compared"] == [] and "promised false alarm rate" in page.read_text()
+    result, text = eval_line(2, own)
+    said = "2 of 8 good images are called NG, 25.0%, where at most 5.0% were promised; good parts like the 19"
+    assert result["over_promise"] == ["a", "b"] and f"b: {said}" in text and said in page.read_text()
+    result, text = eval_line(8, own)
+    assert result["unlike"] == ["a", "b"] and "These are unlike them" in text and "unlike them" in page.read_text()
+    result, text = eval_line(8, own, memory_version=3)
+    assert result["over_promise"] == ["a", "b"] and "100.0%, where at most 5.0% were promised\n" in text, "who knows"
+
+    result, text = eval_line(8, own | {"a": 0.1})  # set by hand, or before a new calibration: that promised nothing
+    assert result["products"]["a"]["false_alarm_rate"] == 1 and result["not_compared"] == ["a"]
+    assert list(result["promises"]) == result["unlike"] == ["b"]
+    said = f"8 of 8 good images were judged with the threshold 0.1, not with {own['a']!r}, which calibration set"
+    assert f"a: {said}" in text and said in page.read_text() and "a: 8 of 8 good images are called NG" not in text
+    result, text = eval_line(2, own, others=6)
+    assert "a: 2 of 2 good images are called NG, 100.0%, where" in text, "by the bundle's threshold, of which two are"
+    assert "a: 6 of 8 good images were judged with the threshold 0.25, not with" in text
 
 
 def test_eval_of_a_line_that_was_overloaded_by_defects_says_so_everywhere(
