@@ -65,6 +65,7 @@ class Provenance:
     constants: keys of those that set the constants, on which no threshold may be set.
     fingerprints: contents of the images by what they were used for (runtime/fingerprint.py).
     parts: the same of the pictures kept for thresholds, of each part that has several.
+    group_by: how training told which pictures show one part; `andon eval` counts by it.
     """
 
     backbone: Backbone
@@ -76,6 +77,7 @@ class Provenance:
     constants: tuple[str, ...] = ()
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     parts: tuple[str, ...] = ()
+    group_by: str = ""
 
 
 def default_path(method: str, provenance: Provenance) -> Path:

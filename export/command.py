@@ -210,6 +210,7 @@ def _provenance(origin: CheckpointProvenance, model: AnomalyModel) -> Provenance
         constants=origin.constants,
         fingerprints=origin.fingerprints,
         parts=origin.parts,
+        group_by=model.config.group_by,
     )
 
 

@@ -154,6 +154,8 @@ class _Run:
             kept["fingerprints"] = dict(provenance.fingerprints)
         if provenance.parts:
             kept["parts"] = list(provenance.parts)
+        if provenance.group_by:
+            kept["group_by"] = provenance.group_by
         report = self._report(manifest, reduced, threshold) | {"alternatives": others.record} | kept
         shutil.rmtree(self._root / ROUNDED, ignore_errors=True)
         manifest = bundle.finish(self._root, manifest, report, self._summary(manifest, reduced, others))

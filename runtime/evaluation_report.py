@@ -11,6 +11,7 @@ from .dataset import Dataset
 from .detector import Detector
 from .evaluation import Array, Evaluated
 from .images import read_mask, read_rgb
+from .quality import Metrics
 from .recorded import Origin
 from .report.evaluation import Evaluation, Part, write
 from .unlike import Held
@@ -22,14 +23,15 @@ def write_report(
     dataset: Dataset,
     evaluated: Evaluated,
     promises: Mapping[str, Held],
+    by_part: Mapping[str, Metrics],
     remarks: Sequence[tuple[str, str]] = (),
     remark: str = "",
     whose: Origin | None = None,
 ) -> Path:
     """Write the report; pictures are judged once more, with the product they were judged as.
 
-    promises: by product, beside the rates; remarks: with their product; remark: on the whole; whose: where the verdicts
-    were recorded; None: judged here.
+    promises: by product, beside the rates; by_part: figures that count parts, or none; remarks: with their product;
+    remark: on the whole; whose: where the verdicts were recorded; None: judged here.
     """
     manifest = detector.bundle.manifest
     samples = {j.sample.key: j for j in evaluated.judged}
@@ -73,12 +75,16 @@ def write_report(
     lead = " ".join([lead, *([f"{remark}."] if remark else []), *(f"{product}: {text}." for product, text in said)])
     title = f"{manifest.name if whose is None else whose.file.name}: {manifest.method}"
     metrics = {p: {**m, **_promised(promises.get(p))} for p, m in evaluated.products.items()}
-    return write(Evaluation(title, lead, parts, metrics, thresholds, stages, tiles, list(facts.items())), path, look)
+    shown = Evaluation(title, lead, parts, metrics, thresholds, stages, tiles, list(facts.items()), by_part)
+    return write(shown, path, look)
 
 
 def _promised(found: Held | None) -> dict[str, float]:
     """What stands beside a product's rates in the report."""
-    return {} if found is None else {"promised_false_alarm_rate": found.promise}
+    if found is None:
+        return {}
+    by_part = {"false_alarm_rate_by_part": found.rate} if found.grouped else {}
+    return {**by_part, "promised_false_alarm_rate": found.promise}
 
 
 def _figure(value: float | None) -> str:

@@ -56,6 +56,33 @@ def known_parts(samples: Sequence[Sample], how: str) -> dict[str, str]:
     return _from_table(samples, Path(how)) if how.endswith(TABLE) else _from_names(samples, how)
 
 
+def tested_parts(
+    samples: Sequence[Sample], group_by: str | None, training: str = ""
+) -> tuple[dict[str, str] | None, str]:
+    """The part of each test image by its key, None where it is not known; and what to say of it, if anything.
+
+    group_by: of the command; without it training's is used, as far as it says the part of every good image here. A
+    defective image of which it says nothing is of a part of its own.
+
+    Raises:
+        ConfigError: `group_by` cannot be used, or says nothing of a good image.
+    """
+    how = group_by if group_by is not None else training
+    if not how:
+        return None, ""
+    good = [s for s in samples if s.good]
+    try:
+        parts = {**{s.key: s.key for s in samples}, **known_parts(samples, how), **parts_of(good, how)}
+    except ConfigError as error:
+        if group_by is not None:
+            raise
+        return None, (
+            f"training told parts by {how}, which does not say what these images show ({error.what}: {error.found}): "
+            "every figure is by image; --group-by says which images show one part"
+        )
+    return parts, "" if several(samples, parts) else f"no two images show the same part by {how}"
+
+
 def several(samples: Iterable[Sample], parts: Mapping[str, str]) -> list[list[Sample]]:
     """The samples by product and part, parts with one picture left out; in the samples' order."""
     groups: dict[tuple[str, str], list[Sample]] = {}

@@ -211,16 +211,17 @@ def mask_at(mask: ArrayLike, size: tuple[int, int]) -> Array:
     return cv2.resize(array, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT) > 0
 
 
-def table(products: Mapping[str, Metrics]) -> str:
-    """The main figures as text: a line per product, and their mean if there are several."""
-    columns = ["image_AUROC", "pixel_AUROC", "pixel_AUPRO", "F1_max", "balanced_accuracy", "good", "defective"]
-    if any("unknown_rate" in metrics for metrics in products.values()):
-        columns.insert(-2, "unknown_rate")
+def table(products: Mapping[str, Metrics], columns: Sequence[str] = (), title: str = "product") -> str:
+    """Figures as text: a line per product, and their mean if there are several. columns: the main figures if empty."""
+    if not columns:
+        columns = ["image_AUROC", "pixel_AUROC", "pixel_AUPRO", "F1_max", "balanced_accuracy", "good", "defective"]
+        if any("unknown_rate" in metrics for metrics in products.values()):
+            columns.insert(-2, "unknown_rate")
     rows = dict(products)
     if len(rows) > 1:
         rows["mean"] = mean_metrics(products)
-    width = max(len("product"), *(len(name) for name in rows))
-    lines = ["  ".join([f"{'product':<{width}}", *(f"{c:>{max(len(c), 6)}}" for c in columns)])]
+    width = max(len(title), *(len(name) for name in rows))
+    lines = ["  ".join([f"{title:<{width}}", *(f"{c:>{max(len(c), 6)}}" for c in columns)])]
     for name, metrics in rows.items():
         cells = [_cell(c, metrics.get(c)).rjust(max(len(c), 6)) for c in columns]
         lines.append("  ".join([f"{name:<{width}}", *cells]))

@@ -4,17 +4,22 @@ A threshold's promise is about parts like the calibration's. How many of those l
 (calib/threshold.py), so more than that says that the images differ, and that every figure of such an evaluation says as
 much about the difference as about defects.
 
-The promise is about one picture of a new part. What was judged with another threshold is not held against it.
+The promise is about one picture of a new part. Where it is known which images show the same part, each part weighs one
+(byparts.py); then the chance is that of parts whose images are all decided alike, which spread most. What was judged
+with another threshold is not held against the promise, and what is not counted as it was neither.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..calib.threshold import chance_of_as_many, rank
+from .byparts import part_shares
 from .detector import Detector
 from .evaluation import Judged
+from .fingerprint import unpack
 from .manifest import Loop, Threshold
 from .wiring import programs
 
@@ -26,13 +31,16 @@ _NAMED = 3
 class Held:
     """The false alarms on a product's good images, held against its threshold's promise.
 
-    alarms: how many of `images` good images are NG; rate: the share of them. promise: the largest that was promised, by
-    `samples` good images.
-    chance: probability that parts like the calibration's do that or worse; None where it is not known.
+    alarms: how many of `images` good images are NG. parts: how many parts they show, where that is known. rate: the
+    share of NG; with parts the mean of each one's share. promise: the largest that was promised, by `samples` good
+    images (or parts).
+    chance: probability that parts like the calibration's do that or worse, or more than that where parts have several
+    images; None where it is not known.
     """
 
     alarms: int
     images: int
+    parts: int | None
     rate: float
     promise: float
     samples: int
@@ -48,25 +56,45 @@ class Held:
         """Whether the rate is above the promise."""
         return self.rate > self.promise * (1 + 1e-9)
 
+    @property
+    def grouped(self) -> bool:
+        """Whether some part has several images."""
+        return self.parts is not None and self.parts < self.images
 
-def held(detector: Detector, judged: Sequence[Judged]) -> dict[str, Held]:
-    """Each product's false alarms beside the promise, where it has some and good images that were judged by it."""
+    def __str__(self) -> str:
+        """How many are NG, in words."""
+        of = f"{self.images} good images" + (f" of {self.parts} parts" if self.grouped else "")
+        return f"{self.alarms} of {of} are called NG"
+
+
+#: The part of each image by its key, where it is known; `andon eval` finds it out (groups.tested_parts).
+Parts = Mapping[str, str] | None
+
+
+def held(detector: Detector, judged: Sequence[Judged], parts: Parts = None) -> dict[str, Held]:
+    """Each product's false alarms beside the promise, where it has some and good images that were judged by it.
+
+    A promise that counts parts is held against them alone: without `parts` such a product is not there.
+    """
     found = {}
     for product, (threshold, good) in _promised(detector, judged).items():
         own = [j for j in good if _by(threshold, j)]
-        if not own:
+        if not own or (parts is None and _counts_parts(threshold)):
             continue
         alarms = sum(j.label == "NG" for j in own)
+        shares = None if parts is None else part_shares(own, parts, "NG")
+        count, weight = (len(own), float(alarms)) if shares is None else (len(shares), float(shares.sum()))
         chance = None
         if _chance_is_known(detector, threshold, own):
             promise = (threshold.samples, threshold.false_alarm_rate, threshold.confidence)
-            chance = chance_of_as_many(alarms, len(own), *promise)
-        rate = alarms / len(own)
-        found[product] = Held(alarms, len(own), rate, threshold.false_alarm_rate, threshold.samples, chance)
+            chance = chance_of_as_many(math.floor(weight + 1e-9), count, *promise)
+        shown = None if parts is None else count
+        rate, promised = weight / count, threshold.false_alarm_rate
+        found[product] = Held(alarms, len(own), shown, rate, promised, threshold.samples, chance)
     return found
 
 
-def unlike_calibration(detector: Detector, judged: Sequence[Judged]) -> dict[str, str]:
+def unlike_calibration(detector: Detector, judged: Sequence[Judged], parts: Parts = None) -> dict[str, str]:
     """What to say of each product whose good images raise more alarms than parts like the calibration's would.
 
     Images that were judged as another product or could not be judged do not count: they are no matter of the light.
@@ -74,31 +102,30 @@ def unlike_calibration(detector: Detector, judged: Sequence[Judged]) -> dict[str
     keep something from frame to frame, whose scores depend on what came before.
     """
     return {
-        product: f"{h.alarms} of {h.images} good images are called NG where {h.promise:.1%} were promised; good parts "
-        f"like the {h.samples} of the calibration would do that with probability {_shown(h.chance)}. These are unlike "
-        "them (light, lens, batch?), and the figures say as much about that as about defects. Or the calibration's are "
-        "pictures of parts that were trained on (andon train --group-by)"
-        for product, h in held(detector, judged).items()
+        product: f"{h}{_each_once(h)} where {h.promise:.1%} were promised; good parts like the {h.samples} of the "
+        f"calibration would do that with probability {_shown(h)}. These are unlike them (light, lens, batch?), and the "
+        "figures say as much about that as about defects. Or the calibration's are pictures of parts that were trained "
+        "on (andon train --group-by)"
+        for product, h in held(detector, judged, parts).items()
         if h.unlike
     }
 
 
-def over_promise(detector: Detector, judged: Sequence[Judged]) -> dict[str, str]:
+def over_promise(detector: Detector, judged: Sequence[Judged], parts: Parts = None) -> dict[str, str]:
     """Rate beside promise, of each product whose good images raise more alarms than promised, but are not `unlike`."""
-    return {product: beside(h) for product, h in held(detector, judged).items() if h.over and not h.unlike}
+    return {product: beside(h) for product, h in held(detector, judged, parts).items() if h.over and not h.unlike}
 
 
 def beside(found: Held) -> str:
     """The rate beside the promise in words, and where it is above it how likely that is."""
-    text = f"{found.alarms} of {found.images} good images are called NG, {found.rate:.1%}, where at most "
-    text += f"{found.promise:.1%} were promised"
-    if found.over and found.chance is not None:
-        text += f"; good parts like the {found.samples} of the calibration do that with probability "
-        text += _shown(found.chance)
+    rate = _each_once(found) or f", {found.rate:.1%},"
+    text = f"{found}{rate} where at most {found.promise:.1%} were promised"
+    if found.over and found.chance is not None and found.chance < 1:
+        text += f"; good parts like the {found.samples} of the calibration do that with probability {_shown(found)}"
     return text
 
 
-def not_compared(detector: Detector, judged: Sequence[Judged]) -> dict[str, str]:
+def not_compared(detector: Detector, judged: Sequence[Judged], parts: Parts = None) -> dict[str, str]:
     """What to say of each product some of whose good images cannot be held against the promise."""
     said = {}
     for product, (threshold, good) in _promised(detector, judged).items():
@@ -109,6 +136,13 @@ def not_compared(detector: Detector, judged: Sequence[Judged]) -> dict[str, str]
                 f"{threshold.value!r}, which calibration set and promised at most {threshold.false_alarm_rate:.1%} "
                 "false alarms for: the promise is not held against them. Next: record verdicts of a line that has the "
                 "bundle's thresholds, or leave --verdicts out to judge the images with them"
+            )
+        elif parts is None and _counts_parts(threshold):
+            said[product] = (
+                f"at most {threshold.false_alarm_rate:.1%} false alarms were promised of parts (the calibration's "
+                f"{len(unpack(threshold.images))} images show {threshold.samples}), and it is not known which part "
+                f"each of the {len(good)} good images here shows: the promise is not held against their rate. Next: "
+                "say it with --group-by"
             )
     return said
 
@@ -123,6 +157,11 @@ def _promised(detector: Detector, judged: Sequence[Judged]) -> dict[str, tuple[T
         if threshold is not None and good and threshold.samples and threshold.false_alarm_rate < 1:
             found[product] = (threshold, good)
     return found
+
+
+def _counts_parts(threshold: Threshold) -> bool:
+    """Whether it was set on several pictures of some parts: on more images than count."""
+    return threshold.samples < len(unpack(threshold.images))
 
 
 def _by(threshold: Threshold, judged: Judged) -> bool:
@@ -144,5 +183,11 @@ def _values(thresholds: Iterable[float]) -> str:
     return " or ".join([*(repr(v) for v in values[:_NAMED]), *(["others"] if len(values) > _NAMED else [])])
 
 
-def _shown(chance: float | None) -> str:
-    return "below 1e-09" if chance is None or chance < 1e-9 else f"{chance:.1g}"
+def _each_once(found: Held) -> str:
+    return f", {found.rate:.1%} with each part counted once," if found.grouped else ""
+
+
+def _shown(found: Held) -> str:
+    if found.chance is None or found.chance < 1e-9:
+        return "below 1e-09"
+    return f"{'at most ' if found.grouped else ''}{found.chance:.1g}"

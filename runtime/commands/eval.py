@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle
+from ..byparts import part_metrics, part_table
 from ..dataset import Dataset, Sample, open_dataset, split_readable
 from ..detector import Detector
 from ..engine.base import Backend
 from ..engine.select import open_backend
 from ..errors import ConfigError, quoted
 from ..evaluation import Evaluated, confusion_table, evaluate, latency_table, percentiles
-from ..fingerprint import Seen, counted, tally
-from ..quality import mean_metrics, table
+from ..fingerprint import Seen, counted, read_report, tally
+from ..groups import HELP, several, tested_parts
+from ..quality import Metrics, mean_metrics, table
 from ..recorded import Origin, from_verdicts, origin, read_verdicts
 from ..unlike import Held, beside, held, not_compared, over_promise, unlike_calibration
 from . import fewshot, numbers, options
@@ -48,6 +50,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="put the figures that training measured in torch beside these"
+    )
+    parser.add_argument(
+        "--group-by",
+        metavar="REGEX|CSV",
+        help=f"{HELP}; figures are then by part, too, and a part counts once beside the promise. Default: as training "
+        "had it (andon train --group-by)",
     )
     options.add_on_corrupt(parser)
     parser.add_argument("--report", type=Path, metavar="HTML", help="write a report with heatmaps, histograms and ROC")
@@ -84,6 +92,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         options.say_skipped(skipped)
         samples, seen = unseen_tests(bundle, samples, dataset.spec)
         remark = _print_seen(seen)
+        parts, about_parts = tested_parts(samples, args.group_by, str(read_report(bundle).get("group_by", "")))
+        if about_parts:
+            print(f"warning: {about_parts}")
+        grouped = bool(parts and several(samples, parts))
         recorded, whose = _recorded(args.verdicts, samples, bundle)
         names = [args.program] + [n for n in options.program_names(bundle) if args.samplers and n != args.program]
         results: dict[str, Any] = {}
@@ -91,12 +103,15 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             with options.open_detector(bundle, backend, args, program=name) as detector:
                 evaluated = recorded or _run(detector, samples, auto=args.product == "auto")
                 _print(detector, evaluated, whose, auto=args.product == "auto")
-                promises = held(detector, evaluated.judged)
-                unlike = unlike_calibration(detector, evaluated.judged)
-                over = over_promise(detector, evaluated.judged)
-                apart = not_compared(detector, evaluated.judged)
+                by_part = part_metrics(evaluated.judged, parts) if parts is not None and grouped else {}
+                _print_parts(by_part)
+                promises = held(detector, evaluated.judged, parts)
+                unlike = unlike_calibration(detector, evaluated.judged, parts)
+                over = over_promise(detector, evaluated.judged, parts)
+                apart = not_compared(detector, evaluated.judged, parts)
                 _print_promises(detector, promises, unlike, apart)
                 results[name] = as_dict(evaluated) | {
+                    "by_part": by_part or None,
                     "promises": {product: _promise(found) for product, found in promises.items()},
                     "unlike": list(unlike),
                     "over_promise": list(over),
@@ -108,7 +123,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                     results[name]["torch"] = _beside_torch(torch, evaluated)
                 if args.report and name == args.program:
                     remarks = [*over.items(), *unlike.items(), *apart.items()]
-                    made = _report(args.report, detector, dataset, evaluated, promises, remarks, remark, whose)
+                    made = _report(args.report, detector, dataset, evaluated, promises, by_part, remarks, remark, whose)
                     results[name]["report"] = str(made)
         if args.samplers:
             print(_samplers(results))
@@ -277,7 +292,14 @@ def _print_seen(seen: Mapping[str, int] | None) -> str:
 
 def _promise(found: Held) -> dict[str, Any]:
     """The JSON form of a rate beside its promise."""
-    return {"false_alarm_rate": found.rate, "promised": found.promise, "images": found.images, "alarms": found.alarms}
+    counts = {"images": found.images, "parts": found.parts, "alarms": found.alarms}
+    return {"false_alarm_rate": found.rate, "promised": found.promise, **counts}
+
+
+def _print_parts(by_part: Mapping[str, Metrics]) -> None:
+    """The figures by part, which say what they count, where there are any."""
+    if by_part:
+        print(f"{part_table(by_part)}\nby part: each counts once, with the share of its images")
 
 
 def _print_promises(
@@ -351,10 +373,11 @@ def _report(
     dataset: Dataset,
     evaluated: Evaluated,
     promises: Mapping[str, Held],
+    by_part: Mapping[str, Metrics],
     remarks: Sequence[tuple[str, str]],
     remark: str,
     whose: Origin | None,
 ) -> Path:
     from ..evaluation_report import write_report
 
-    return write_report(path, detector, dataset, evaluated, promises, remarks, remark, whose)
+    return write_report(path, detector, dataset, evaluated, promises, by_part, remarks, remark, whose)

@@ -17,7 +17,8 @@ from .gallery import pair
 
 #: Figures of the decisions at the threshold, shown with their counts; what else there is shows how scores separate.
 DECISIONS = (
-    *("threshold", "false_alarm_rate", "promised_false_alarm_rate", "miss_rate", "F1", "balanced_accuracy"),
+    *("threshold", "false_alarm_rate", "false_alarm_rate_by_part", "promised_false_alarm_rate"),
+    *("miss_rate", "F1", "balanced_accuracy"),
     *("unknown_rate", "unknown_rate_good", "unknown_rate_defective"),
 )
 PICTURES = (
@@ -47,7 +48,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All the report shows. `metrics` is product -> metric name -> value; `products` fixes the order."""
+    """All the report shows. `metrics` is product -> metric name -> value; `products` fixes the order.
+
+    by_part: the same of figures that count parts, each once, where several images show one.
+    """
 
     title: str
     lead: str
@@ -57,6 +61,7 @@ class Evaluation:
     stage_ms: Mapping[str, float] = field(default_factory=dict)
     tiles: Sequence[tuple[str, str]] = ()
     facts: Sequence[tuple[str, str]] = ()
+    by_part: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     extra: Sequence[str] = ()
 
     @property
@@ -99,10 +104,10 @@ def _confusion_table(e: Evaluation) -> str:
     return page.table(header, rows)
 
 
-def _metrics_table(e: Evaluation, names: Sequence[str]) -> str:
+def _metrics_table(products: Mapping[str, Mapping[str, float | None]], names: Sequence[str]) -> str:
     """Of the figures that some product has; a product a line, as there may be many."""
-    shown = [name for name in names if any(name in metrics for metrics in e.metrics.values())]
-    rows = [[product, *(metrics.get(name) for name in shown)] for product, metrics in e.metrics.items()]
+    shown = [name for name in names if any(name in metrics for metrics in products.values())]
+    rows = [[product, *(metrics.get(name) for name in shown)] for product, metrics in products.items()]
     return page.table(["product", *(name.replace("_", " ") for name in shown)], rows) if shown else ""
 
 
@@ -162,8 +167,12 @@ def render(e: Evaluation, look: Look | None = None, each: int = 4) -> str:
     """The report as an HTML document. `look` fetches pictures for the gallery; without it there is none."""
     body = [page.tiles(e.tiles)] if e.tiles else []
     others = [n for n in dict.fromkeys(n for m in e.metrics.values() for n in m) if n not in DECISIONS]
-    body.append(page.section("Metrics", _metrics_table(e, others)))
-    body.append(page.section("Decisions", _metrics_table(e, DECISIONS), _confusion_table(e)))
+    body.append(page.section("Metrics", _metrics_table(e.metrics, others)))
+    body.append(page.section("Decisions", _metrics_table(e.metrics, DECISIONS), _confusion_table(e)))
+    if e.by_part:
+        names = list(dict.fromkeys(n for m in e.by_part.values() for n in m))
+        about = '<p class="lead">Each part counts once, with the share of its images; good and defective are parts.</p>'
+        body.append(page.section("By part", about, _metrics_table(e.by_part, names)))
     body.append(page.section("Scores", *(_product(e, p) for p in e.products)))
     if e.stage_ms:
         body.append(

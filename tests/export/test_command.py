@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from andon.cli import main
 from andon.export import command, frames, verify
+from andon.export.exporter import Request, export_bundle
 from andon.export.frames import gather
 from andon.runtime.dataset import Dataset, Sample, open_dataset
 from andon.runtime.errors import ConfigError, SourceError
@@ -103,6 +106,18 @@ def test_the_set_is_found_from_elsewhere_and_named_at_another_depth(
     assert (deeper.good.images == whole.good.images).all() and len(deeper.labelled) == len(whole.labelled)
     with pytest.raises(SourceError, match="give the same --data"):
         command._evidence(str(data / "grid"), origin.model_copy(update={"fingerprints": {}, "skipped": ()}), toy.model)
+
+
+def test_what_training_knew_of_parts_travels_along(toy: Toy, data: Path, tmp_path: Path) -> None:
+    """`andon eval` counts the parts of a test set by it."""
+    origin = provenance(open_dataset(data)).model_copy(update={"parts": ("0123456789abcdef",)})
+    config = SimpleNamespace(group_by=r"part(\d+)_", preset="test", backbone=SimpleNamespace(id="toy"))
+    for group_by in (config.group_by, ""):
+        config.group_by = group_by
+        made = command._provenance(origin, SimpleNamespace(config=config))  # type: ignore[arg-type]
+        export_bundle(toy.model, toy.staged, toy.evidence, made, Request(tmp_path / f"bundle{group_by[:4]}"))
+        report = json.loads((tmp_path / f"bundle{group_by[:4]}" / "report.json").read_text())
+        assert report["parts"] == ["0123456789abcdef"] and report.get("group_by", "") == group_by
 
 
 def test_a_tar_that_is_there_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

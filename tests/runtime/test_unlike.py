@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from andon.runtime.dataset import Sample
 from andon.runtime.detector import Detector
 from andon.runtime.evaluation import Judged
 from andon.runtime.manifest import Threshold
-from andon.runtime.unlike import over_promise, unlike_calibration
+from andon.runtime.unlike import not_compared, over_promise, unlike_calibration
 
 MakeBundle = Callable[..., Path]
 PROMISE = Threshold(value=0.5, false_alarm_rate=0.05, samples=19)
@@ -50,6 +51,23 @@ def test_a_rate_above_the_promise_stands_beside_it(detector: Detector) -> None:
     assert over_promise(detector, judged("N" * 9))["a"].endswith("were promised"), "the chance is not known"
     detector.set_threshold("a", PROMISE.model_copy(update={"samples": 0, "false_alarm_rate": 1.0}))
     assert not over_promise(detector, judged("N" * 9)), "by hand: nothing was promised"
+
+
+def test_parts_are_what_the_promise_is_held_against_where_they_are_known(detector: Detector) -> None:
+    """Ten pictures of a part are no ten parts: one in three of them is over 5 %, and may happen."""
+    images = [replace(j, sample=replace(j.sample, key=str(i))) for i, j in enumerate(judged("N" * 10 + "OO"))]
+    assert unlike_calibration(detector, images)["a"].startswith("10 of 12 good images are called NG where 5.0%")
+    parts = {str(i): "burst" if i < 10 else str(i) for i in range(12)}
+    assert not unlike_calibration(detector, images, parts)
+    said = over_promise(detector, images, parts)["a"]
+    assert "10 of 12 good images of 3 parts are called NG, 33.3% with each part counted once, where at most" in said
+    assert said.endswith("probability at most 0.1")
+    alone = {str(i): str(i) for i in range(12)}
+    assert unlike_calibration(detector, images, alone) == unlike_calibration(detector, images)
+    detector.set_threshold("a", PROMISE.model_copy(update={"images": "".join(f"{i:016x}" for i in range(40))}))
+    assert not over_promise(detector, images), "of parts: it is not known how many these are"
+    assert "40 images show 19), and it is not known which part" in not_compared(detector, images)["a"]
+    assert "33.3% with each part" in over_promise(detector, images, parts)["a"]
 
 
 def test_what_is_no_matter_of_the_light_does_not_count(detector: Detector) -> None:
