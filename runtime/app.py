@@ -20,6 +20,7 @@ from typing import Any
 from .alarm import AlarmBoard, Kind
 from .alarm import payload as alarm_payload
 from .bundle import Bundle
+from .calibrated import other_engines
 from .deliverywatch import DeliveryWatch
 from .detector import Detector
 from .engine.select import open_backend
@@ -271,6 +272,9 @@ class LineApp:
             products=list(manifest.classes),
         )
         self.say_thresholds(judge)
+        in_force = {product: judge.threshold(product) for product in manifest.classes}
+        for other in other_engines(bundle, [self.config.program], variant, backend.name, in_force):
+            log.warning("%s", str(other).replace("\n", "; "))
         for name in self.config.cameras:
             self.state.expects(name, judge.product_of(name))
         log.info(

@@ -153,12 +153,16 @@ class Threshold(Model):
         description="Contents of the images behind it: the first 16 hexadecimal digits of each file's SHA-256, sorted, "
         "one after the other",
     )
+    variant: Variant | None = Field(
+        default=None, description="Precision of the engines that gave the scores; none: not recorded"
+    )
+    backend: str = Field(default="", description="Their backend: onnxruntime or tensorrt; empty: not recorded")
 
     @model_serializer(mode="wrap")
-    def _without_no_images(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Stations of before this field refuse a manifest that has it: it is written where it says something."""
+    def _without_what_is_not_recorded(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Stations of before such a field refuse a manifest that has it: it is written where it says something."""
         written: dict[str, Any] = write(self)
-        return written if self.images else {key: value for key, value in written.items() if key != "images"}
+        return {key: value for key, value in written.items() if value or key not in ("images", "variant", "backend")}
 
 
 class Backbone(Model):

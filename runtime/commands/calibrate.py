@@ -173,6 +173,8 @@ def _threshold(
         program=detector.program_name,
         source=source,
         images=pack(image_hash(s.path) for s in samples),
+        variant=detector.program.variant,
+        backend=detector.backend.name,
     )
 
 

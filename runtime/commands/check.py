@@ -140,7 +140,7 @@ def _bundle(config: Any, commanded: Stored) -> list[Finding]:
             engine,
             *([_guard("golden set", lambda: _golden(config, bundle))] if engine.ok else []),
             _guard("products", lambda: _products(config, commanded, bundle)),
-            _guard("thresholds", lambda: _thresholds(config, commanded, bundle)),
+            _guard("thresholds", lambda: _thresholds(config, commanded, bundle, engine.ok)),
             *([_guard("memory", lambda: _memory(config, bundle))] if config.memory.enabled else []),
         ]
 
@@ -208,8 +208,9 @@ def _products(config: Any, commanded: Stored, bundle: Any) -> str:
     return ", ".join(said)
 
 
-def _thresholds(config: Any, commanded: Stored, bundle: Any) -> str:
-    """The thresholds in force, and those by command that rest, as they are of another model or program."""
+def _thresholds(config: Any, commanded: Stored, bundle: Any, runs: bool) -> str:
+    """The thresholds in force, those by command that rest, as they are of another model or program, and, where it
+    `runs` at all, a warning of those that were calibrated with engines that may decide otherwise."""
     named = {commanded.products.get(name, camera.product) for name, camera in config.cameras.items()}
     wanted = bundle.manifest.classes if "auto" in named else sorted(named)
     values, remarks = {}, {}
@@ -230,7 +231,17 @@ def _thresholds(config: Any, commanded: Stored, bundle: Any) -> str:
             f"no threshold for {', '.join(missing)} under program {config.program}: every verdict would be UNKNOWN",
             next_step=f"andon calibrate --bundle {quoted(bundle.path)} --data GOOD-IMAGES, or set judge.thresholds",
         )
-    return ", ".join(f"{product} {value:.4g}{remarks.get(product, '')}" for product, value in values.items())
+    shown = ", ".join(f"{product} {value:.4g}{remarks.get(product, '')}" for product, value in values.items())
+    other = _other_engines(config, bundle, values) if runs else []
+    return "\n".join([shown, *(f"warning: {text}" for text in other)])
+
+
+def _other_engines(config: Any, bundle: Any, thresholds: dict[str, float]) -> list[Any]:
+    from ..calibrated import other_engines
+    from ..startup import require_engine
+
+    backend, variant = require_engine(config, bundle)
+    return other_engines(bundle, [config.program], variant, backend, thresholds)
 
 
 def _memory(config: Any, bundle: Any) -> str:

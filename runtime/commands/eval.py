@@ -11,6 +11,7 @@ from typing import Any
 
 from ..bundle import Bundle
 from ..byparts import part_metrics, part_table
+from ..calibrated import other_engines
 from ..dataset import Dataset, Sample, open_dataset, split_readable
 from ..detector import Detector
 from ..engine.base import Backend
@@ -103,6 +104,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             with options.open_detector(bundle, backend, args, program=name) as detector:
                 evaluated = recorded or _run(detector, samples, auto=args.product == "auto")
                 _print(detector, evaluated, whose, auto=args.product == "auto")
+                if whose is None:  # verdicts do not say what engines gave them
+                    for other in other_engines(bundle, [name], detector.program.variant, backend.name):
+                        print(f"warning: {other}")
                 by_part = part_metrics(evaluated.judged, parts) if parts is not None and grouped else {}
                 _print_parts(by_part)
                 promises = held(detector, evaluated.judged, parts)

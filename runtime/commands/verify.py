@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle
+from ..calibrated import other_engines
 from ..engine.select import open_backend
 from ..manifest import Variant
 from ..program import Program
@@ -52,12 +53,17 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         unchecked = _unchecked(bundle, gate, args.no_gate, warm)
         for text in unchecked:
             print(f"NOT CHECKED: {text}")
+        names = options.program_names(bundle)
+        warnings = [str(each) for variant in variants for each in other_engines(bundle, names, variant, backend.name)]
+        for text in warnings:
+            print(f"warning: {text}")
         print("verified" if ok else "NOT verified: do not run this bundle on this machine")
         return {
             "ok": ok,
             "bundle": bundle.id,
             "backend": backend.name,
             "not_checked": unchecked,
+            "warnings": warnings,
             "checks": {variant: [_plain(check) for check in group] for variant, group in checks.items()},
         }
 

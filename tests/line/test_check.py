@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 from andon.cli import main
+from andon.runtime.app import LineApp
 from andon.runtime.broker import EmbeddedBroker
 from andon.runtime.bundle import Bundle
 from andon.runtime.engine.onnxruntime import OnnxRuntimeBackend
@@ -21,6 +22,7 @@ from andon.runtime.errors import CalibrationError
 from andon.runtime.overrides import Overrides
 from andon.runtime.startup import Options, effective, open_bundle
 
+from ..runtime.bundles import rewrite
 from ..runtime.conftest import build as build_bundle  # type: ignore[import-not-found]
 from ..runtime.memorystation import memory_parts  # type: ignore[import-not-found]
 from .conftest import BRIGHTNESS  # type: ignore[import-not-found]
@@ -221,6 +223,43 @@ def test_what_commands_have_set_stands_before_the_configuration(
     fast = {"state": "state", "program": "fast", "judge": {"thresholds": {"poly": 0.5}}}
     _, found = check(make_line({"cam0": PATTERN}, bundle=str(bundle), broker=None, **fast))
     assert "poly 0.5 (0.6 by command is ignored" in found["thresholds"]["found"]
+
+
+def test_thresholds_of_engines_that_may_decide_otherwise_are_said_by_check_and_at_the_start(
+    check: Any, make_line: Any, bundle: Path, tmp_path: Path, make_images: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Calibrated in FP32, run in FP16: export says whether that decides alike, unless its gate saw another memory."""
+
+    def recorded(verification: dict[str, Any]) -> None:
+        def change(manifest: dict[str, Any]) -> None:
+            files = manifest["stages"]["judge"]["files"]
+            manifest |= {"variants": ["fp32", "fp16"], "verification": verification}
+            manifest["stages"]["judge"]["files"] = files | {"fp16": files["fp32"]}
+            for entries in manifest["thresholds"].values():
+                entries["default"] |= {"variant": "fp32", "backend": "onnxruntime"}
+
+        rewrite(bundle, change)
+
+    def looked(**sections: Any) -> tuple[str, list[str]]:
+        cameras = {"cam0": {"source": {"kind": "folder", "path": str(parts)}, "product": "mono"}}
+        line = make_line(cameras, bundle=str(bundle), broker=None, variant="fp16", **sections)
+        code, found = check(line)
+        assert code == 0, found
+        caplog.clear()
+        LineApp(Options(config=line, backend="onnxruntime", threads=1, until_end=True)).run()
+        return found["thresholds"]["found"], [r.getMessage() for r in caplog.records if "other eng" in r.getMessage()]
+
+    parts = make_images(tmp_path / "parts", [1])
+    recorded({"gated": {"fp16": ["default"]}})
+    assert looked() == ("mono 0.5", [])
+    recorded({"enrolled_from": "0123456789ab", "gated": {"fp16": ["default"]}})
+    said, (logged,) = looked()
+    first, *more = said.splitlines()
+    assert first == "mono 0.5" and more[0].startswith("warning: thresholds of mono (program default) were calibrated")
+    assert [line.split(":")[0].strip() for line in more[1:]] == ["found", "expected", "next"]
+    assert "to run in fp16 on onnxruntime" in logged and "andon calibrate --bundle" in logged and "\n" not in logged
+    by_hand = {"mono": 0.4, "poly": 0.4}
+    assert looked(judge={"thresholds": by_hand}) == ("mono 0.4", []), "set by who saw what runs: nothing was promised"
 
 
 def test_it_is_said_that_a_service_may_keep_its_state_elsewhere(

@@ -62,17 +62,21 @@ def test_two_calibrations_at_once_both_keep_their_thresholds(make_bundle: MakeBu
     assert Bundle.load(root).id == kept.id
 
 
-@pytest.mark.parametrize("images", ["", "0123456789abcdef"])
-def test_thresholds_of_unrecorded_images_are_written_as_stations_of_before_read_them(
-    make_bundle: MakeBundle, images: str
+@pytest.mark.parametrize(
+    "recorded",
+    [{}, {"images": "0123456789abcdef"}, {"images": "0123456789abcdef", "variant": "fp16", "backend": "tensorrt"}],
+    ids=["nothing", "images", "images and engines"],
+)
+def test_what_a_threshold_does_not_record_is_written_as_stations_of_before_read_them(
+    make_bundle: MakeBundle, recorded: dict[str, str]
 ) -> None:
     """They refuse keys that they do not know, and every enrolled bundle had one, empty."""
     root = make_bundle()
-    threshold = THRESHOLD.model_copy(update={"images": images})
+    threshold = THRESHOLD.model_copy(update=recorded)
     Bundle.load(root).save_thresholds({"a": {"default": threshold}})
     written = json.loads((root / MANIFEST).read_text())["thresholds"]["a"]["default"]
     known = {"value", "false_alarm_rate", "confidence", "samples", "pixel", "program", "source"}
-    assert set(written) == (known | {"images"} if images else known)
+    assert set(written) == known | {*recorded}
     assert Bundle.load(root).threshold("a") == threshold
 
 

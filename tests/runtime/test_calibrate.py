@@ -286,6 +286,7 @@ def test_the_parts_that_training_held_out_are_what_counts(
     assert "40 good images of 10 parts: held out by training" in text
     threshold = Bundle.load(root).threshold("a")
     assert threshold is not None and threshold.samples == 5
+    assert (threshold.variant, threshold.backend) == ("fp32", "onnxruntime")
     assert threshold.value == pytest.approx(0.16), "four of five parts lie at or below it"
 
 

@@ -1,0 +1,81 @@
+"""Whether a bundle's thresholds hold with the engines that run: those they were calibrated with, or agreeing ones.
+
+A threshold's promise is about scores as the calibration's engines gave them. Export's gate shows which precisions keep
+FP32's decisions, so a threshold set in one of those may be run in another; `andon verify` shows that this machine's
+engines do what export's did. Of what no gate has seen nobody knows: then it has to be calibrated as it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from .bundle import Bundle
+from .errors import CalibrationError, quoted
+from .manifest import Manifest, Threshold, Variant
+
+
+def other_engines(
+    bundle: Bundle,
+    programs: Sequence[str],
+    variant: Variant,
+    backend: str,
+    in_force: Mapping[str, float | None] | None = None,
+) -> list[CalibrationError]:
+    """What to say (not to raise) of thresholds that were calibrated in a precision whose decisions nothing has shown to
+    agree with those in this one; each such precision once.
+
+    programs: those that run. in_force: the thresholds that do, by product; one that is not the bundle's was set by
+    somebody who saw what runs, and promises nothing. None: the bundle's.
+
+    Nothing is said of thresholds that do not record their precision: they are of before that was written down.
+    """
+    found: dict[tuple[Variant, str], dict[str, list[str]]] = {}
+    for product, entries in bundle.manifest.thresholds.items():
+        for program in programs:
+            entry = entries.get(program)
+            if entry is None or not _is_own(entry, product, in_force):
+                continue
+            engines = _engines(entry)
+            if engines is not None and not _agree(bundle.manifest, program, engines, (variant, backend)):
+                found.setdefault(engines, {}).setdefault(program, []).append(product)
+    return [_said(bundle, of, calibrated, (variant, backend)) for calibrated, of in found.items()]
+
+
+def _engines(entry: Threshold) -> tuple[Variant, str] | None:
+    """What a threshold was set with, if that is known: enrolling, which records nothing that stations of before would
+    refuse, does it in FP32 on onnxruntime."""
+    if entry.variant is not None:
+        return entry.variant, entry.backend
+    return ("fp32", "onnxruntime") if entry.source.startswith("provisional") else None
+
+
+def _is_own(entry: Threshold, product: str, in_force: Mapping[str, float | None] | None) -> bool:
+    return in_force is None or in_force.get(product) == entry.value
+
+
+def _agree(manifest: Manifest, program: str, one: tuple[Variant, str], other: tuple[Variant, str]) -> bool:
+    """Whether engines of two (precision, backend) are known to decide alike.
+
+    FP32 is FP32 everywhere: `andon verify` holds it to a thousandth. Reduced ones round as each backend does, so the
+    same precision elsewhere needs the gate, too. That of a bundle made by enrolling has seen another product's memory.
+    """
+    if one == other or one[0] == other[0] == "fp32":
+        return True
+    enrolled = "enrolled_from" in manifest.verification
+    return all(variant == "fp32" or (manifest.gated(variant, program) and not enrolled) for variant, _ in (one, other))
+
+
+def _said(
+    bundle: Bundle, of: Mapping[str, Sequence[str]], calibrated: tuple[Variant, str], running: tuple[Variant, str]
+) -> CalibrationError:
+    products = list(dict.fromkeys(product for each in of.values() for product in each))
+    noun = "program" if len(of) == 1 else "programs"
+    again = f"andon calibrate --bundle {quoted(bundle.path)} --data GOOD-IMAGES --variant {running[0]} --backend "
+    again += f"{running[1]} --programs {' '.join(of)}"
+    return CalibrationError(
+        f"thresholds of {', '.join(products)} ({noun} {', '.join(of)}) were calibrated with other engines, and no gate "
+        "has shown that decisions agree: more false alarms than promised are possible, or more misses",
+        found=f"to run in {running[0]} on {running[1]}",
+        expected=f"{calibrated[0]} on {calibrated[1]}, as calibrated",
+        next_step=f"{again}, on the machine that runs; or run in {calibrated[0]} (variant: {calibrated[0]})",
+    )
