@@ -96,7 +96,8 @@ class Rms:
         """Another frame: arrays of one shape. Not a number on one side only counts as infinite."""
         finite = np.isfinite(reference)
         if not np.array_equal(finite, np.isfinite(value)):
-            self._sum = float("inf")
+            self._sum = float("inf")  # and stays so: what is not a number would make the sum none
+            return
         apart = np.asarray(value, np.float64)[finite] - np.asarray(reference, np.float64)[finite]
         self._sum += float((apart * apart).sum())
         self._count += apart.size

@@ -122,6 +122,11 @@ def test_products_that_are_equally_likely_may_be_told_either_way() -> None:
     other = reference[:, [1, 0, 2]] - [[1e-7, 0.0, 0.0]]
     assert retold("fp16", other, reference).tolist() == [False, True]
     assert retold("fp16", reference * np.nan, reference).all(), "what is not a number tells nothing"
+    assert retold("fp16", np.array([[0.0, np.nan, 9.0]]), np.array([[1.0, 1.0, 0.0]])).all(), "not even on a near tie"
+    large = np.array([[100.0, 99.99995, 0.0], [100.0, 99.999, 0.0]])
+    assert retold("fp16", large[:, [1, 0, 2]], large).tolist() == [False, True], "near, for logits of that size"
+    assert not retold("fp16", large * 2, large).any()
+    assert retold("fp16", np.array([[7.0], [np.nan]]), np.ones((2, 1))).tolist() == [False, True], "one product alone"
 
 
 def test_the_verdicts_of_the_golden_set_at_the_bundles_thresholds(make_bundle: MakeBundle) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from andon.runtime.agreement import flipped
+from andon.runtime.agreement import Rms, auroc_drop, correlation, difference, flipped, most_flips, rms_difference
 from andon.runtime.bundle import Bundle
 from andon.runtime.commands import bench, verify
 from andon.runtime.engine.onnxruntime import OnnxRuntimeBackend
@@ -93,7 +93,74 @@ def test_the_verdict_of_a_frame_on_its_threshold_is_none_to_keep(threshold: floa
     assert not change("fp32", 5e-4), "less than FP32 engines may differ by"
     assert change("fp16", 5e-6) and change("int8", 5e-6), "a reduced variant keeps every verdict that FP32 gives"
     assert flipped("fp32", np.array([np.nan]), at, at)[0], "what is not a number is no tie"
+    on, apart = np.array([1.0, 1.0]), np.array([0.5, 1.5])
+    assert flipped("fp32", on, apart, on).tolist() == [False, True], "on the threshold is OK"
     assert flipped("fp32", np.array([1e-5]), np.array([-1e-5]), np.array([0.0]))[0], "0 is near to nothing but itself"
+
+
+def test_how_far_apart_two_arrays_are() -> None:
+    """The floor of every check: 0 for the same, the largest or the RMS difference over the recorded size."""
+    inf, nan = np.inf, np.nan
+    for value, reference, expected in (
+        (np.array([1, 2, 3, 5]), np.array([1, 2, 3, 4]), 0.25),
+        (np.array([True, False]), np.array([True, False]), 0.0),
+        (np.array([2.0, -3.0, 1.0]), np.array([2.0, -4.0, 1.5]), 0.25),
+        (np.array([inf, 2.0, 1.0]), np.array([inf, 2.0, 2.0]), 0.5),
+        (np.array([inf, inf]), np.array([inf, inf]), 0.0),
+        (np.array([nan, 1.0]), np.array([1.0, 1.0]), inf),
+        (np.array([1.0, 1.0]), np.array([inf, 1.0]), inf),
+    ):
+        assert difference(value, reference) == expected
+    assert difference(np.array([0.5]), np.array([0.0])) > 1e6, "what was recorded as nothing is nothing"
+    assert rms_difference(np.array([3.0, 3.0]), np.array([3.0, 4.0])) == pytest.approx(0.2)
+    assert rms_difference(np.array([inf, 3.0, 3.0]), np.array([inf, 3.0, 4.0])) == pytest.approx(0.2)
+    assert rms_difference(np.array([nan, 3.0]), np.array([3.0, 3.0])) == inf
+    assert rms_difference(np.array([0.5]), np.array([0.0])) > 1e6
+    several = Rms(np.array([[3.0, 3.0], [4.0, 4.0]]))
+    several.add(np.array([3.0, 3.0]), np.array([3.0, 3.0]))
+    assert several.value == 0
+    several.add(np.array([3.0, 4.0]), np.array([4.0, 4.0]))
+    assert several.value == pytest.approx(np.sqrt(1 / 4) / np.sqrt(50 / 4)), "of all frames together"
+
+
+def test_correlation_of_maps_and_of_constant_ones() -> None:
+    ramp, flat = np.arange(6.0).reshape(2, 3), np.full((2, 3), 4.0)
+    assert correlation(3 * ramp + 2, ramp) == pytest.approx(1) and correlation(-ramp, ramp) == pytest.approx(-1)
+    assert correlation(np.array([1.0, 0, 0, 1]), np.array([1.0, 0, 1, 0])) == pytest.approx(0)
+    assert correlation(np.array([1.0, 2, 4]), np.array([3.0, 7, 8])) == pytest.approx(
+        np.corrcoef([1.0, 2, 4], [3.0, 7, 8])[0, 1]
+    )
+    assert correlation(flat, flat) == 1 and correlation(flat * 1.0005, flat) == 1
+    assert correlation(flat * 2, flat) == 0 and correlation(ramp, flat) == 0
+    assert correlation(np.full((2, 3), np.nan), ramp) == 0
+
+
+def test_the_flips_that_few_frames_allow() -> None:
+    assert most_flips("fp32", 10) == 0
+    assert most_flips("fp16", 64) == pytest.approx(0.005 + 3 * np.sqrt(0.005 * 0.995 / 64))
+    assert most_flips("fp16", 8) == 1 / 8, "one frame is the least that can be seen"
+
+
+@pytest.mark.parametrize(("bad", "good"), [(5, 7), (2, 9), (9, 2)])
+def test_the_auroc_that_is_lost_and_its_error(bad: int, good: int) -> None:
+    """By DeLong's formula: each frame's share of its pairs, and how much that varies among frames of its kind."""
+    rng = np.random.default_rng(0)
+    defective = np.arange(bad + good) < bad
+    before = rng.normal(size=bad + good) + 5 * defective
+    now = rng.normal(size=bad + good) + 0.5 * defective
+    found = auroc_drop(before, now, defective)
+    assert found is not None
+
+    def order(scores: np.ndarray) -> np.ndarray:
+        return np.array([[(a > b) + (a == b) / 2 for b in scores[~defective]] for a in scores[defective]])
+
+    lost = order(before) - order(now)
+    assert found[0] == pytest.approx(lost.mean()) and found[0] > 0
+    assert found[1] == pytest.approx(np.sqrt(np.var(lost.mean(1), ddof=1) / bad + np.var(lost.mean(0), ddof=1) / good))
+    assert auroc_drop(now, before, defective) == (-found[0], found[1])
+    assert auroc_drop(before, before, defective) == (0, 0)
+    for one_kind in (np.zeros(bad + good, bool), np.ones(bad + good, bool)):
+        assert auroc_drop(before, now, one_kind) is None
 
 
 def test_a_gate_frame_that_set_the_threshold_itself_fails_no_device(make_bundle: MakeBundle) -> None:
