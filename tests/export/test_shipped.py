@@ -12,6 +12,7 @@ import torch
 from andon.cli import main
 from andon.export import reduce, verify
 from andon.export.exporter import GateError, Request, export_bundle
+from andon.export.frames import Frames
 from andon.export.precision import Fp16Graph, to_fp16
 from andon.export.shipped import require_warm_starts
 from andon.export.stage import StageDef, StagedModel
@@ -95,6 +96,116 @@ def test_the_gate_sees_scores_and_maps_that_keep_their_order(toy: Toy, variant: 
     ):
         checks = verify.decisions(variant, reduced, full, frames, low, toy.staged.classes)  # type: ignore[arg-type]
         assert {check.what for check in checks if not check.ok} == wrong
+
+
+def judged_frames(classes: int = 2, each: int = 200) -> Frames:
+    """So many frames of each product, every second one defective."""
+    ids = np.repeat(np.arange(classes, dtype=np.int32), each)
+    return Frames(np.zeros((len(ids), 1, 1, 3), np.uint8), ids, np.arange(len(ids), dtype=np.int32) % 2, "made up")
+
+
+def refused(variant: str, reduced: Scored, full: Scored, frames: Frames, threshold: object) -> set[str]:
+    checks = verify.decisions(variant, reduced, full, frames, threshold, ["a", "b"])  # type: ignore[arg-type]
+    assert verify.passed(checks) == all(check.ok for check in checks)
+    return {check.what for check in checks if not check.ok}
+
+
+@pytest.mark.parametrize("variant", ["fp16", "int8"])
+def test_each_limit_of_the_gate_refuses_alone(variant: str) -> None:
+    frames, rng = judged_frames(), np.random.default_rng(0)
+    limits = LIMITS[variant]  # type: ignore[index]
+    score = rng.uniform(1, 2, len(frames)) + 2 * frames.labels + 100 * frames.class_ids
+    maps = rng.uniform(0, 1, (len(frames), 4, 4))
+    full, threshold = Scored(score, maps), np.array([2.5, 102.5])
+    assert refused(variant, full, full, frames, threshold) == set()
+
+    for broken in (np.nan, np.inf):
+        for reduced in (Scored(score.copy(), maps), Scored(score, maps.copy())):
+            (reduced.score if reduced.map is maps else reduced.map).flat[7] = broken
+            assert refused(variant, reduced, full, frames, threshold) == {"finite"}
+
+    most = round(limits.flips * len(frames))
+    for flips, wrong in ((most, set()), (most + 1, {"verdict flips"})):
+        places = np.flatnonzero(frames.labels[:200] == 1)[:flips]
+        above, below = score.copy(), score.copy()
+        above[places], below[places] = 2.5 + 1e-4, 2.5 - 1e-4
+        assert refused(variant, Scored(below, maps), Scored(above, maps), frames, threshold) == wrong, flips
+
+    low = np.array([0.1, 0.1])  # where nothing flips
+    steps = score.copy()
+    steps[:200] = 1.5 + 1e-3 * np.argsort(np.argsort(score[:200]))  # narrow, so that only the order changes
+    swapped = steps.copy()
+    good, bad = np.flatnonzero(frames.labels[:200] == 0), np.flatnonzero(frames.labels[:200] == 1)
+    top, least = good[np.argsort(steps[good])[-15:]], bad[np.argsort(steps[bad])[:15]]
+    swapped[top], swapped[least] = steps[least], steps[top]  # 225 of 10,000 pairs
+    assert refused(variant, Scored(swapped, maps), Scored(steps, maps), frames, low) == {"AUROC drop"}
+    assert refused(variant, Scored(steps, maps), Scored(swapped, maps), frames, low) == set(), "a gain is no loss"
+
+    alone = np.zeros_like(maps)
+    alone[0, 0, 0] = 1  # one pixel stands out, and is seen elsewhere: little in RMS where all are large
+    other = np.roll(alone, 1, axis=0)
+    wrong = {"map correlation"}
+    assert refused(variant, Scored(score, 1e3 + other), Scored(score, 1e3 + alone), frames, threshold) == wrong
+
+    nearly = 1000 + rng.uniform(0, 1, len(frames))
+    shuffled = Scored(nearly[rng.permutation(len(frames))], maps)
+    plain = replace(frames, labels=np.zeros_like(frames.labels))
+    assert refused(variant, shuffled, Scored(nearly, maps), plain, low) == {"score rank correlation"}
+
+    told = np.eye(2)[frames.class_ids]
+    with_logits = replace(full, logits=told)
+    assert refused(variant, with_logits, with_logits, frames, threshold) == set()
+    wrong = {"other products told"}
+    assert refused(variant, replace(full, logits=1 - told), with_logits, frames, threshold) == wrong
+
+
+def test_one_pair_in_another_order_is_no_loss_on_a_small_set() -> None:
+    """Of ten pairs one is .1, which is above every limit; two of them are a loss."""
+    frames = replace(judged_frames(1, 7), labels=np.array([0, 0, 0, 0, 0, 1, 1], np.int32))
+    score, maps = 1 + np.arange(7) / 1e3, np.random.default_rng(0).uniform(0, 1, (7, 2, 2))
+    for order, wrong in (([0, 1, 2, 3, 5, 4, 6], set()), ([0, 1, 2, 5, 4, 3, 6], {"AUROC drop"})):
+        found = refused("fp16", Scored(score[order], maps), Scored(score, maps), frames, np.array([0.1]))
+        assert found - {"score rank correlation"} == wrong
+
+
+def test_the_program_is_held_to_the_torch_model_by_scores_verdicts_and_maps() -> None:
+    frames, rng = judged_frames(each=1000), np.random.default_rng(0)
+    right = Scored(rng.uniform(1, 2, len(frames)) + 10 * frames.class_ids, rng.uniform(0, 10, (len(frames), 2, 2)))
+    threshold = np.array([1.5, 11.5])
+    right.score[0], right.score[1500] = 1.504, 11.54  # clear of the threshold, by less than the next errors
+
+    def wrong(score: float = 0.0, at: int = 0, pixels: int = 0, error: float = 0.02) -> list[str]:
+        engine = Scored(right.score.copy(), right.map.copy())
+        engine.score[at] += score
+        engine.map.reshape(-1)[:pixels] += error
+        with np.errstate(invalid="ignore"):
+            checks = verify.model_parity(engine, right, frames, threshold)
+        return [check.what.split(",")[0] for check in checks if not check.ok]
+
+    assert wrong() == [] and wrong(1e-3) == []
+    both = ["score", "verdict flips to torch"]
+    assert wrong(4e-3, 3) == ["score"] == wrong(-4e-3, 3) and wrong(np.nan, 3) == both
+    assert wrong(-0.01) == both == wrong(-0.08, 1500)
+    assert wrong(pixels=4) == [], "one in a thousand: where two codes are equally near"
+    assert wrong(pixels=16) == ["map"] and wrong(pixels=16, error=np.nan) == ["map"] == wrong(pixels=16, error=-0.02)
+    assert wrong(pixels=8000, error=5e-3) == []
+
+
+def test_the_files_as_shipped_may_change_as_many_verdicts_as_the_gate_allows() -> None:
+    frames = judged_frames(1, 200)
+    full = Scored(np.full(200, 1.0), np.zeros((200, 1, 1)))
+    for flips, of, ok in ((1, 200, True), (2, 200, False), (2, 400, True), (2, 201, True), (3, 201, False)):
+        score = full.score.copy()
+        score[:flips] = 2.0
+        check = verify.flips_as_shipped("fp16", Scored(score, full.map), full, frames, np.array([1.5]), of)
+        assert (check.value, check.ok) == (flips, ok), (flips, of)
+
+
+def test_how_far_a_fall_back_is_from_fp32() -> None:
+    full = Scored(np.array([1.0, 3.0]), np.zeros((2, 1, 1)))
+    assert verify.distance(full, full) == 0
+    assert verify.distance(Scored(np.array([1.5, 2.75]), full.map), full) == pytest.approx(0.375)
+    assert verify.distance(Scored(np.array([np.nan, 3.0]), full.map), full) == np.inf
 
 
 # -- the replay --------------------------------------------------------------------------------------------------------
