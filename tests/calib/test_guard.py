@@ -134,6 +134,60 @@ def test_frozen_untrusted_and_not_finite_frames_teach_nothing():
     assert line.calibrator.observe(seen).decision.admit
 
 
+def test_one_patch_that_is_not_a_number_teaches_nothing_and_moves_no_limit():
+    """A baseline with one would compare with nothing from then on, and every defect pass."""
+    guard, patches = AdmissionGuard(GuardPolicy(warmup=1)), np.array([1.0, 2.0, 5.0])
+    guard.judge(1.0, patches)
+    before = guard.anchor_limits()
+    for wrong in (np.nan, np.inf):
+        assert guard.judge(0.5, np.array([1.0, wrong, 5.0])).reason == "not_finite"
+        assert guard.judge(wrong, patches).reason == "not_finite"
+    assert guard.anchor_limits() == before and guard.state()["scores"].tolist() == [1.0]
+    assert AdmissionGuard(GuardPolicy(gate=False)).judge(np.nan, None).reason == "not_finite"
+
+
+def test_what_lies_on_a_limit_passes_and_the_decision_says_found_and_limit():
+    policy = GuardPolicy(quantile=0.5, window=4, warmup=2, local_bound=1.5, global_bound=3.0)
+
+    def decided(score, patches):
+        guard = AdmissionGuard(policy)
+        warm = [guard.judge(s, np.array([1.0, 2.0, 4.0])) for s in (1.0, 3.0)]
+        assert [(d.reason, d.found, d.limit) for d in warm] == [("warmup", 1, 2), ("warmup", 2, 2)]
+        assert guard.score_limit() == 2 and guard.anchor_limits() == (3.0, 6.0)
+        decision = guard.judge(score, np.array(patches))
+        return decision.admit, decision.reason, decision.found, decision.limit
+
+    assert decided(2.0, [1.0, 2.0, 5.0]) == (True, "admitted", 2.0, 2.0)
+    assert decided(2.1, [1.0, 2.0, 5.0]) == (False, "score", 2.1, 2.0)
+    assert decided(2.0, [1.0, 2.0, 5.5]) == (False, "anchor_local", 3.5, 3.0)
+    assert decided(2.0, [1.0, 6.0, 9.0]) == (True, "admitted", 2.0, 2.0)
+    assert decided(2.0, [1.0, 6.5, 9.0]) == (False, "anchor_global", 6.5, 6.0)
+    off = AdmissionGuard(GuardPolicy(gate=False)).judge(9.0, None)
+    assert (off.admit, off.reason, off.found, off.limit) == (True, "admitted", 9.0, np.inf)
+    guard = AdmissionGuard(policy)
+    for score in (1.0, 3.0):
+        guard.judge(score, np.array([1.0, 2.0, 4.0]))
+    with pytest.raises(CalibrationError, match="distances to the semantic memory"):
+        guard.judge(2.0, None)
+
+
+def test_the_baseline_is_of_the_first_frames_and_the_score_gate_of_the_latest():
+    policy = GuardPolicy(window=3, warmup=1)
+    guard, longer = AdmissionGuard(policy), AdmissionGuard(GuardPolicy(window=5, warmup=1))
+    for each in (guard, longer):
+        for score in (1.0, 2.0, 3.0, 4.0, 5.0):
+            each.judge(score, np.array([score, score, 3 * score]))
+    assert {name: array.tolist() for name, array in guard.state().items()} == {
+        "scores": [3, 4, 5], "level": [1, 2, 3], "excess": [2, 4, 6],
+    }  # fmt: skip
+    assert not guard.needs_anchor()
+    again = AdmissionGuard(policy)
+    again.restore(longer.state())
+    assert all(again.state()[name].tolist() == array.tolist() for name, array in guard.state().items())
+    again.reset()
+    assert again.needs_anchor() and not any(array.size for array in again.state().values())
+
+
 def test_score_gate_admits_the_quantile_it_promises():
     guard = AdmissionGuard(GuardPolicy(quantile=0.8, window=50, local_bound=1e9, global_bound=1e9))
     rng = np.random.default_rng(0)
@@ -146,6 +200,7 @@ def test_cap_per_frame():
     policy = MemoryPolicy(capacity=100, per_frame=50)
     assert AdmissionGuard(GuardPolicy()).rows_per_frame(policy.per_frame, policy.capacity) == 25
     assert AdmissionGuard(GuardPolicy(gate=False)).rows_per_frame(policy.per_frame, policy.capacity) == 50
+    assert AdmissionGuard(GuardPolicy(share=0.001)).rows_per_frame(policy.per_frame, policy.capacity) == 1
 
 
 def test_gate_off_follows_the_papers_length_cycle():
@@ -234,9 +289,19 @@ def test_incomplete_state_is_refused_and_changes_nothing():
 
 
 def test_policies_out_of_range_are_refused():
-    for wrong in ({"quantile": 0}, {"warmup": 0}, {"warmup": 60}, {"share": 2}, {"local_bound": -1}):
+    for wrong in (
+        {"quantile": 0},
+        {"warmup": 0},
+        {"warmup": 60},
+        {"share": 2},
+        {"share": 0},
+        {"local_bound": 0},
+        {"global_bound": 0},
+    ):
         with pytest.raises(CalibrationError, match="guard policy"):
             GuardPolicy(**wrong)
+    for edge in ({"quantile": 1}, {"warmup": 1}, {"warmup": 50}, {"share": 1}, {"local_bound": 0.1}):
+        GuardPolicy(**edge)
 
 
 def test_versions_only_grow():

@@ -146,7 +146,7 @@ def test_smoothing_is_off_by_default_and_starts_anew_with_a_product(make_judge: 
     judge = make_judge(smoothing=0.25)
     scores = [
         judge.judge(frame(picture(shade), product=product)).verdict
-        for shade, product in [(0, "mono"), (255, "mono"), (255, "mono"), (255, "mono"), (200, "poly")]
+        for shade, product in [(0, "mono"), (255, "mono"), (255, "mono"), (255, "mono"), (200, "poly"), (51, "poly")]
     ]
-    assert [round(verdict.score or 0, 3) for verdict in scores] == [0, 0.25, 0.438, 0.578, 0.784]
-    assert [verdict.label for verdict in scores] == ["OK", "OK", "OK", "NG", "NG"]
+    assert [round(verdict.score or 0, 3) for verdict in scores] == [0, 0.25, 0.438, 0.578, 0.784, 0.638]
+    assert [verdict.label for verdict in scores] == ["OK", "OK", "OK", "NG", "NG", "NG"]

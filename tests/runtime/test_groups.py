@@ -30,7 +30,7 @@ def test_an_expression_finds_the_part_in_the_path() -> None:
 
 def test_a_table_names_the_part_of_each_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = tmp_path / "parts.csv"
-    lines = ["when,part, image", "1,x,s01_a.png", "2,x,nut/train/good/s01_b.png", "3,y,s02_a.png", "4,z,t02_a.png"]
+    lines = ["when,part, image", "1,x,s01_a.png", "2,x,nut/train/good/s01_b.png", "3,y,s02_a.png", "4,z,t02_a.png", "5"]
     table.write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
     assert list(parts_of(SAMPLES, str(table)).values()) == ["x", "x", "y", "z"]
     monkeypatch.chdir(tmp_path)
