@@ -155,8 +155,46 @@ def test_each_limit_of_the_gate_refuses_alone(variant: str) -> None:
     told = np.eye(2)[frames.class_ids]
     with_logits = replace(full, logits=told)
     assert refused(variant, with_logits, with_logits, frames, threshold) == set()
+    assert (
+        refused(variant, full, with_logits, frames, threshold)
+        == set()
+        == refused(variant, with_logits, full, frames, threshold)
+    )
     wrong = {"other products told"}
     assert refused(variant, replace(full, logits=1 - told), with_logits, frames, threshold) == wrong
+
+
+@pytest.mark.parametrize("variant", ["fp16", "int8"])
+def test_how_alike_maps_and_ranks_must_be(variant: str) -> None:
+    limits = LIMITS[variant]  # type: ignore[index]
+
+    def kept(reduced: Scored, full: Scored) -> set[str]:
+        frames = Frames(np.zeros((len(full.score), 1, 1, 3)), *np.zeros((2, len(full.score)), np.int32), "made up")
+        return refused(variant, reduced, full, frames, np.array([0.1]))
+
+    draws = np.random.default_rng(0).normal(size=(64, 2))
+    axes = np.linalg.qr(draws - draws.mean(0))[0].T.reshape(2, 4, 4, 4)  # without mean, and at right angles
+    score = 1.0 + np.arange(4)
+    for alike, wrong in ((1.1, set()), (0.9, {"map correlation"})):
+        part = 1 - (1 - limits.correlation) / alike  # a little nearer than the limit, or less near
+        other = part * axes[0] + np.sqrt(1 - part**2) * axes[1]
+        assert kept(Scored(score, 90 + 5 * other), Scored(score, 90 + axes[0])) == wrong, "whatever their scale"
+    flat = np.full((4, 4, 4), 9.0)
+    assert kept(Scored(score, flat), Scored(score, flat)) == set()
+    assert kept(Scored(score, flat * 1.01), Scored(score, flat)) == {"map correlation"}
+
+    def ranks(reduced: list[float], full: list[float]) -> set[str]:
+        maps = np.arange(float(len(full))).reshape(-1, 1, 1)
+        return kept(Scored(np.array(reduced), maps), Scored(np.array(full), maps))
+
+    wrong = {"score rank correlation"}
+    assert ranks([1000.5, 1000], [1000, 1000.5]) == set(), "two have no order that could be measured"
+    assert (
+        ranks([1000.5, 1000.3, 1000], [1000, 1000.3, 1000.5])
+        == wrong
+        == ranks([1001, 1000.5, 1000], [1000, 1000.5, 1001])
+    )
+    assert ranks([1000, 1000, 1000], [1000, 1000.3, 1000.5]) == set() == ranks([1000, 1000.3, 1000.5], [1000] * 3)
 
 
 def test_one_pair_in_another_order_is_no_loss_on_a_small_set() -> None:
