@@ -219,16 +219,57 @@ def test_gate_off_follows_the_papers_length_cycle():
     assert lengths == [50, 25, 75, 25, 75, 25]
 
 
-def transport_line(gate):
+def transport_line(gate, **guard):
     """Foreground patches 0..49 match row 0, background ones row 1."""
     bank = np.zeros((2 + 100, D), np.float32)
     bank[1] = 1
     valid = (np.arange(102) < 2).astype(np.float32)
     labels = np.zeros(102, np.float32)
     labels[0] = 1
-    guard = GuardPolicy(gate=gate, local_bound=1e9, global_bound=1e9)
     policy = MemoryPolicy(capacity=100, selection="transport", foreground=3, background=5)
-    return OnlineCalibrator.create(bank, valid, 2, policy, guard, labels)
+    return OnlineCalibrator.create(
+        bank, valid, 2, policy, GuardPolicy(gate=gate, local_bound=1e9, global_bound=1e9, **guard), labels
+    )
+
+
+def test_what_a_usual_patch_scores_follows_the_frames_that_teach():
+    """It says which patches a reduced gate may take: where none is usual, the frame teaches nothing."""
+    calibrator, rng = transport_line(True, warmup=1, quantile=1.0), np.random.default_rng(0)
+
+    def seen(score, patches):
+        matched = np.repeat([0, 1], 50).astype(np.int32)
+        features = rng.normal(size=(100, D)).astype(np.float32)
+        outcome = calibrator.observe(Observation(score, features, np.full(100, patches), rng.random(100), matched))
+        return outcome.decision.reason, float(calibrator.state()["typical_patch"])
+
+    assert seen(9.0, 5.0) == ("warmup", pytest.approx(np.nan, nan_ok=True)), "who does not teach does not count"
+    assert seen(1.0, 1.0) == ("admitted", 1.0) and seen(1.0, 0.5) == ("admitted", 0.975)
+    version, admissions = calibrator.memory.version, calibrator.admissions
+    reason, typical = seen(1.0, 1.1)
+    assert reason == "no_candidate" and typical == pytest.approx(0.95 * 0.975 + 0.05 * 1.1)
+    assert (calibrator.memory.version, calibrator.admissions) == (version, admissions) == (2, 2)
+    assert dict(calibrator.counts) == {"warmup": 1, "admitted": 2, "no_candidate": 1}
+    assert calibrator.memory.origin[:16].tolist() == [1] * 8 + [2] * 8
+    calibrator.reset()
+    assert seen(1.0, 3.0)[0] == "warmup" and seen(1.0, 3.0) == ("admitted", 3.0), "everything anew"
+
+
+def test_the_share_of_one_frame_bounds_transport_too():
+    calibrator, rng = transport_line(True, warmup=1, share=0.04), np.random.default_rng(0)
+    for _ in range(2):
+        patches, matched = rng.normal(size=(100, D)).astype(np.float32), np.repeat([0, 1], 50).astype(np.int32)
+        outcome = calibrator.observe(Observation(1.0, patches, np.ones(100), rng.random(100), matched))
+    assert len(outcome.patches) == 4 == calibrator.memory.length
+
+
+def test_a_frame_that_cannot_teach_is_counted_as_if_it_had_been_seen():
+    calibrator = Line(True).calibrator
+    assert calibrator.turns_away(trusted=False) and calibrator.counts == {"not_ok": 1}
+    assert not calibrator.turns_away() and calibrator.counts == {"not_ok": 1}
+    calibrator.frozen = True
+    assert calibrator.turns_away() and calibrator.counts == {"not_ok": 1, "frozen": 1}
+    ungated = Line(False).calibrator
+    assert not ungated.turns_away(trusted=False) and not ungated.counts, "the paper's way: every frame teaches"
 
 
 def test_transport_selection_takes_both_labels_and_needs_probabilities():
