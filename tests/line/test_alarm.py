@@ -88,6 +88,11 @@ def test_unknown_has_an_alarm_of_its_own_and_leaves_the_window_alone() -> None:
     assert feed(board, "n") == [("cannot_judge", "raised", "latched"), ("defect", "cleared", "raised")]
 
 
+def test_one_unknown_may_be_enough() -> None:
+    board = AlarmBoard("cam0", AlarmRule(cannot_judge_after=1, latch=False))
+    assert feed(board, "uo") == [("cannot_judge", "cleared", "raised"), ("cannot_judge", "raised", "cleared")]
+
+
 def test_unknown_can_count_as_ng() -> None:
     board = AlarmBoard("cam0", AlarmRule(k=2, n=3, unknown="count", cannot_judge_after=None))
     assert feed(board, "uu") == [("defect", "cleared", "raised")]
@@ -125,6 +130,22 @@ def test_a_shorter_window_after_a_restart_forgets_the_oldest() -> None:
     assert feed(after, "n") == [("defect", "cleared", "raised")]
 
 
+def test_after_a_product_change_the_verdicts_before_count_no_more_and_alarms_stay() -> None:
+    board = AlarmBoard("cam0", AlarmRule(k=2, n=5, cannot_judge_after=2))
+    board.condition("camera", True, "gone")
+    feed(board, "nu")
+    board.reset_window()
+    assert feed(board, "un") == [] and states(board)["camera"] == "raised"
+    assert feed(board, "n") == [("defect", "cleared", "raised")]
+
+
+def test_what_another_version_saved_of_alarms_is_taken_over_as_far_as_it_is_known() -> None:
+    board = AlarmBoard("cam0", AlarmRule())
+    board.restore({"alarms": [{"kind": "smell", "state": "raised"}, {"kind": "drift", "state": "raised", "of": 1}]})
+    assert [(alarm.kind, alarm.state) for alarm in board.active] == [("drift", "raised")]
+    assert feed(board, "uunn") == [] and feed(board, "n") == [("defect", "cleared", "raised")]
+
+
 @pytest.mark.parametrize("rule", [{"k": 0}, {"k": 6, "n": 5}, {"k": 2, "clear": 2}, {"cannot_judge_after": 0}])
 def test_impossible_rules_are_refused(rule: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="found"):
@@ -140,6 +161,13 @@ def test_message_says_the_worst_state_of_the_board() -> None:
     assert message["state"] == "raised" and message["ts"] == "2026-01-02T00:00:00.000Z"
     assert [(a["kind"], a["state"]) for a in message["alarms"]] == [("defect", "acknowledged"), ("camera", "raised")]
     assert message["event"] == {"kind": "camera", "from": "cleared", "to": "raised", "detail": "gone", "by": None}
+    board.condition("camera", False)
+    again = json.loads(payload("01M80DF570B4VNQ8GGGQMJ0155", "cam0", board.alarms))
+    assert (again["state"], again["event"], len(again["alarms"])) == ("latched", None, 2), "before what is acknowledged"
+    board.acknowledge("camera")
+    assert json.loads(payload("01M80DF570B4VNQ8GGGQMJ0155", "cam0", board.alarms))["state"] == "acknowledged"
+    feed(board, "o")
+    assert json.loads(payload("01M80DF570B4VNQ8GGGQMJ0155", "cam0", board.alarms))["state"] == "cleared"
 
 
 class AlarmMachine(RuleBasedStateMachine):
