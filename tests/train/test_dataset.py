@@ -179,6 +179,8 @@ def test_the_end_of_a_jpeg_is_that_of_its_picture(
     expected = read_rgb(path)
     path.write_bytes(whole + bytes(8192))  # a phone's motion photo has a film there
     np.testing.assert_array_equal(read_rgb(path), expected)
+    path.write_bytes(whole[:2] + b"\xff\x01" + whole[2:])  # TEM has no length behind it
+    np.testing.assert_array_equal(read_rgb(path), expected)
     exif = b"Exif" + whole[:2000] + b"\xff\xd9"
     preview = whole[:2] + b"\xff\xe1" + (2 + len(exif)).to_bytes(2, "big") + exif + whole[2:]
     path.write_bytes(preview)
@@ -244,6 +246,15 @@ def test_mask_of_another_size_is_refused(tmp_path: Path) -> None:
     assert read_mask(mask, (4, 5)).all()
 
 
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16])
+def test_a_mask_is_all_that_is_above_zero(tmp_path: Path, depth: type) -> None:
+    """Many sets write 1 for the defect; of 16 bits that is next to nothing."""
+    cv2.imwrite(str(tmp_path / "m.png"), np.array([[0, 1, 2, 0], [0, 200, 255, 0]], depth))
+    assert read_mask(tmp_path / "m.png", (2, 4)).tolist() == [[False, True, True, False]] * 2
+    with pytest.raises(SourceError, match=r"cannot read .*none\.png: No such file"):
+        read_mask(tmp_path / "none.png", (2, 4))
+
+
 def test_read_rgb_orders_channels_and_replicates_grey(tmp_path: Path) -> None:
     image = np.zeros((4, 6, 3), np.uint8)
     image[..., 2] = 200  # red in OpenCV's order
@@ -258,9 +269,9 @@ def test_read_rgb_orders_channels_and_replicates_grey(tmp_path: Path) -> None:
 
 
 def test_sixteen_bit_keeps_the_range(tmp_path: Path) -> None:
-    values = np.array([[0, 257, 32896, 65535]], np.uint16)
+    values = np.array([[0, 128, 129, 257, 32896, 65535]], np.uint16)  # rounded, not cut off
     cv2.imwrite(str(tmp_path / "deep.png"), values)
-    assert read_rgb(tmp_path / "deep.png")[0, :, 0].tolist() == [0, 1, 128, 255]
+    assert read_rgb(tmp_path / "deep.png")[0, :, 0].tolist() == [0, 0, 1, 1, 128, 255]
     cv2.imwrite(str(tmp_path / "float.tiff"), np.ones((3, 3, 3), np.float32))
     with pytest.raises(SourceError, match="depth"):
         read_rgb(tmp_path / "float.tiff")
