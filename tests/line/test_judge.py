@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,42 @@ def test_a_late_judgement_is_unknown(make_judge: Callable[..., Judge]) -> None:
     late = judge.judge(frame(picture(60), deadline=time.monotonic() - 1)).verdict
     assert (late.label, late.reason) == ("UNKNOWN", "deadline_missed") and late.score is not None
     assert judge.judge(frame(picture(60), deadline=time.monotonic() + 60)).verdict.label == "OK"
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_a_part_that_the_classifier_takes_for_another_product_is_unknown_on_request(
+    make_judge: Callable[..., Judge], monkeypatch: pytest.MonkeyPatch, check: bool
+) -> None:
+    judge = make_judge(judge={"check_product": check})
+    assert judge.judge(frame(picture(60))).verdict.label == "OK", "nothing told its product"
+    right = judge.detector.judge_image
+    monkeypatch.setattr(judge.detector, "judge_image", lambda *given: replace(right(*given), predicted="poly"))
+    for shade in (60, 250):
+        judgement = judge.judge(frame(picture(shade)))
+        verdict = judgement.verdict
+        if check:
+            assert (verdict.label, verdict.reason) == ("UNKNOWN", "wrong_product"), "neither OK nor NG of the other"
+            assert judgement.detail == "expected mono, the classifier sees poly"
+            assert (verdict.product, verdict.threshold) == ("mono", 0.5) and verdict.score is not None
+        else:
+            assert verdict.label == ("OK" if shade == 60 else "NG")
+        assert judge.judge(frame(picture(shade), product="poly")).verdict.label == ("OK" if shade == 60 else "NG")
+
+
+def test_regions_are_of_the_lines_settings_before_the_bundles(make_judge: Callable[..., Judge]) -> None:
+    image = picture(60)
+    for (x, y, width, height), shade in (((4, 4, 8, 4), 255), ((30, 30, 6, 6), 220), ((50, 50, 2, 2), 255)):
+        image[y : y + height, x : x + width] = shade
+
+    def boxes(**settings: Any) -> list[tuple[int, int, int, int]]:
+        verdict = make_judge(judge=settings).judge(frame(image)).verdict
+        assert verdict.label == "NG"
+        return sorted(region.bbox for region in verdict.regions)
+
+    first, second, small = (4, 4, 8, 4), (30, 30, 6, 6), (50, 50, 2, 2)
+    assert boxes(min_area=1) == [first, second, small] and boxes(min_area=10) == [first, second]
+    assert boxes(min_area=1, pixel_threshold=0.95) == [first, small]
+    assert boxes(min_area=1, max_regions=1) in ([first], [small])
 
 
 class Memory:
