@@ -74,8 +74,17 @@ def test_selection_rules():
     assert select_transport(transport, front, 1, 2, eligible).tolist() == [2, 1, 3]
 
 
+def test_a_reset_gives_back_what_was_shipped_labels_too():
+    memory, shipped = make(labels=True), make(labels=True)
+    memory.admit(np.ones((5, D)), 1, np.ones(5, np.float32))
+    memory.reset()
+    for name in ("bank", "valid", "foreground", "origin"):
+        assert getattr(memory, name).tobytes() == getattr(shipped, name).tobytes(), name
+    assert (memory.length, memory.version) == (0, 2)
+
+
 @pytest.mark.parametrize(
-    "rows", [np.zeros((3, D + 1)), np.zeros((0, D)), np.full((2, D), np.nan), np.full((1, D), np.inf)]
+    "rows", [np.zeros(D), np.zeros((3, D + 1)), np.zeros((0, D)), np.full((2, D), np.nan), np.full((1, D), np.inf)]
 )
 def test_bad_rows_are_refused_and_change_nothing(rows):
     memory = make()
@@ -93,12 +102,28 @@ def test_shipped_arrays_that_make_no_memory_are_refused():
         EpisodicMemory(bank, valid, 4, MemoryPolicy(capacity=5))
     with pytest.raises(CalibrationError, match="fit each other"):
         EpisodicMemory(bank, valid[:7], 4, policy)
+    for rows in (0, 8):
+        with pytest.raises(CalibrationError, match="fit each other"):
+            EpisodicMemory(bank, valid, rows, policy)
+    with pytest.raises(CalibrationError, match="mask"):
+        EpisodicMemory(bank, np.array([0.5, 1, 1, 1, 0, 0, 0, 0]), 4, policy)
+    with pytest.raises(CalibrationError, match="finite"):
+        EpisodicMemory(np.where(np.arange(8)[:, None] == 2, np.nan, bank), valid, 4, policy)
     with pytest.raises(CalibrationError, match="mask"):
         EpisodicMemory(bank, np.array([1, 1, 1, 1, 0, 1, 0, 0]), 4, policy)
     with pytest.raises(CalibrationError, match="semantic"):
         EpisodicMemory(bank, np.array([0, 0, 0, 0, 1, 0, 0, 0]), 4, policy)
-    with pytest.raises(CalibrationError, match="policy"):
-        MemoryPolicy(keep=1.0)
+    for wrong in (
+        {"keep": 1.0},
+        {"keep": 0.0},
+        {"capacity": 0},
+        {"per_frame": 0},
+        {"foreground": -1},
+        {"background": -1},
+    ):
+        with pytest.raises(CalibrationError, match="policy"):
+            MemoryPolicy(**wrong)
+    assert MemoryPolicy(capacity=1, per_frame=1, foreground=0, background=0).compressed == 1
 
 
 @settings(max_examples=40, deadline=None)
@@ -114,6 +139,37 @@ def test_save_and_restore_is_bit_exact(sizes, seed):
     for name in ("bank", "valid", "foreground", "origin"):
         assert getattr(other, name).tobytes() == getattr(memory, name).tobytes()
     assert other.version == memory.version
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rows": np.ones((3, D + 1), np.float32)},
+        {"rows": np.ones(3, np.float32)},
+        {"rows": np.full((3, D), np.nan, np.float32)},
+        {"origin": np.zeros(2, np.int64)},
+        {"foreground": np.zeros(0, np.float32)},
+        {
+            name: np.ones((41, *shape), np.float32)
+            for name, shape in (("rows", (D,)), ("origin", ()), ("foreground", ()))
+        },
+    ],
+    ids=["wider", "flat", "not finite", "origins", "no labels", "more than there is room for"],
+)
+def test_a_saved_memory_that_does_not_fit_is_refused_and_changes_nothing(wrong):
+    memory = make(labels=True)
+    memory.admit(np.ones((3, D)), 1)
+    saved = memory.state()
+    memory.admit(np.zeros((2, D)), 2)
+    before = memory.state()
+    with pytest.raises(CalibrationError, match="does not fit this bundle"):
+        memory.restore({**saved, **wrong})
+    assert all((memory.state()[name] == value).all() for name, value in before.items()), "it is as it was"
+    memory.restore(saved)
+    assert memory.length == 3 and memory.version == 1
+    plain = make()
+    plain.restore({**saved, "foreground": np.zeros(0, np.float32)})
+    assert plain.length == 3, "a memory without labels needs none"
 
 
 class History(RuleBasedStateMachine):
