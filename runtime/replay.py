@@ -6,7 +6,8 @@ golden/warm.npz: of a program that carries something from frame to frame: score 
 after the other, all of them WARM_ROUNDS times, without a reset between them, and ``state.<name>`` [...] after the last.
 golden/gate.npz: what export's decision gate judged by: frames, class_ids, labels int32 [n] (1 defective, 0 good, -1
 unknown), score [n] of the FP32 engines and threshold [classes]; logits [n, classes] of a product classifier; of an
-alternative score.<program> and threshold.<program>.
+alternative score.<program> and threshold.<program>. An enrolled bundle has it of views of the given images, without
+defects and alternatives (enrolment/shipped.py).
 
 agreement.py says how near is near enough.
 """
@@ -297,6 +298,20 @@ def gate_programs(bundle: Bundle, variant: Variant) -> list[str]:
         "default",
         *(p for p in manifest.alternatives if f"score.{p}" in known and manifest.gated(variant, p)),
     ]
+
+
+def gate_lacks(bundle: Bundle) -> list[str]:
+    """What a gate set cannot show: without defects there is no AUROC to keep, far from a threshold nothing flips."""
+    data, found = _read(bundle, GATE, ("labels", "score", "threshold", "class_ids")), []
+    if not (data["labels"] == 1).any():
+        found.append(
+            "whether defects still stand out (the gate set has none that is known, as one from `andon enroll`)"
+        )
+    over = data["score"] > data["threshold"][data["class_ids"]]
+    if over.all() or not over.any():
+        side = "above" if over.all() else "below"
+        found.append(f"verdicts of both kinds (all scores of the gate set lie {side} their threshold)")
+    return found
 
 
 def replay_gate(program: Program, step: Step | None = None) -> list[Check]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +14,18 @@ from ..calibrated import other_engines
 from ..engine.select import open_backend
 from ..manifest import Variant
 from ..program import Program
-from ..replay import GATE, WARM, Check, carries, gate_programs, golden_size, replay_gate, replay_golden, replay_warm
+from ..replay import (
+    GATE,
+    WARM,
+    Check,
+    carries,
+    gate_lacks,
+    gate_programs,
+    golden_size,
+    replay_gate,
+    replay_golden,
+    replay_warm,
+)
 from . import options
 
 
@@ -50,7 +62,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         ok = all(check.ok for group in checks.values() for check in group)
         print(f"{bundle.manifest.name} ({bundle.id}) on {backend.name}, {golden} golden, {gate} gate frames")
         print(_table(checks))
-        unchecked = _unchecked(bundle, gate, args.no_gate, warm)
+        unchecked = _unchecked(bundle, gate, args.no_gate, warm, programs)
         for text in unchecked:
             print(f"NOT CHECKED: {text}")
         names = options.program_names(bundle)
@@ -68,17 +80,29 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         }
 
 
-def _unchecked(bundle: Bundle, gate: int, unwanted: bool, warm: int) -> list[str]:
+def _unchecked(
+    bundle: Bundle, gate: int, unwanted: bool, warm: int, programs: Mapping[Variant, Sequence[str]]
+) -> list[str]:
     """What there is nothing to compare with."""
     found = []
     if not gate:
-        why = "--no-gate" if unwanted else "the bundle has no gate set, as one from `andon enroll`"
+        why = "--no-gate" if unwanted else "the bundle has no gate set, as one that an earlier version enrolled"
         found.append(f"decisions beyond the golden set's ({why})")
     elif bundle.manifest.outputs.logits and not golden_size(bundle, GATE, "logits"):
         found.append("the products that the classifier tells, beyond the golden set's (the gate set has none)")
+    found += gate_lacks(bundle) if gate else []
+    if others := _left_out(bundle, programs) if gate else []:
+        found.append(f"what the programs {', '.join(others)} decide (the gate set has none of their scores)")
     if carries(bundle.manifest.program) and not warm:
         found.append("what is carried from frame to frame (the bundle has no warm set)")
     return found
+
+
+def _left_out(bundle: Bundle, programs: Mapping[Variant, Sequence[str]]) -> list[str]:
+    """Alternatives that export's gate let pass in a reduced precision and that the gate set cannot be replayed with."""
+    manifest = bundle.manifest
+    reduced = [variant for variant in programs if variant != "fp32"]
+    return [p for p in manifest.alternatives if any(manifest.gated(v, p) and p not in programs[v] for v in reduced)]
 
 
 def _plain(check: Check) -> dict[str, Any]:

@@ -21,12 +21,12 @@ from ..fingerprint import image_hash, pack
 from ..manifest import FileEntry, Manifest, State, Threshold
 from ..newest import export_time
 from ..program import Program
-from ..replay import GOLDEN, WARM, carries, play_warm
 from ..wiring import check, programs
 from .bank import Bank, BankSettings, build_bank, fill, principal
 from .distinct import alike, distinct
 from .features import FeatureExtractor, memory_of
 from .navigator import NavigatorSettings, enroll_navigator
+from .shipped import write_gate, write_golden
 from .support import Support
 
 Array = NDArray[Any]
@@ -93,7 +93,7 @@ def _navigator(manifest: Manifest, bank: Bank, patches: Sequence[Array], seed: i
 
 
 def enroll(source: Bundle, backend: Backend, name: str, support: Support, target: Path) -> Bundle:
-    """Write the bundle of product `name` to `target`, with a golden set and provisional thresholds.
+    """Write the bundle of product `name` to `target`, with golden, warm and gate set and provisional thresholds.
 
     Exact copies of another image are left out; report.json names them under `repeated`, and says under `alike` whether
     the pictures differ so little that the thresholds are too strict (distinct.py).
@@ -111,7 +111,8 @@ def enroll(source: Bundle, backend: Backend, name: str, support: Support, target
     with new_bundle(target) as root:
         draft = _write(source, root, target.name, name, product.state)
         thresholds = provisional_thresholds(draft, backend, support, product.bank)
-        _golden(draft, backend, support)
+        write_golden(draft, backend, support.frames)
+        gate = write_gate(draft, backend, support.frames, thresholds["default"].value)
         report = {
             "enrolled": {
                 "product": name,
@@ -122,6 +123,7 @@ def enroll(source: Bundle, backend: Backend, name: str, support: Support, target
             },
             "foreground": support.foreground,
             "rows": len(product.bank.rows),
+            "gate": gate,
             "holdout": [],
             "fingerprints": {"support": pack(image_hash(p) for p in given)},
         }
@@ -228,33 +230,3 @@ def _left_out(support: Support, bank: Bank, valid: Array) -> Iterator[tuple[Arra
         keep[: len(bank.image)][bank.image == index] = 0.0
         if keep.any():
             yield frame, keep
-
-
-def _golden(bundle: Bundle, backend: Backend, support: Support) -> None:
-    """golden/golden.npz: every stage output of the FP32 program, as this machine's engines give them; golden/warm.npz
-    where it carries anything from frame to frame.
-
-    On the support mirrored and upside down: at the support itself every distance is a rounding error of zero, which no
-    other engine or precision repeats.
-    """
-    frames = np.concatenate([support.frames[:, :, ::-1], support.frames[:, ::-1]])
-    values: dict[str, list[Array]] = {}
-    ids, warm = np.zeros(len(frames), np.int32), {}
-    with Program(bundle, backend) as program:
-        for frame in frames:
-            program.reset()
-            program.frame[...] = frame
-            result = program.run(0)
-            values.setdefault("score", []).append(np.array(result.score, np.float32))
-            values.setdefault("map", []).append(np.array(result.map)[None])
-            for key in program.outputs:
-                values.setdefault(key, []).append(np.array(program.read(key)))
-        if carries(bundle.manifest.program):
-            warm = play_warm(program, frames, ids)
-    stacked = {key: np.stack(arrays) for key, arrays in values.items()}
-    stacked |= {"frames": frames, "class_ids": ids}
-    for name, arrays in ((GOLDEN, stacked), (WARM, warm)):
-        path = bundle.root / name
-        path.parent.mkdir(exist_ok=True)
-        if arrays:
-            np.savez_compressed(path, allow_pickle=False, **arrays)

@@ -18,8 +18,10 @@ import pytest
 from andon.runtime.bundle import MANIFEST, Bundle
 from andon.runtime.commands.enroll import default_out, product_name
 from andon.runtime.engine.select import open_backend
+from andon.runtime.enrolment.shipped import views
 from andon.runtime.errors import quoted
 from andon.runtime.newest import newest
+from andon.runtime.replay import GATE
 
 from .parts import part
 
@@ -69,6 +71,59 @@ def test_another_precision_repeats_what_was_recorded_at_enrolment(engines, metho
 
     made, _ = engines
     assert main(["verify", "--bundle", str(made[method]), "--variant", "fp16"]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["foct", "knn"])
+def test_verify_looks_at_the_decisions_of_an_enrolled_bundle(engines, method, capsys):
+    """On views of the given pictures; of no defect, as none is known. To an untrained foct all are alike."""
+    from andon.cli import main
+
+    made, _ = engines
+    assert main(["verify", "--bundle", str(made[method]), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for variant in ("fp32", "fp16"):
+        found = {check["subject"]: check for check in result["checks"][variant]}
+        assert found["decisions"]["ok"] and "disc" not in found, "an AUROC would need defects"
+    assert not any("decisions beyond the golden set" in text for text in result["not_checked"])
+    assert any("whether defects still stand out" in text for text in result["not_checked"])
+    programs = [text for text in result["not_checked"] if "programs" in text]
+    assert [text.split()[3] for text in programs] == (["ct0"] if method == "foct" else [])
+    with Bundle.load(made[method]) as bundle, np.load(bundle.root / GATE) as gate:
+        threshold, report = bundle.threshold("disc").value, json.loads((bundle.root / "report.json").read_text())
+        over = int((gate["score"] > threshold).sum())
+        assert gate["threshold"].tolist() == [threshold] and set(gate["labels"]) == {0, -1}
+        assert report["gate"] == {"frames": 32, "over": over} and (over > 0) == (method == "knn")
+    assert any("verdicts of both kinds" in text for text in result["not_checked"]) == (method == "foct")
+
+
+def test_verify_refuses_engines_that_decide_otherwise_on_an_enrolled_bundle(engines, capsys, monkeypatch):
+    """Right on the golden frames, and of the views half called otherwise: what nothing looked at before."""
+    from andon.cli import main
+    from andon.runtime import replay
+
+    made, _ = engines
+    judge, calls = replay._judge, []
+
+    def other(program, frame, class_id):
+        score, found = judge(program, frame, class_id)
+        calls.append(score)
+        return (score if len(calls) <= 6 else score * (2 if len(calls) % 2 else 0.01)), found
+
+    monkeypatch.setattr(replay, "_judge", other)
+    assert main(["verify", "--bundle", str(made["knn"]), "--variant", "fp32", "--json"]) == 1
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [c["subject"] for c in result["checks"]["fp32"] if not c["ok"]] == ["decisions"]
+
+
+def test_views_are_as_many_as_may_travel_and_the_same_every_time():
+    frames = np.random.default_rng(0).integers(0, 255, (3, 64, 48, 3), np.uint8)
+    seen, labels = views(frames)
+    assert seen.shape == (32, 64, 48, 3) and seen.dtype == np.uint8 and sorted(set(labels)) == [-1, 0]
+    assert (seen == views(frames)[0]).all() and not any((view == frame).all() for view in seen for frame in frames)
+    one, labels = views(frames[:1])
+    assert len(one) == 32 and (labels == 0).sum() == 16, "one image alone has views of both kinds"
+    assert len(views(np.zeros((50, 8, 8, 3), np.uint8))[0]) == 32
+    assert len(views(np.zeros((1, 1024, 1024, 3), np.uint8))[0]) == 8, "large frames are many bytes"
 
 
 @pytest.mark.parametrize("method", ["foct", "knn"])
