@@ -26,14 +26,16 @@ def on_disk(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
-def read_rgb(path: str | Path) -> NDArray[Any]:
+def read_rgb(path: str | Path, data: bytes | None = None) -> NDArray[Any]:
     """Read an image as uint8 [H, W, 3] RGB, C-contiguous; grey is replicated, alpha dropped, 16-bit divided by 257.
+
+    data: what the file holds, of whoever has read it already.
 
     Raises:
         SourceError: the file is missing, truncated, not an image, or of another depth than 8 or 16 bit.
     """
     skip = "replace or remove the file (train, calibrate and eval can leave it out: --on-corrupt skip)"
-    image = _decode(Path(path), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH, skip)
+    image = _decode(Path(path), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH, skip, data)
     if image.dtype == np.uint16:
         image = ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
     elif image.dtype != np.uint8:
@@ -74,9 +76,9 @@ def read_mask(path: str | Path, size: tuple[int, int]) -> NDArray[Any]:
     return mask > 0
 
 
-def _decode(path: Path, flags: int, next_step: str) -> NDArray[Any]:
+def _decode(path: Path, flags: int, next_step: str, content: bytes | None = None) -> NDArray[Any]:
     try:
-        data = np.fromfile(path, np.uint8)
+        data = np.fromfile(path, np.uint8) if content is None else np.frombuffer(content, np.uint8)
     except OSError as error:
         raise SourceError(
             f"cannot read {path}: {error.strerror}", next_step="check the path and permissions"

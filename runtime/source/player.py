@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from ..errors import SourceError
-from ..images import read_rgb
 from ..sourceconfig import DatasetSource, FolderSource
 from .base import Array, EndOfSource, Shot
 from .gstreamer import Pipeline, gst, to_array
@@ -129,7 +128,7 @@ class PipelinePlayer:
         pts = self._pts(self._sent)
         self._sent += 1
         try:
-            image = read_rgb(part.path)
+            image = part.load()
         except SourceError as error:
             return _Flying(part, pts, error)
         self._pipeline.element(PLAYER).push_sample(self._sample(image, pts))

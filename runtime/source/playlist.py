@@ -17,16 +17,37 @@ from ..errors import SourceError
 from ..images import IMAGE_SUFFIXES, on_disk, read_rgb
 from ..sourceconfig import DatasetSource, FolderSource
 from ..verdict import readable
-from .base import EndOfSource, Shot
+from .base import Array, EndOfSource, Shot
+
+
+class Content:
+    """What a file held when it was taken, until it is decoded: the bytes of one picture at most are kept."""
+
+    def __init__(self, data: bytes):
+        self.digest = _digest(data).digest()
+        self._data: bytes | None = data
+
+    def pop(self) -> bytes | None:
+        """The bytes, once: whoever decodes again reads again."""
+        data, self._data = self._data, None
+        return data
 
 
 @dataclass(frozen=True)
 class Part:
-    """One image file and whose picture it is. part_id, product: readable, though the file's name may not be UTF-8."""
+    """One image file and whose picture it is. part_id, product: readable, though the file's name may not be UTF-8.
+
+    content: of a watched folder's file, which is read to tell it from a later one; None where that failed.
+    """
 
     path: Path
     part_id: str
     product: str | None = None
+    content: Content | None = None
+
+    def load(self) -> Array:
+        """uint8 [h, w, 3] RGB; SourceError where it cannot be read or decoded. A watched folder's file is read once."""
+        return read_rgb(self.path, None if self.content is None else self.content.pop())
 
 
 def parts(config: FolderSource | DatasetSource) -> list[Part]:
@@ -86,8 +107,8 @@ def _unless_forbidden(error: OSError) -> None:
         raise error
 
 
-def _part(path: Path) -> Part:
-    return Part(path, readable(path.stem))
+def _part(path: Path, content: Content | None = None) -> Part:
+    return Part(path, readable(path.stem), content=content)
 
 
 def playing(config: FolderSource | DatasetSource) -> Iterator[Part]:
@@ -168,9 +189,17 @@ class Seen:
                     continue
             del self._here[path]
 
-    def take(self, path: Path, mark: _Mark) -> None:
-        """This file is taken."""
-        self._here[str(path)] = mark, _content(path)
+    def take(self, path: Path, mark: _Mark) -> Content | None:
+        """This file is taken, with what it holds: the picture that is judged is the one that is remembered.
+
+        None: it cannot be read, which whoever judges it will say.
+        """
+        try:
+            content = Content(path.read_bytes())
+        except (OSError, MemoryError):
+            content = None
+        self._here[str(path)] = mark, None if content is None else content.digest
+        return content
 
 
 def _mark(path: Path) -> _Mark | None:
@@ -182,9 +211,13 @@ def _mark(path: Path) -> _Mark | None:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
+def _digest(data: bytes = b"") -> hashlib.blake2b:
+    return hashlib.blake2b(data, digest_size=16)
+
+
 def _content(path: Path) -> bytes | None:
-    """Hash of what a file holds; None where it cannot be read, which whoever judges it will say."""
-    digest = hashlib.blake2b(digest_size=16)
+    """Hash of what a file holds now; None where it cannot be read."""
+    digest = _digest()
     try:
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK):
@@ -206,8 +239,7 @@ def watching(config: FolderSource, seen: Seen) -> Iterator[Part | None]:
             if (mark := _mark(path)) is None:
                 continue
             if before.get(path) == mark:
-                seen.take(path, mark)
-                yield _part(path)
+                yield _part(path, seen.take(path, mark))
             else:
                 marks[path] = mark
         before = marks
@@ -251,7 +283,7 @@ class FolderPlayer:
             return None
         if self._config.fps is not None:
             self._due = max(self._due + 1 / self._config.fps, time.monotonic() - 1)
-        return Shot(load=lambda: read_rgb(part.path), part_id=part.part_id, product=part.product, path=str(part.path))
+        return Shot(load=part.load, part_id=part.part_id, product=part.product, path=str(part.path))
 
     def close(self) -> None:
         """See :class:`Source`."""

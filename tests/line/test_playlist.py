@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import cv2
 import numpy as np
 import pytest
 from andon.runtime.errors import SourceError
-from andon.runtime.images import on_disk
+from andon.runtime.images import on_disk, read_rgb
 from andon.runtime.source import make_source
 from andon.runtime.source.playlist import Seen, watching
 
@@ -228,6 +230,90 @@ def test_a_picture_of_the_same_size_and_time_is_told_by_its_content(
     for each in folder.iterdir():
         each.chmod(0o600)
     assert shades() == [], "the same pictures still"
+    source.close()
+
+
+@pytest.fixture(scope="module")
+def opened() -> Iterator[list[str]]:
+    """Paths of the files that this process opens."""
+    paths: list[str] = []
+    listening = [True]
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if listening and event == "open" and isinstance(arguments[0], (str, os.PathLike)):
+            paths.append(os.fspath(arguments[0]))
+
+    sys.addaudithook(hook)  # stays
+    yield paths
+    listening.clear()
+
+
+def test_a_picture_of_a_watched_folder_is_read_once(
+    tmp_path: Path, make_images: Callable[..., Path], opened: list[str]
+) -> None:
+    """Hashed and decoded from the same bytes, a share carries each picture once; the bytes go with decoding."""
+    folder = make_images(tmp_path / "in", [10, 20, 30])
+    source = make_source("cam", camera({"kind": "folder", "path": folder, "watch": True}))
+    source.open()
+    opened.clear()
+    shots = [shot for shot in (source.read(0.001) for _ in range(5)) if shot is not None]
+    assert [int(shot.load()[0, 0, 0]) for shot in shots] == [10, 20, 30]
+    assert sorted(path for path in opened if path.endswith(".png")) == sorted(map(str, folder.iterdir()))
+    (folder / "part000.png").unlink()
+    with pytest.raises(SourceError, match="cannot read"):
+        shots[0].load()
+    source.close()
+
+
+def test_what_is_judged_is_what_a_watched_file_held_when_it_was_taken(
+    tmp_path: Path, make_images: Callable[..., Path]
+) -> None:
+    """A picture that comes under its name, with its size and time, before it is decoded: both are judged, each once."""
+    folder, path = tmp_path / "in", tmp_path / "in" / "part000.bmp"
+    folder.mkdir()
+    source = make_source("cam", camera({"kind": "folder", "path": folder, "watch": True}))
+    source.open()
+
+    def write(shade: int) -> None:
+        before = path.stat().st_ctime_ns if path.exists() else 0
+        while not path.exists() or path.stat().st_ctime_ns == before:  # clocks of file systems are coarse
+            cv2.imwrite(str(path), np.full((48, 64, 3), shade, np.uint8))
+            os.utime(path, ns=(0, 0))
+
+    def shots() -> list[Any]:
+        return [shot for shot in (source.read(0.001) for _ in range(4)) if shot is not None]
+
+    write(100)
+    (first,) = shots()
+    write(200)
+    assert int(first.load()[0, 0, 0]) == 100
+    assert [int(shot.load()[0, 0, 0]) for shot in shots()] == [200]
+    source.close()
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError()], ids=["share", "memory"])
+def test_a_watched_file_that_cannot_be_read_or_decoded_is_said(
+    error: Exception, tmp_path: Path, make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_images(tmp_path / "in", [10])
+    cv2.imwrite(str(folder / "cut.jpg"), np.full((48, 64, 3), 90, np.uint8))
+    (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:-2])
+    (folder / "empty.png").touch()
+    source = make_source("cam", camera({"kind": "folder", "path": folder, "watch": True}))
+    source.open()
+    assert source.read(0.001) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda path: (_ for _ in ()).throw(error))
+        shots = [source.read(0.001) for _ in range(3)]
+    assert [shot.part_id for shot in shots if shot] == ["cut", "empty", "part000"]
+    said = []
+    for shot in shots:
+        with contextlib.suppress(SourceError):
+            said.append(str(shot.load().shape) if shot else "")
+    assert said == ["(30, 40, 3)"], "read again where that failed the first time; what is no whole picture is refused"
+    for name in ("cut.jpg", "empty.png"):
+        with pytest.raises(SourceError, match="cannot decode"):
+            read_rgb(folder / name, (folder / name).read_bytes())
     source.close()
 
 
