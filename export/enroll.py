@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from ..runtime.commands import enroll as device
 from ..runtime.enrolment.support import support_paths
 from ..runtime.errors import ConfigError
+from ..runtime.workfolder import work_folder
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -47,9 +47,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     support_paths(args.support, args.shots, args.seed)  # refused before torch is loaded and engines are exported
     started = time.monotonic()
     target = args.out or device.default_out(args.method, device.product_name(args))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-        engines = export_engines(args, Path(folder) / "engines")
+    with work_folder(target) as folder:
+        engines = export_engines(args, folder / "engines")
         print(f"engines exported and verified in {time.monotonic() - started:.1f} s")
         result = device.main(argparse.Namespace(**{**vars(args), "backbone_bundle": engines, "out": target}))
     return {**result, "seconds": round(time.monotonic() - started, 2)}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from .errors import BundleError, ConfigError
+from .workfolder import work_folder
 
 MAX_FILE_BYTES = 4 << 30
 MAX_TOTAL_BYTES = 8 << 30
@@ -58,17 +57,15 @@ def require_new(target: Path) -> None:
 
 @contextmanager
 def new_bundle(target: Path) -> Iterator[Path]:
-    """A temporary directory beside `target` that becomes `target` when the block ends without an error.
+    """A temporary directory on the disk of `target` that becomes `target` when the block ends without an error.
 
     Raises:
         ConfigError: `target` exists already.
     """
     require_new(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with work_folder(target) as work:
+        building = work / ".new"  # hidden: a line's pattern may reach it, and it may have a manifest already
+        building.mkdir(0o700)
         yield building
         building.chmod(0o755)
         building.rename(target)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)

@@ -109,7 +109,7 @@ def enroll(source: Bundle, backend: Backend, name: str, support: Support, target
         much_alike = alike(support.frames, patches, extract)
     product = enroll_product(source.manifest, patches, list(support.masks))
     with new_bundle(target) as root:
-        draft = _write(source, root, target.name, name, product.state)
+        draft = _write(source, root, target, name, product.state)
         thresholds = provisional_thresholds(draft, backend, support, product.bank)
         write_golden(draft, backend, support.frames)
         gate = write_gate(draft, backend, support.frames, thresholds["default"].value)
@@ -134,10 +134,10 @@ def enroll(source: Bundle, backend: Backend, name: str, support: Support, target
     return Bundle.load(target)
 
 
-def _write(source: Bundle, root: Path, title: str, product: str, new: Mapping[str, Array]) -> Bundle:
+def _write(source: Bundle, root: Path, target: Path, product: str, new: Mapping[str, Array]) -> Bundle:
     """Stages and tables copied, state replaced; the manifest is loadable but its thresholds are still missing."""
     manifest = source.manifest
-    siblings = (path.parent for path in root.parent.glob(f"*/{MANIFEST}"))  # a line's * may mean them as well
+    siblings = (path.parent for path in target.parent.glob(f"*/{MANIFEST}"))  # a line's * may mean them as well
     copied = {file for stage in manifest.stages.values() for file in stage.files.values()}
     copied |= {table.file for table in manifest.tables.values()}
     for file in copied:
@@ -159,7 +159,7 @@ def _write(source: Bundle, root: Path, title: str, product: str, new: Mapping[st
     np.savez_compressed(root / STATE_FILE, allow_pickle=False, **arrays)
     draft = manifest.model_copy(
         update={
-            "name": title,
+            "name": target.name,
             "created": export_time([source.path, *siblings]).isoformat().replace("+00:00", "Z"),
             "checkpoint_sha256": "",
             "classes": (product,),
