@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from ..calib.snapshots import write_atomic
+from ..calib.atomic import write_atomic
 from .bundlefiles import COPY_AGAIN, MAX_FILE_BYTES, MAX_FILES, MAX_TOTAL_BYTES, inside
 from .errors import BundleError, ConfigError, ProductError, quoted
 from .manifest import Manifest, State, Table, Threshold, Variant

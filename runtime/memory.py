@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from ..calib.audit import AuditLog
 from ..calib.calibrator import Outcome
-from ..calib.snapshots import AuditLog, Refusal, Snapshot, SnapshotStore
+from ..calib.snapshots import Refusal, Snapshot, SnapshotStore
 from .autosave import Autosave
 from .bundle import Bundle
 from .detector import Detector

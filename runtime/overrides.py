@@ -11,7 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ..calib.snapshots import AuditLog, write_atomic
+from ..calib.atomic import write_atomic
+from ..calib.audit import AuditLog
 from .bundle import Bundle
 from .errors import ConfigError
 from .verdict import timestamp

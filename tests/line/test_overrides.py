@@ -175,7 +175,7 @@ def test_a_change_that_cannot_be_audited_is_answered_as_it_is(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("andon.calib.snapshots.AuditLog.write", full)
+    monkeypatch.setattr("andon.calib.audit.AuditLog.write", full)
     assert judge.set_threshold("mono", 0.6) == {"before": 0.5, "now": 0.6}
     assert "audit.jsonl cannot be written" in caplog.text
 

@@ -26,7 +26,7 @@ def test_no_frame_waits_while_the_audit_log_is_cut(station, monkeypatch):
     line, fsync, waited = station(), os.fsync, []
     line.memory._audit.limit = 300
     with monkeypatch.context() as disk:
-        disk.setattr("andon.calib.snapshots.os.fsync", lambda number: (waited.append(number), fsync(number)))
+        disk.setattr("andon.calib.audit.os.fsync", lambda number: (waited.append(number), fsync(number)))
         for value in (104, 104, 104, 105, 106, 107):
             line.see(value)
     written = line.memory._audit.path.stat().st_size
@@ -44,6 +44,7 @@ def test_an_audit_log_that_cannot_be_written_costs_nothing_but_its_lines(station
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as disk:
+        disk.setattr("andon.calib.audit.write_atomic", full)
         disk.setattr("andon.calib.snapshots.write_atomic", full)
         for value in (104, 104, 104, 105, 106):
             line.see(value)
