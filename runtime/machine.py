@@ -14,8 +14,9 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Literal
 
-from .engine.build import default_cache, l4t_release
+from .engine.build import default_cache
 from .engine.probe import tensorrt_needs
+from .engine.target import l4t_release
 from .errors import AndonError
 from .lineconfig import BrokerConfig
 

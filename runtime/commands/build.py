@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle
-from ..engine.build import CACHE, BuildOptions, Built, default_cache, with_dla
+from ..engine.build import CACHE, Built, default_cache
 from ..engine.probe import require_tensorrt
+from ..engine.target import BuildOptions, with_dla
 from ..errors import EngineError, quoted
 from . import numbers, options
 

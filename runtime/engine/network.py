@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import EngineError
+from .target import BuildOptions
 from .trt import Trt, strongly_typed, version
-
-if TYPE_CHECKING:
-    from .build import BuildOptions
-
 
 #: Part of a plan's key. To be raised with every change here that makes another plan of the same ONNX and options: those
 #: that were built before are then built again.

@@ -22,8 +22,9 @@ from ..errors import EngineError
 from ..manifest import Stage, Variant
 from .base import Array, Buffer, Launch, TensorSpec
 from .binding import check_bindings, check_stage
-from .build import BuildOptions, PlanStore, Target, default_cache
+from .build import PlanStore, default_cache
 from .cuda import Cuda, Graphs, open_cuda
+from .target import BuildOptions, Target
 from .trt import Trt, dtypes, import_tensorrt, make_logger, strongly_typed
 
 log = logging.getLogger(__name__)
