@@ -1,32 +1,28 @@
 """The executor: runs any method's program on any backend.
 
-A program and a class are compiled once into a flat tuple of launches, grouped by stage. All tensors are allocated when
-the program is opened; a stage's input is bound straight to the buffer its producer writes; carried tensors ping-pong
-between buffers, step 0 reads the init source itself; table rows and rows of per-class state are addressed by binding.
-A frame is then nothing but calling launches: no lookup, no allocation, no copy between stages (DESIGN.md 3,
-METHODS.md 7.2).
+All tensors are allocated when the program is opened (tensors.py), a program and a class compiled once (compiler.py). A
+frame is then nothing but calling launches: no lookup, no allocation, no copy between stages (DESIGN.md 3, METHODS.md
+7.2).
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
 from .bundle import Bundle
-from .engine.base import Array, Backend, Buffer, Engine, Launch
+from .compiler import Compiled, Compiler, Group, output_key
+from .engine.base import Array, Backend, Buffer, Engine
 from .errors import ConfigError, EngineError
 from .manifest import Variant
 from .tensors import Tensors
-from .wiring import Source, WiredStep, parse_source, wire
+from .wiring import wire
 
-Group = tuple[str, Sequence[Launch]]
 #: Frames after which a launch is what it stays: engine/tensorrt.py FrameGraph.
 _WARM_FRAMES = 2
 
@@ -42,19 +38,6 @@ class Result:
     map: Array
     class_index: int
     logits: Array | None
-
-
-@dataclass(frozen=True)
-class _Compiled:
-    """Launches of one class: all of them, or those up to the logits and the rest, and where the outputs are."""
-
-    all: tuple[Group, ...]
-    head: tuple[Group, ...]
-    tail: tuple[Group, ...]
-    outputs: Mapping[tuple[str, str], Buffer]
-    score: Buffer
-    map: Buffer
-    logits: Buffer | None
 
 
 class Program:
@@ -92,9 +75,7 @@ class Program:
         self._steps = wire(bundle.manifest, program)
         self._per_stage = not backend.asynchronous if per_stage is None else per_stage
         self._engines: dict[str, Engine] = {}
-        self._launches: dict[tuple[Any, ...], Launch] = {}
-        self._compiled: dict[int, _Compiled] = {}
-        self._current: _Compiled | None = None
+        self._current: Compiled | None = None
         self._readback: dict[int, Array] = {}
         try:
             for step in self._steps:
@@ -102,117 +83,17 @@ class Program:
                 self._engines[step.stage] = backend.open(step.stage, self._manifest.stages[step.stage], path, variant)
             self._tensors = Tensors(bundle, backend, self._steps)
         except BaseException:
-            self.close()
+            self._close_engines()
             raise
+        self._compiler = Compiler(bundle.manifest, self._steps, self._tensors, self._engines, backend, self._per_stage)
         self._upload = self._tensors.staging is not self._tensors.frame.host
         self.frame: Array = self._tensors.staging[0]
-        self._head = self._head_length()
+        self._head = self._compiler.head
         self.stage_names = tuple(step.stage for step in self._steps) if self._per_stage else ("frame",)
         self._index = {name: i for i, name in enumerate(self.stage_names)}
         self._zeros = array("d", bytes(8 * len(self.stage_names)))
         self._ms = array("d", self._zeros)
         self._to_reset = False
-
-    def _head_length(self) -> int:
-        """Number of leading steps that yield the classifier's logits without knowing the class; 0 if there are none."""
-        logits = self._manifest.outputs.logits
-        stages = [step.stage for step in self._steps]
-        if logits is None or parse_source(logits).name not in stages:
-            return 0
-        length = stages.index(parse_source(logits).name) + 1
-        states = [s for step in self._steps[:length] for s in step.persist.values()]
-        by_class = any(step.class_bound for step in self._steps[:length])
-        return 0 if by_class or any(self._manifest.state[s].class_bound for s in states) else length
-
-    # -- compilation -----------------------------------------------------------------------------------------------
-
-    def _for_class(self, class_index: int) -> _Compiled:
-        if class_index not in self._compiled:
-            if not 0 <= class_index < len(self._manifest.classes):
-                raise ConfigError(
-                    "there is no such product index",
-                    found=class_index,
-                    expected=f"0 to {len(self._manifest.classes) - 1}",
-                    next_step=f"choose one of {', '.join(self._manifest.classes)}",
-                )
-            self._compiled[class_index] = self._compile(class_index)
-        return self._compiled[class_index]
-
-    def _compile(self, class_index: int) -> _Compiled:
-        groups: list[tuple[str, list[Launch]]] = []
-        late: list[Launch] = []
-        outputs: dict[tuple[str, str], Buffer] = {}
-        for step in self._steps:
-            if step.count is None:
-                groups.append((step.stage, [self._run(step, class_index, outputs)]))
-            else:
-                launches, copies = self._loop(step, class_index, outputs)
-                groups.append((step.stage, launches))
-                late += copies
-        # States that could not be written in place: at the end, when every stage has seen the old value.
-        groups[-1][1].extend(late)
-        names = self._manifest.outputs
-        return _Compiled(
-            self._fuse(groups),
-            self._fuse(groups[: self._head]),
-            self._fuse(groups[self._head :]),
-            outputs,
-            outputs[_key(names.score)],
-            outputs[_key(names.map)],
-            outputs[_key(names.logits)] if names.logits and self._head else None,
-        )
-
-    def _fuse(self, groups: Sequence[tuple[str, list[Launch]]]) -> tuple[Group, ...]:
-        if self._per_stage:
-            return tuple((name, tuple(launches)) for name, launches in groups)
-        launches = [launch for _, group in groups for launch in group]
-        return (("frame", (self.backend.sequence(launches),)),) if launches else ()
-
-    def _run(self, step: WiredStep, class_index: int, outputs: dict[tuple[str, str], Buffer]) -> Launch:
-        bindings = {name: self._source(source, class_index, outputs) for name, source in step.inputs.items()}
-        for output in self._manifest.stages[step.stage].outputs:
-            bindings[output] = outputs[step.stage, output] = self._tensors.output(step.stage, output)
-        return self._launch(step.stage, bindings)
-
-    def _loop(
-        self, step: WiredStep, class_index: int, outputs: dict[tuple[str, str], Buffer]
-    ) -> tuple[list[Launch], list[Launch]]:
-        stage, count = step.stage, step.count or 0
-        fixed = {name: self._source(source, class_index, outputs) for name, source in step.inputs.items()}
-        init = {name: self._source(source, class_index, outputs) for name, source in step.init.items()}
-        written = {output: self._tensors.targets(step, output, class_index) for output in step.carry}
-        for output in self._manifest.stages[stage].outputs:
-            if output not in step.carry:
-                fixed[output] = outputs[stage, output] = self._tensors.output(stage, output)
-        launches = []
-        for k in range(count):
-            bindings = dict(fixed)
-            for output, name in step.carry.items():
-                bindings[name] = written[output][k - 1] if k else init[name]
-                bindings[output] = written[output][k]
-            for name, table in step.tables.items():
-                bindings[name] = self._tensors.table(step, table)[k]
-            launches.append(self._launch(stage, bindings))
-        copies = []
-        for output, name in step.carry.items():
-            final = outputs[stage, output] = written[output][-1] if count else init[name]
-            if name in step.persist:
-                state = self._tensors.state(step.persist[name], class_index)
-                if state is not final:
-                    copies.append(self.backend.copy(state, final))
-        return launches, copies
-
-    def _source(self, source: Source, class_index: int, outputs: Mapping[tuple[str, str], Buffer]) -> Buffer:
-        if source.kind == "output":
-            return outputs[source.name, source.output]
-        return self._tensors.source(source, class_index)
-
-    def _launch(self, stage: str, bindings: Mapping[str, Buffer]) -> Launch:
-        """Prepare a launch; steps and classes that bind the same buffers share one."""
-        key = (stage, *sorted((name, id(buffer)) for name, buffer in bindings.items()))
-        if key not in self._launches:
-            self._launches[key] = self._engines[stage].prepare(bindings)
-        return self._launches[key]
 
     # -- the frame -------------------------------------------------------------------------------------------------
 
@@ -234,10 +115,10 @@ class Program:
                 self.backend.upload(self._tensors.frame, self._tensors.staging)
             if class_index is None:
                 class_index = self._classify()
-                compiled = self._for_class(class_index)
+                compiled = self._compiler.for_class(class_index)
                 self._execute(compiled.tail if self._head else compiled.all, class_index)
             else:
-                compiled = self._for_class(class_index)
+                compiled = self._compiler.for_class(class_index)
                 self._execute(compiled.all, class_index)
             for counter in self._tensors.counters.values():
                 counter.advance(class_index)
@@ -264,11 +145,11 @@ class Program:
         if class_index is None and self._head:
             for index in range(len(self._manifest.classes)):
                 for _ in range(_WARM_FRAMES):
-                    self._execute(self._for_class(index).tail, index)
+                    self._execute(self._compiler.for_class(index).tail, index)
 
     def _classify(self) -> int:
         if self._head:
-            compiled = self._for_class(0)
+            compiled = self._compiler.for_class(0)
             self._execute(compiled.head, 0)
             assert compiled.logits is not None  # there is a head
             return int(self._fetch(compiled.logits).argmax())
@@ -322,7 +203,7 @@ class Program:
         """
         if self._current is None:
             raise EngineError(f"{output} has no value yet", found="no frame", expected="run() before read()")
-        buffer = self._current.outputs.get(_key(output))
+        buffer = self._current.outputs.get(output_key(output))
         if buffer is None:
             names = ", ".join(self.outputs)
             raise EngineError(f"program {self.name} has no output {output}", found=output, expected=names)
@@ -385,8 +266,10 @@ class Program:
 
     def close(self) -> None:
         """Close the engines."""
-        self._compiled.clear()
-        self._launches.clear()
+        self._compiler.clear()
+        self._close_engines()
+
+    def _close_engines(self) -> None:
         for engine in self._engines.values():
             engine.close()
         self._engines.clear()
@@ -398,8 +281,3 @@ class Program:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _key(output: str) -> tuple[str, str]:
-    source = parse_source(output)
-    return source.name, source.output

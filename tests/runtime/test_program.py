@@ -260,7 +260,7 @@ def test_an_engine_that_fails_is_named_and_leaves_no_half_written_state(tmp_path
         first = program.run(0).score
         engine = program._engines["score"]
         session, engine._errors = engine._session, (*engine._errors, ZeroDivisionError)  # type: ignore[attr-defined]
-        compiled = program._compiled.pop(0)
+        compiled = program._compiler._compiled.pop(0)
 
         class Broken:
             def __getattr__(self, name: str) -> Any:
@@ -270,10 +270,10 @@ def test_an_engine_that_fails_is_named_and_leaves_no_half_written_state(tmp_path
                 raise ZeroDivisionError("device lost")
 
         engine._session = Broken()  # type: ignore[attr-defined]
-        program._launches.clear()
+        program._compiler._launches.clear()
         with pytest.raises(EngineError, match=r"stage score failed in onnxruntime\n.*device lost"):
             program.run(0)
-        program._compiled[0] = compiled
+        program._compiler._compiled[0] = compiled
         assert program.run(0).score == first
 
 
