@@ -46,7 +46,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Train, evaluate, write the checkpoint."""
     from .distributed import process_group
-    from .run import Request, train
+    from .request import Request
+    from .run import train
 
     with process_group(), ExitStack() as held:
         request = Request.from_arguments(args, held)
