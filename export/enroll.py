@@ -64,9 +64,10 @@ def export_engines(args: argparse.Namespace, target: Path) -> Path:
     import numpy as np
     import torch
 
+    from ..runtime.crop import crop_for
     from ..runtime.dataset import GOOD, Sample
     from ..runtime.enrolment.foreground import everything
-    from ..runtime.enrolment.support import read_support
+    from ..runtime.enrolment.support import picture_sizes, read_support
     from ..train.backbones import backbones_in
     from ..train.config import load_config
     from ..train.features import FeatureSet
@@ -85,7 +86,9 @@ def export_engines(args: argparse.Namespace, target: Path) -> Path:
         raise ConfigError(
             f"{args.method} has no frozen features to enroll with", found=args.method, expected="knn, foct"
         )
-    support = read_support(args.support, args.shots, model.preprocess, 1, everything, args.seed)
+    paths = support_paths(args.support, args.shots, args.seed)
+    crop = None if args.roi is None else crop_for(args.roi, picture_sizes(paths), name)
+    support = read_support(args.support, args.shots, model.preprocess, 1, everything, args.seed, crop)
     samples = tuple(Sample(path, path.name, name, GOOD, "train") for path in support.paths)
     with torch.no_grad():
         features = {k: v.numpy() for k, v in frontend(torch.from_numpy(support.frames)).items()}

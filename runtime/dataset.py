@@ -26,6 +26,7 @@ from typing import Literal
 
 from .errors import ConfigError, SourceError, quoted
 from .images import IMAGE_SUFFIXES, on_disk, read_mask, read_rgb
+from .manifest import Crop
 from .verdict import readable
 
 __all__ = ["ELPV", "GOOD", "Dataset", "Sample", "Split", "open_dataset", "read_mask", "read_rgb", "split_readable"]
@@ -50,6 +51,7 @@ class Sample:
 
     key: path relative to the set's root, with forward slashes: the same on every machine, unique in the set.
     label: ``good`` or the name of the defect. mask_path: image whose pixels above zero are the defect.
+    crop: what of the image is judged (crop.py reads it so); None: all of it.
     key, product and label go into records, so names that are not UTF-8 are escaped there (verdict.readable).
     """
 
@@ -59,6 +61,7 @@ class Sample:
     label: str
     split: Split
     mask_path: Path | None = None
+    crop: Crop | None = None
 
     @property
     def good(self) -> bool:

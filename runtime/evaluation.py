@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .crop import read_image, read_pair
 from .dataset import Sample, named_by_folder
 from .detector import AUTO, Detector
 from .errors import ProductError, quoted
-from .images import read_mask, read_rgb
 from .quality import Metrics, map_at, mask_at, mean_metrics, summarize
 
 Array = NDArray[Any]
@@ -135,15 +135,15 @@ def _product(
     masks = np.zeros(maps.shape, bool)
     mine: list[Judged] = []
     for i, sample in enumerate(samples):
-        image = read_rgb(sample.path)
+        image, mask = read_pair(sample) if pixels else (read_image(sample), None)
         result = detector.judge_image(image, AUTO if auto else sample.product)
         score = float("nan") if result.score is None else result.score
         mine.append(Judged(sample, result.label, score, result.product, result.predicted, result.threshold))
         timings.append(result.latency_ms)
         if pixels and result.map is not None:
             maps[i] = map_at(result.map, size)
-            if sample.mask_path is not None:
-                masks[i] = mask_at(read_mask(sample.mask_path, image.shape[:2]), size)
+            if mask is not None:
+                masks[i] = mask_at(mask, size)
         if step is not None:
             step(1)
     judged += mine

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from .crop import read_pair
 from .dataset import Dataset
 from .detector import Detector
 from .evaluation import Array, Evaluated
-from .images import read_mask, read_rgb
 from .quality import Metrics
 from .recorded import Origin
 from .report.evaluation import Evaluation, Part, write
@@ -44,12 +44,11 @@ def write_report(
 
     def look(part: Part) -> tuple[Array, Array, Array | None]:
         judged = samples[part.key]
-        image = read_rgb(judged.sample.path)
+        image, mask = read_pair(judged.sample)
         result = detector.judge_image(image, judged.product)
-        mask = judged.sample.mask_path
         empty = np.zeros(image.shape[:2], np.float32)
         found = empty if result.map is None else result.map.copy()
-        return image, found, None if mask is None else read_mask(mask, image.shape[:2])
+        return image, found, mask
 
     here = "" if whose is None else ", of the anomaly maps alone"
     facts = {

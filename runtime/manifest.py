@@ -9,12 +9,27 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 SCHEMA = "andon.bundle/1"
 Dtype = Literal["uint8", "float32", "float16", "int32", "int8", "bool"]
 Variant = Literal["fp32", "fp16", "int8"]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+
+
+def _positive(roi: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    if min(roi[:2]) < 0 or min(roi[2:]) < 1:
+        raise ValueError("x and y are 0 or more, width and height 1 or more")
+    return roi
+
+
+#: A region of interest, [x, y, width, height] in pixels of the picture: of a line's camera and of a training alike.
+Roi = Annotated[tuple[int, int, int, int], AfterValidator(_positive)]
+
+
+def _without(written: dict[str, Any], **later: object) -> dict[str, Any]:
+    """What is written, without later fields that say nothing: stations of before a field refuse what has it."""
+    return {key: value for key, value in written.items() if later.get(key, True)}
 
 
 class Model(BaseModel):
@@ -113,6 +128,13 @@ class Preprocess(Model):
     fit: Literal["stretch"] = Field(default="stretch", description="Whole image resized, aspect not kept")
 
 
+class Crop(Model):
+    """The part of a picture that is judged, and of which pictures (runtime/crop.py)."""
+
+    roi: Roi = Field(description="Region of interest [x, y, width, height], in pixels of the picture")
+    picture: tuple[int, int] = Field(description="Width and height of the pictures that it is cut out of")
+
+
 class Outputs(Model):
     """Which stage outputs the runtime reads."""
 
@@ -157,12 +179,13 @@ class Threshold(Model):
         default=None, description="Precision of the engines that gave the scores; none: not recorded"
     )
     backend: str = Field(default="", description="Their backend: onnxruntime or tensorrt; empty: not recorded")
+    crop: Crop | None = Field(
+        default=None, description="What was cut out of these images (andon calibrate --roi); null: the model's crop"
+    )
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_recorded(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Stations of before such a field refuse a manifest that has it: it is written where it says something."""
-        written: dict[str, Any] = write(self)
-        return {key: value for key, value in written.items() if value or key not in ("images", "variant", "backend")}
+        return _without(write(self), images=self.images, variant=self.variant, backend=self.backend, crop=self.crop)
 
 
 class Backbone(Model):
@@ -193,6 +216,9 @@ class Manifest(Model):
     backbone: Backbone = Field(description="Feature extractor provenance")
     preprocess: Preprocess = Field(description="Image preprocessing")
     classes: tuple[str, ...] = Field(min_length=1, description="Products, in the order of every class-bound axis")
+    crops: dict[str, Crop] = Field(
+        default={}, description="Product -> what of a picture the model was trained with; not named: the whole picture"
+    )
     stages: dict[Name, Stage] = Field(description="Stages by name, in program order")
     variants: tuple[Variant, ...] = Field(description="Precision variants present")
     state: dict[Name, State] = Field(default={}, description="State tensors")
@@ -210,6 +236,10 @@ class Manifest(Model):
     files: dict[str, FileEntry] = Field(description="Every other file of the bundle, by relative path")
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without(write(self), crops=self.crops)
 
     def gated(self, variant: Variant, program: str) -> bool:
         """Whether export has shown that a program keeps FP32's decisions in a precision.

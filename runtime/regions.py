@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from .types import Region
 
+Array = NDArray[Any]
 Box = tuple[int, int, int, int]
 #: Pixels by which a region of interest may end outside the picture; more of it means a picture of another size.
 ROUNDING = 2
@@ -57,3 +58,9 @@ def clip_roi(roi: Box | None, width: int, height: int) -> Box | None:
     clipped = (x, y, min(roi[2], width - x), min(roi[3], height - y))
     whole = clipped[2] >= roi[2] - ROUNDING and clipped[3] >= roi[3] - ROUNDING
     return clipped if whole and clipped[2] > 0 and clipped[3] > 0 else None
+
+
+def cut_out(image: Array, box: Box) -> Array:
+    """The box of a picture [h, w] or [h, w, 3], in pixels: a view of it. The line's crop, and everybody else's."""
+    x, y, width, height = box
+    return image[y : y + height, x : x + width]

@@ -12,6 +12,7 @@ from typing import Literal, NoReturn
 
 from .errors import BundleError
 from .manifest import Loop, Manifest, Run, Stage, Step, Tensor
+from .regions import clip_roi
 
 Kind = Literal["frame", "state", "class", "output", "carry", "table"]
 EXPORT_AGAIN = "export the bundle again: andon export --method METHOD"
@@ -106,6 +107,7 @@ def check(manifest: Manifest) -> None:
     for name in programs(manifest):
         wire(manifest, name)
     _check_memory(manifest)
+    _check_crops(manifest)
     for product, thresholds in manifest.thresholds.items():
         if product not in manifest.classes:
             _refuse("a threshold names an unknown product", product, ", ".join(manifest.classes))
@@ -134,6 +136,16 @@ def _check_memory(manifest: Manifest) -> None:
             _refuse(
                 f"the memory's {role} state {name} has the wrong shape", state.shape, f"{capacity} rows, rank {rank}"
             )
+
+
+def _check_crops(manifest: Manifest) -> None:
+    crops = [*manifest.crops.items()]
+    crops += [(p, t.crop) for p, each in manifest.thresholds.items() for t in each.values() if t.crop is not None]
+    for product, crop in crops:
+        if product not in manifest.classes:
+            _refuse("a crop names an unknown product", product, ", ".join(manifest.classes))
+        if clip_roi(crop.roi, *crop.picture) is None:
+            _refuse(f"the crop of {product} does not lie in its pictures", crop.roi, f"within {crop.picture}")
 
 
 def _refuse(what: str, found: object, expected: object) -> NoReturn:

@@ -11,12 +11,12 @@ from typing import Any
 from ...calib.threshold import PixelQuantile, conformal_threshold, rank
 from .. import groups
 from ..bundle import Bundle
+from ..crop import as_bundle, read_image
 from ..dataset import open_dataset, split_readable
 from ..detector import Detector
 from ..engine.select import open_backend
 from ..errors import CalibrationError, ConfigError, quoted
 from ..fingerprint import counted, image_hash, pack
-from ..images import read_rgb
 from ..manifest import Threshold
 from ..unseen import Unseen, unseen_good
 from . import options
@@ -58,6 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="REGEX|CSV",
         help=f"{groups.HELP}; all of them then count as one. Default: as training had it (andon train --group-by)",
     )
+    options.add_roi(parser, "what was cut out for training, or for the thresholds that are there")
     options.add_on_corrupt(parser)
     options.add_engine(parser, program=False)
 
@@ -81,6 +82,7 @@ def _calibrate(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
         for product in products:
             bundle.class_index(product)
         options.say_remarks(dataset)
+        dataset = as_bundle(dataset, bundle, args.roi, products)
         unseen = unseen_good(bundle, dataset, products, args.group_by)
         samples, skipped = split_readable(unseen.samples, args.on_corrupt)
         origin = unseen.origin
@@ -157,8 +159,9 @@ def _threshold(
     scores: list[float] = []
     pixels: PixelQuantile | None = None
     parts, samples = _parts(unseen, product), [s for s in unseen.samples if s.product == product]
+    crop = samples[0].crop
     for sample in samples:
-        result = detector.judge_image(read_rgb(sample.path), product)
+        result = detector.judge_image(read_image(sample), product)
         scores.append(float("nan") if result.score is None else result.score)
         if result.map is not None:
             pixels = pixels or PixelQuantile(len(samples) * result.map.size)
@@ -175,6 +178,7 @@ def _threshold(
         images=pack(image_hash(s.path) for s in samples),
         variant=detector.program.variant,
         backend=detector.backend.name,
+        crop=None if crop == detector.bundle.manifest.crops.get(product) else crop,
     )
 
 

@@ -6,19 +6,22 @@ import argparse
 import os
 import re
 import time
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle
+from ..crop import box_in, crop_for, crop_of, described, told
 from ..dataset import folder_name
 from ..engine.select import open_backend
 from ..enrolment.enroll import enroll
 from ..enrolment.features import memory_of
 from ..enrolment.foreground import choose
-from ..enrolment.support import read_support
+from ..enrolment.support import picture_sizes, read_support, support_paths
 from ..errors import ConfigError, quoted
 from ..fingerprint import read_report
+from ..manifest import Crop, Roi
 from ..wiring import parse_source
 from . import numbers
 
@@ -50,8 +53,46 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="auto (GrabCut) | all (textures) | mask:FILE-OR-FOLDER | onnx:FILE[,MEAN,STD] | sam:ENCODER,DECODER",
     )
     parser.add_argument(
+        "--roi",
+        type=numbers.roi,
+        metavar="X,Y,WIDTH,HEIGHT",
+        help="what to cut out of the images, as the line's roi does; default: what is cut out for --backbone-bundle, "
+        "where the images are of the size of those it was made from, else nothing",
+    )
+    parser.add_argument(
         "--threads", type=numbers.count, metavar="N", help="onnxruntime's threads; default: every CPU it may use"
     )
+
+
+def support_crop(paths: Sequence[Path], name: str, roi: Roi | None, source: Bundle | None = None) -> Crop | None:
+    """What to cut out of the support: what --roi says, else what is cut out of such pictures for the bundle of engines;
+    it is printed.
+
+    A product may come from another camera than those of that bundle: pictures of other sizes are taken whole.
+
+    Raises:
+        SourceError: an image cannot be read, --roi does not fit the pictures, or they are of several sizes.
+        ConfigError: the bundle cuts out this for one product and that for another, and nobody says which it is.
+    """
+    sizes = picture_sizes(paths)
+    if roi is not None:
+        crop = crop_for(roi, sizes, name)
+        print(*described({name: crop}, "as --roi says"), sep="\n")
+        return crop
+    crops = {} if source is None else {p: crop_of(source, p) for p in source.manifest.classes}
+    fitting = {crop for crop in crops.values() if crop is not None and any(box_in(crop, *size) for size in sizes)}
+    if not fitting:
+        return None
+    if len({*crops.values()}) > 1:
+        raise ConfigError(
+            f"what is to be cut out of the pictures of {name}?",
+            found="; ".join(f"{p}: {'nothing' if crop is None else told(crop)}" for p, crop in crops.items()),
+            expected="--roi, as the bundle of engines has several answers",
+            next_step="repeat the command with --roi X,Y,WIDTH,HEIGHT (0,0,WIDTH,HEIGHT of the picture: all of it)",
+        )
+    (crop,) = fitting
+    print(*described({name: crop}, "as for the bundle of engines"), sep="\n")
+    return crop
 
 
 def product_name(args: argparse.Namespace) -> str:
@@ -110,9 +151,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             raise _other_method(args, source.manifest.method)
         candidates = parse_source(memory_of(source).candidates)
         patches = source.manifest.stages[candidates.name].outputs[candidates.output].shape[0]
-        support = read_support(
-            args.support, args.shots, source.manifest.preprocess, round(patches**0.5), foreground, args.seed
-        )
+        crop = support_crop(support_paths(args.support, args.shots, args.seed), name, args.roi, source)
+        size, grid = source.manifest.preprocess, round(patches**0.5)
+        support = read_support(args.support, args.shots, size, grid, foreground, args.seed, crop)
         bundle = enroll(source, backend, name, support, target)
     return summarize(bundle, time.monotonic() - started)
 
@@ -126,6 +167,7 @@ def same_again(args: argparse.Namespace, method: str, backbone_bundle: object = 
         "name": args.name,
         "out": args.out,
         "foreground": None if args.foreground == _FOREGROUND else args.foreground,
+        "roi": None if args.roi is None else ",".join(map(str, args.roi)),
         "threads": args.threads,
         "backbone-bundle": backbone_bundle,
     }

@@ -12,6 +12,7 @@ from typing import Any
 from ..bundle import Bundle
 from ..byparts import part_metrics, part_table
 from ..calibrated import other_engines
+from ..crop import as_bundle
 from ..dataset import Dataset, Sample, open_dataset, split_readable
 from ..detector import Detector
 from ..engine.base import Backend
@@ -58,6 +59,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help=f"{HELP}; figures are then by part, too, and a part counts once beside the promise. Default: as training "
         "had it (andon train --group-by)",
     )
+    options.add_roi(parser, "what was cut out for the thresholds, or for training")
     options.add_on_corrupt(parser)
     parser.add_argument("--report", type=Path, metavar="HTML", help="write a report with heatmaps, histograms and ROC")
 
@@ -88,6 +90,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         torch = None if args.checkpoint is None else torch_figures(args.checkpoint, bundle)  # refused before the work
         dataset = open_dataset(args.data)
         options.say_remarks(dataset)
+        dataset = as_bundle(dataset, bundle, args.roi, args.products, args.program)
         chosen = choose(dataset, args.split, args.products, args.limit)
         samples, skipped = split_readable(chosen, args.on_corrupt)
         options.say_skipped(skipped)

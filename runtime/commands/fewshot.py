@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle
+from ..crop import as_bundle
 from ..dataset import Dataset, open_dataset, split_readable
 from ..engine.select import open_backend
 from ..enrolment.fewshot import FeatureCache, Steps, draw_support, enroll_draw, frozen
@@ -80,6 +81,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     with Bundle.load(args.bundle) as bundle, open_backend("onnxruntime", threads=args.threads) as backend:
         dataset = open_dataset(args.data)
         options.say_remarks(dataset)
+        dataset = as_bundle(dataset, bundle, args.roi, args.products)
         samples, skipped = split_readable(dataset.samples, args.on_corrupt)
         options.say_skipped(skipped)
         dataset = replace(dataset, samples=tuple(samples))
@@ -160,6 +162,8 @@ def _command(args: argparse.Namespace, data: str) -> str:
         words += ["--online", _commas(args.online), "--settings", args.settings]
     if args.foreground != "auto":
         words += ["--foreground", args.foreground]
+    for product, roi in args.roi or ():
+        words += ["--roi", f"{product}={_commas(roi)}" if product else _commas(roi)]
     if args.on_corrupt != "error":
         words += ["--on-corrupt", args.on_corrupt]
     return " ".join(words)

@@ -42,6 +42,26 @@ def shares(text: str) -> tuple[float, ...]:
     return tuple(share(part) for part in text.split(","))
 
 
+def roi(text: str) -> tuple[int, int, int, int]:
+    """A region of interest: x,y,width,height in pixels; in brackets, too, as a line's configuration has it."""
+    parts = text.strip().removeprefix("[").removesuffix("]").split(",")
+    try:
+        x, y, width, height = (int(part) for part in parts)
+    except ValueError:
+        x = y = width = height = -1
+    if min(x, y) < 0 or min(width, height) < 1:
+        raise ArgumentTypeError(
+            f"{text!r} is no region of interest X,Y,WIDTH,HEIGHT in whole pixels, width and height from 1 on"
+        )
+    return x, y, width, height
+
+
+def product_roi(text: str) -> tuple[str, tuple[int, int, int, int]]:
+    """A product and its region of interest, PRODUCT=x,y,width,height; without a product that of all."""
+    product, _, region = text.rpartition("=")
+    return product, roi(region)
+
+
 def _whole(text: str, least: int) -> int:
     try:
         value = int(text)

@@ -46,6 +46,18 @@ def add_engine(
         parser.add_argument("--program", default="default", metavar="NAME", help="one of the bundle's programs")
 
 
+def add_roi(parser: argparse.ArgumentParser, default: str) -> None:
+    """--roi, as `andon train` has it; default: what is cut out without it."""
+    parser.add_argument(
+        "--roi",
+        type=numbers.product_roi,
+        action="append",
+        metavar="[PRODUCT=]X,Y,WIDTH,HEIGHT",
+        help="what to cut out of the images, in pixels, as the line's roi does; where products differ once for each. "
+        f"Default: {default}",
+    )
+
+
 def require_writable(path: Path, option: str) -> None:
     """Refuse a file that cannot be written before the work for it is done; its folder is made.
 

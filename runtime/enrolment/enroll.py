@@ -18,7 +18,7 @@ from ..bundlefiles import new_bundle
 from ..engine.base import Backend
 from ..errors import ConfigError
 from ..fingerprint import image_hash, pack
-from ..manifest import FileEntry, Manifest, State, Threshold
+from ..manifest import Crop, FileEntry, Manifest, State, Threshold
 from ..newest import export_time
 from ..program import Program
 from ..wiring import check, programs
@@ -109,7 +109,7 @@ def enroll(source: Bundle, backend: Backend, name: str, support: Support, target
         much_alike = alike(support.frames, patches, extract)
     product = enroll_product(source.manifest, patches, list(support.masks))
     with new_bundle(target) as root:
-        draft = _write(source, root, target, name, product.state)
+        draft = _write(source, root, target, name, product.state, support.crop)
         thresholds = provisional_thresholds(draft, backend, support, product.bank)
         write_golden(draft, backend, support.frames)
         gate = write_gate(draft, backend, support.frames, thresholds["default"].value)
@@ -127,6 +127,8 @@ def enroll(source: Bundle, backend: Backend, name: str, support: Support, target
             "holdout": [],
             "fingerprints": {"support": pack(image_hash(p) for p in given)},
         }
+        if support.crop is None and support.picture is not None:
+            report["pictures"] = {name: support.picture}  # as training records them
         (root / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         manifest = draft.manifest.model_copy(update={"thresholds": {name: thresholds}, "files": _hashes(root)})
         check(manifest)
@@ -134,7 +136,9 @@ def enroll(source: Bundle, backend: Backend, name: str, support: Support, target
     return Bundle.load(target)
 
 
-def _write(source: Bundle, root: Path, target: Path, product: str, new: Mapping[str, Array]) -> Bundle:
+def _write(
+    source: Bundle, root: Path, target: Path, product: str, new: Mapping[str, Array], crop: Crop | None
+) -> Bundle:
     """Stages and tables copied, state replaced; the manifest is loadable but its thresholds are still missing."""
     manifest = source.manifest
     siblings = (path.parent for path in target.parent.glob(f"*/{MANIFEST}"))  # a line's * may mean them as well
@@ -163,6 +167,7 @@ def _write(source: Bundle, root: Path, target: Path, product: str, new: Mapping[
             "created": export_time([source.path, *siblings]).isoformat().replace("+00:00", "Z"),
             "checkpoint_sha256": "",
             "classes": (product,),
+            "crops": {} if crop is None else {product: crop},
             "state": entries,
             "thresholds": {},
             "verification": {"enrolled_from": source.id, **{k: v for k, v in manifest.verification.items()}},

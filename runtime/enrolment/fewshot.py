@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle import Bundle
+from ..crop import read_image
 from ..dataset import Dataset
 from ..diskcache import Entry, Lease, code_of, limit, prune, used
 from ..engine.base import Backend
@@ -27,11 +28,13 @@ from ..images import read_rgb
 from ..manifest import Manifest
 from ..preprocess import resize
 from ..quality import auroc
+from ..regions import cut_out
 from ..wiring import parse_source
 from .enroll import enroll_product
 from .features import FeatureExtractor, memory_of
 from .foreground import Foreground, to_grid
 from .navigator import subsample
+from .support import read_part
 from .transport import Moments, Navigator, costs, score, step
 
 Array = NDArray[Any]
@@ -85,7 +88,7 @@ class FeatureCache:
             out = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
             lease = Lease(partial, create=False)
             for index, sample in enumerate(self.dataset.samples):
-                out[index] = extract(resize(read_rgb(sample.path), self.manifest.preprocess))
+                out[index] = extract(resize(read_image(sample), self.manifest.preprocess))
                 progress(1)
             out.flush()
             partial.replace(path)
@@ -131,11 +134,13 @@ def _cache_path(bundle: Bundle, dataset: Dataset) -> Path:
     """Named by all that the features depend on: the stage that makes them, code that reads images, those in order."""
     stage = bundle.manifest.stages[parse_source(memory_of(bundle).candidates).name]
     digest = hashlib.sha256()
+    crops = [str(s.crop) for s in dataset.samples if s.crop is not None]
     for part in (
         bundle.manifest.files[stage.files["fp32"]].sha256,
         bundle.manifest.preprocess.model_dump_json(),
         code_of(read_rgb, resize),
         *(image_hash(s.path) for s in dataset.samples),
+        *((code_of(read_image, cut_out), *crops) if crops else ()),
     ):
         digest.update(part.encode() + b"\0")
     return Path(os.environ.get("ANDON_CACHE", ".cache")) / "fewshot" / f"{digest.hexdigest()[:16]}.npy"
@@ -168,7 +173,7 @@ def enroll_draw(cache: FeatureCache, support: Array, foreground: Foreground, see
     """Memory and navigator of a support draw, as `andon enroll` makes them."""
     grid = round(cache.features.shape[1] ** 0.5)
     samples = [cache.dataset.samples[i] for i in support]
-    masks = [to_grid(foreground(read_rgb(s.path), s.path), grid) for s in samples]
+    masks = [to_grid(read_part(s.path, s.crop, foreground)[1], grid) for s in samples]
     product = enroll_product(_plain(cache.manifest), [cache[int(i)] for i in support], masks, seed)
     s, bank = product.state, product.bank
     navigator = Navigator(s["projection"], s["w1"], s["b1"], s["w2"], float(s["inv_tau"][0]))

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..crop import cut
 from ..errors import ConfigError
 from ..images import on_disk, read_rgb
-from ..manifest import Preprocess
+from ..manifest import Crop, Preprocess
 from ..preprocess import resize
-from .foreground import Foreground, to_grid
+from .foreground import Foreground, UserMask, to_grid
 
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Support:
-    """frames: uint8 [k, H, W, 3] at network size; masks: [k, grid * grid] bool, True where the part is."""
+    """frames: uint8 [k, H, W, 3] at network size; masks: [k, grid * grid] bool, True where the part is.
+
+    crop: what was cut out of the pictures. picture: their width and height, if they are of one size.
+    """
 
     paths: tuple[Path, ...]
     frames: Array
     masks: Array
+    crop: Crop | None = None
+    picture: tuple[int, int] | None = None
 
     @property
     def foreground(self) -> float:
@@ -34,7 +40,8 @@ class Support:
 
     def only(self, indices: Sequence[int]) -> Support:
         """These images of it."""
-        return Support(tuple(self.paths[i] for i in indices), self.frames[indices], self.masks[indices])
+        paths = tuple(self.paths[i] for i in indices)
+        return replace(self, paths=paths, frames=self.frames[indices], masks=self.masks[indices])
 
 
 def support_paths(folder: Path, shots: int, seed: int | None = None) -> list[Path]:
@@ -56,19 +63,55 @@ def support_paths(folder: Path, shots: int, seed: int | None = None) -> list[Pat
     return paths[:shots]
 
 
+def picture_sizes(paths: Sequence[Path]) -> dict[tuple[int, int], Path]:
+    """The sizes (width, height) of these pictures, and one picture of each.
+
+    Raises:
+        SourceError: an image cannot be read.
+    """
+    sizes: dict[tuple[int, int], Path] = {}
+    for path in paths:
+        height, width = read_rgb(path).shape[:2]
+        sizes.setdefault((width, height), path)
+    return sizes
+
+
+def read_part(path: Path, crop: Crop | None, foreground: Foreground) -> tuple[Array, Array | None]:
+    """What is judged of a picture, uint8 [h, w, 3], and where the part is in it, bool [h, w].
+
+    A person's mask is of the picture as the file has it and cut out with it; whatever else looks for the part sees what
+    the line sees.
+
+    Raises:
+        SourceError: the image or its mask cannot be read, or is of a size of which the crop does not say what to take.
+    """
+    whole = read_rgb(path)
+    image = cut(whole, crop, path)
+    if isinstance(foreground, UserMask):
+        return image, cut(foreground(whole, path), crop, path)
+    return image, foreground(image, path)
+
+
 def read_support(
-    folder: Path, shots: int, preprocess: Preprocess, grid: int, foreground: Foreground, seed: int | None = None
+    folder: Path,
+    shots: int,
+    preprocess: Preprocess,
+    grid: int,
+    foreground: Foreground,
+    seed: int | None = None,
+    crop: Crop | None = None,
 ) -> Support:
-    """The images of :func:`support_paths` with their foreground.
+    """The images of :func:`support_paths` with their foreground. crop: what to cut out of them.
 
     Raises:
         ConfigError: no such folder, or fewer images than shots.
-        SourceError: an image or mask cannot be read.
+        SourceError: an image or mask cannot be read, or is of a size of which the crop does not say what to take.
     """
-    chosen = support_paths(folder, shots, seed)
-    frames, masks = [], []
-    for path in chosen:
-        image = read_rgb(path)
+    paths = support_paths(folder, shots, seed)
+    frames, masks, sizes = [], [], picture_sizes(paths)
+    for path in paths:
+        image, mask = read_part(path, crop, foreground)
         frames.append(resize(image, preprocess))
-        masks.append(to_grid(foreground(image, path), grid))
-    return Support(tuple(chosen), np.stack(frames), np.stack(masks))
+        masks.append(to_grid(mask, grid))
+    picture = next(iter(sizes)) if len(sizes) == 1 else None
+    return Support(tuple(paths), np.stack(frames), np.stack(masks), crop, picture)

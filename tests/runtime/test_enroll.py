@@ -389,3 +389,55 @@ def test_warm_start_moves_phi_and_a_reset_takes_it_back(engines):
         assert (before != first).any() and (first != program.read_state("w2")).any()
         program.reset()
         assert (program.read_state("w2") == before).all()
+
+
+def test_what_is_cut_out_of_the_support(engines, tmp_path, capsys):
+    """With --roi the memory is that of pictures cut out beforehand, masks too; the next product goes by the bundle."""
+    from andon.cli import main
+    from andon.runtime.manifest import Crop
+
+    made, folder = engines
+    framed, masks = tmp_path / "framed", tmp_path / "masks"
+    framed.mkdir()
+    masks.mkdir()
+    for path in sorted(folder.iterdir()):
+        part = cv2.imread(str(path))
+        side = part.shape[0]
+        frame = np.full((side + 20, side + 50, 3), 200, np.uint8)
+        frame[10 : 10 + side, 30 : 30 + side] = part
+        mask = np.zeros(frame.shape[:2], np.uint8)
+        mask[10 + side // 4 : 10 + side // 2, 30 : 30 + side // 2] = 255
+        cv2.imwrite(str(framed / path.name), frame)
+        cv2.imwrite(str(masks / path.name), mask)
+        (tmp_path / "cut").mkdir(exist_ok=True)
+        cv2.imwrite(str(tmp_path / "cut" / path.name), mask[10 : 10 + side, 30 : 30 + side])
+    crop = Crop(roi=(30, 10, side, side), picture=(side + 50, side + 20))
+    roi = ["--roi", f"30,10,{side},{side}"]
+
+    def enrolled(out, support, source, *more):
+        arguments = ["--method", "knn", "--name", "other", "--shots", "3", "--support", str(support)]
+        capsys.readouterr()
+        assert main(["enroll", *arguments, "--backbone-bundle", str(source), "--out", str(tmp_path / out), *more]) == 0
+        with Bundle.load(tmp_path / out) as bundle:
+            state = {name: bundle.array(entry) for name, entry in bundle.manifest.state.items()}
+            return bundle.manifest, state, bundle.threshold("other").value, capsys.readouterr().out
+
+    for title, there, here in (("auto", [], []), ("mask", [tmp_path / "cut"], [masks])):
+        how = [["--foreground", f"mask:{path}"] for path in (*there, *here)] or [[], []]
+        expected, rows, threshold, text = enrolled(f"{title}-cut", folder, made["knn"], *how[0])
+        assert expected.crops == {} and "cut out" not in text
+        found, same, value, text = enrolled(f"{title}-framed", framed, made["knn"], *roi, *how[1])
+        assert found.crops == {"other": crop} and value == threshold and "as --roi says" in text
+        for name in rows:
+            np.testing.assert_array_equal(same[name], rows[name], err_msg=name)
+    source = tmp_path / "auto-framed"
+    again, same, value, text = enrolled("again", framed, source)
+    assert again.crops == {"other": crop} and "as for the bundle of engines" in text
+    both = enrolled("already", folder, source)
+    assert both[0].crops == {"other": crop}, "of a camera that cuts it out itself, or cut out by hand"
+    small = tmp_path / "small"
+    small.mkdir()
+    for path in sorted(folder.iterdir()):
+        cv2.imwrite(str(small / path.name), cv2.resize(cv2.imread(str(path)), (70, 64)))
+    manifest, *_, text = enrolled("elsewhere", small, source)
+    assert manifest.crops == {} and "cut out" not in text, "pictures of another camera are its own affair"
