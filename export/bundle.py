@@ -37,6 +37,7 @@ from ..runtime.errors import ConfigError
 from ..runtime.manifest import (
     SCHEMA,
     Backbone,
+    Crop,
     FileEntry,
     Manifest,
     Stage,
@@ -66,6 +67,7 @@ class Provenance:
     fingerprints: contents of the images by what they were used for (runtime/fingerprint.py).
     parts: the same of the pictures kept for thresholds, of each part that has several.
     group_by: how training told which pictures show one part; `andon eval` counts by it.
+    crops: what was cut out of each product's pictures. pictures: the size of those that nothing was cut out of.
     """
 
     backbone: Backbone
@@ -78,6 +80,8 @@ class Provenance:
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     parts: tuple[str, ...] = ()
     group_by: str = ""
+    crops: Mapping[str, Crop] = field(default_factory=dict)
+    pictures: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def default_path(method: str, provenance: Provenance) -> Path:
@@ -152,6 +156,7 @@ def draft(staged: StagedModel, name: str, provenance: Provenance, stages: Mappin
             "backbone": provenance.backbone,
             "preprocess": staged.preprocess,
             "classes": staged.classes,
+            "crops": dict(provenance.crops),
             "stages": dict(stages),
             "variants": ("fp32",),
             "state": {k: _state(k, v, k in staged.class_bound) for k, v in staged.state.items()},

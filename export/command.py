@@ -121,12 +121,14 @@ def parse_options(pairs: list[str]) -> Mapping[str, Any]:
 
 def _evidence(spec: str | None, origin: CheckpointProvenance, model: AnomalyModel) -> Evidence:
     """Frames of --data, else of the set the checkpoint is from; not those that training skipped, nor tests it saw."""
+    from ..runtime.crop import cropped
     from ..runtime.dataset import open_dataset
     from ..runtime.fingerprint import counted, tally
     from . import frames
 
     dataset = open_dataset(spec or _training_set(origin))
     dataset = dataset if spec else replace(dataset, spec=origin.data)
+    dataset = replace(dataset, samples=cropped(dataset.samples, origin.crops))
     dataset, skipped = without_skipped(dataset, origin)
     if skipped:
         _say(f"skipped {skipped} images that training could not decode")
@@ -211,6 +213,8 @@ def _provenance(origin: CheckpointProvenance, model: AnomalyModel) -> Provenance
         fingerprints=origin.fingerprints,
         parts=origin.parts,
         group_by=model.config.group_by,
+        crops=origin.crops,
+        pictures=origin.pictures,
     )
 
 

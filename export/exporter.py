@@ -156,6 +156,8 @@ class _Run:
             kept["parts"] = list(provenance.parts)
         if provenance.group_by:
             kept["group_by"] = provenance.group_by
+        if provenance.pictures:
+            kept["pictures"] = dict(provenance.pictures)
         report = self._report(manifest, reduced, threshold) | {"alternatives": others.record} | kept
         shutil.rmtree(self._root / ROUNDED, ignore_errors=True)
         manifest = bundle.finish(self._root, manifest, report, self._summary(manifest, reduced, others))

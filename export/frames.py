@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ..runtime.crop import read_image
 from ..runtime.dataset import Dataset, Sample
 from ..runtime.errors import ConfigError
-from ..runtime.images import read_rgb
 from ..runtime.manifest import Preprocess
 from ..runtime.preprocess import resize
 from ..train.holdout import HOLD_OUT
@@ -65,7 +65,7 @@ def load(samples: Sequence[Sample], classes: Sequence[str], preprocess: Preproce
     """Read and resize images as the line does."""
     images = np.empty((len(samples), preprocess.height, preprocess.width, 3), np.uint8)
     for image, sample in zip(images, samples, strict=True):
-        resize(read_rgb(sample.path), preprocess, out=image)
+        resize(read_image(sample), preprocess, out=image)
     ids = np.array([list(classes).index(s.product) for s in samples], np.int32)
     labels = np.array([0 if s.good else 1 for s in samples], np.int32)
     return Frames(images, ids, labels, source)

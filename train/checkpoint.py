@@ -60,6 +60,12 @@ class Provenance(BaseModel):
     parts: tuple[str, ...] = Field(
         default=(), description="Contents of the images kept for thresholds, of each part that several of them show"
     )
+    crops: dict[str, manifest.Crop] = Field(
+        default={}, description="Product -> what was cut out of its pictures (andon train --roi)"
+    )
+    pictures: dict[str, tuple[int, int]] = Field(
+        default={}, description="Product -> width and height of its pictures, of those that nothing was cut out of"
+    )
     trained_on: int = Field(description="Good images trained on")
     views: int = Field(default=0, description="Views of them that were added (train/augment.py)")
     skipped: tuple[str, ...] = Field(default=(), description="Sample keys left out because they could not be decoded")

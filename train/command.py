@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime import groups
-from ..runtime.commands.numbers import natural, seconds
+from ..runtime.commands.numbers import natural, product_roi, seconds
 from .registry import list_methods
 
 
@@ -24,6 +24,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="REGEX|CSV",
         help=f"{groups.HELP}; all of them are trained on or none, as thresholds promise nothing about new parts "
         "otherwise. The setting group_by",
+    )
+    parser.add_argument(
+        "--roi",
+        type=product_roi,
+        action="append",
+        metavar="[PRODUCT=]X,Y,WIDTH,HEIGHT",
+        help="cut this out of every image (and its mask), in pixels, as the line's roi does; where products differ "
+        "once for each. The bundle brings it to calibrate, eval, enroll and the line",
     )
     parser.add_argument("--products", metavar="A,B", help="train these products of the set only")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the checkpoint; default runs/METHOD-...")

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..runtime.dataset import Sample, read_mask, read_rgb
+from ..runtime.crop import read_image, read_pair
+from ..runtime.dataset import Sample
 from ..runtime.fingerprint import image_hash
 from ..runtime.preprocess import resize
 from ..runtime.quality import Array, Metrics, map_at, mask_at, summarize
@@ -78,10 +79,10 @@ def _score(
         part = samples[start : start + batch]
         frames = []
         for i, sample in enumerate(part, start):
-            image = read_rgb(sample.path)
+            image, mask = read_pair(sample) if pixels else (read_image(sample), None)
             frames.append(resize(image, model.preprocess))
-            if pixels and sample.mask_path is not None:
-                masks[i] = mask_at(read_mask(sample.mask_path, image.shape[:2]), size)
+            if mask is not None:
+                masks[i] = mask_at(mask, size)
         out = model(torch.from_numpy(np.stack(frames)).to(device), torch.full((len(part),), class_id, device=device))
         scores[start : start + len(part)] = out.score.float().cpu().numpy()
         if pixels:

@@ -28,11 +28,13 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
+from ..runtime.crop import read_image
 from ..runtime.dataset import Sample, read_rgb
 from ..runtime.diskcache import Lease, code_of, limit, used
 from ..runtime.fingerprint import image_hash
 from ..runtime.manifest import Preprocess
 from ..runtime.preprocess import resize
+from ..runtime.regions import cut_out
 from .augment import View
 from .backbones import state_hash
 from .featurecache import INDEX, lease, prune, reserve
@@ -83,7 +85,7 @@ def cache_root() -> Path:
 
 def load_frame(sample: Sample, preprocess: Preprocess) -> Array:
     """A sample's image, or its view, as the network takes it: uint8 [height, width, 3] RGB."""
-    image = read_rgb(sample.path)
+    image = read_image(sample)
     return resize(sample.of(image) if isinstance(sample, View) else image, preprocess)
 
 
@@ -150,10 +152,14 @@ def _key(model: AnomalyModel, samples: Sequence[Sample], hashes: Sequence[str]) 
     digest.update(code_of(read_rgb, resize).encode())
     if model.frontend is not None:
         digest.update(_frontend_key(model.frontend).encode())
+    if any(sample.crop is not None for sample in samples):
+        digest.update(code_of(read_image, cut_out).encode())
     for sample, hashed in zip(samples, hashes, strict=True):
         digest.update(bytes.fromhex(hashed))
         if isinstance(sample, View):
             digest.update(sample.recipe.encode())
+        if sample.crop is not None:  # none adds nothing: what was cached before there were crops stays good
+            digest.update(str(sample.crop).encode())
     return digest.hexdigest()[:32]
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ..runtime.crop import rois_by_product
 from ..runtime.dataset import ELPV, open_dataset
 from ..runtime.errors import ConfigError, quoted
 from ..runtime.groups import absolute
+from ..runtime.manifest import Roi
 from . import distributed
 from .backbones import absolute_weights
 from .checkpoint import CONFIG, PROVENANCE, new_run, read_provenance, save_json
@@ -30,6 +32,7 @@ class Request:
     """What a run needs to start, and to start again where it was interrupted.
 
     data: as it was given; data_path: the same from any directory, empty for a set that is no folder (elpv).
+    rois: what to cut out of the pictures of each product.
     """
 
     method: str
@@ -41,6 +44,7 @@ class Request:
     evaluate: bool = True
     save_every: float = 60.0
     device: str = "auto"
+    rois: Mapping[str, Roi] = field(default_factory=dict)
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace, held: ExitStack) -> Request:
@@ -72,7 +76,8 @@ class Request:
         group_by = absolute(args.group_by if args.group_by is not None else config.group_by)
         config = config.model_copy(update={"backbone": absolute_weights(config.backbone), "group_by": group_by})
         products = tuple(args.products.split(",")) if args.products else None
-        open_dataset(args.data).select(products=products)  # refused before there is a folder
+        there = open_dataset(args.data).select(products=products)  # refused before there is a folder
+        rois = rois_by_product(args.roi or (), there.products)
         made = str(_folder(args.out, config, args.data, held)) if distributed.is_main() else ""
         request = cls(
             args.method,
@@ -84,6 +89,7 @@ class Request:
             not args.no_eval,
             60.0 if args.save_every is None else args.save_every,
             args.device or "auto",
+            rois,
         )
         if distributed.is_main():
             (Path(request.folder) / CONFIG).write_text(dump_config(config), encoding="utf-8")
@@ -117,7 +123,8 @@ class Request:
         distributed.barrier()
         saved = cls._saved(folder)  # again: the run may have ended in between
         products = None if saved["products"] is None else tuple(saved["products"])
-        request = cls(**{**saved, "products": products, "folder": str(folder)})
+        rois = {product: tuple(roi) for product, roi in saved.get("rois", {}).items()}
+        request = cls(**{**saved, "products": products, "folder": str(folder), "rois": rois})
         if data is None:
             return request
         open_dataset(data).select(products=products)

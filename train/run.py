@@ -17,17 +17,18 @@ import torch
 from torch import nn
 
 from .. import __version__
+from ..runtime.crop import cropped, described, measured, read_image, read_pair
 from ..runtime.dataset import Dataset, Sample, open_dataset, split_readable
 from ..runtime.errors import ConfigError, SourceError, quoted
 from ..runtime.fingerprint import image_hash, pack
 from ..runtime.groups import parts_of, several
-from ..runtime.images import read_mask, read_rgb
 from ..runtime.quality import Metrics, mean_metrics, table
 from ..runtime.remarks import remarks
 from ..runtime.verdict import readable
 from . import distributed
 from .alike import group_warnings
-from .augment import augmented, described
+from .augment import augmented
+from .augment import described as views_described
 from .backbones import backbones_in
 from .checkpoint import (
     CONFIG,
@@ -59,7 +60,9 @@ def train(request: Request) -> dict[str, Any]:
     device = _device(request.device)
     whole = open_dataset(request.data_path or request.data)
     data = whole.select(products=request.products)
-    kept, skipped = split_readable(data.samples, request.on_corrupt)
+    decodable, skipped = split_readable(data.samples, request.on_corrupt)
+    crops = measured(decodable, request.rois)
+    kept = cropped(decodable, crops)
     _check_masks(kept)
     good = [s for s in kept if s.split == "train" and s.good]
     contents = {s.key: image_hash(s.path) for s in good}
@@ -67,6 +70,8 @@ def train(request: Request) -> dict[str, Any]:
     split = split_good(good, config.holdout, contents, parts)
     _say(f"{request.method}, preset {config.preset or 'unnamed'}, seed {config.seed}, on {_where(device)} -> {folder}")
     _say(data.describe())
+    for text in described(crops, "as --roi says"):
+        _say(text)
     for text in remarks(whole) if distributed.is_main() else ():
         _say(f"warning: {text}")
     if skipped:
@@ -89,7 +94,7 @@ def train(request: Request) -> dict[str, Any]:
         _say(f"decided by the number of images: {key}={json.dumps(value)}")
     fitting, constants = augmented(split, config.augment)
     if views := len(fitting) - len(split.fitting):
-        _say(f"few images: {views} views of them are added for training ({described(config.augment)})")
+        _say(f"few images: {views} views of them are added for training ({views_described(config.augment)})")
 
     torch.manual_seed(config.seed)
     random.seed(config.seed)
@@ -108,6 +113,7 @@ def train(request: Request) -> dict[str, Any]:
         "thresholds": pack(contents[s.key] for s in split.thresholds),
         "skipped": pack(_hashes(skipped)),
     }
+    pictures = _picture_sizes(split.fitting)
     known, former = run_hashes(model, trainset)
     resume = ResumeFile(folder / "resume.pt", known, request.save_every, former=(former,))
     try:
@@ -127,7 +133,9 @@ def train(request: Request) -> dict[str, Any]:
 
     # Weights first: a test image that cannot be read must not cost the training.
     held_parts = tuple(pack(contents[s.key] for s in group) for group in several(split.thresholds, parts))
-    _write(folder, model, request, data, fitted, split, fingerprints, held_parts, views, [s.key for s in skipped])
+    names = [s.key for s in skipped]
+    seen = {"fingerprints": fingerprints, "parts": held_parts, "skipped": names, "crops": crops, "pictures": pictures}
+    _write(folder, model, request, data, fitted, split, views, seen)
     resume.remove()
     (folder / REQUEST).unlink()
     print(f"checkpoint {folder}")
@@ -172,6 +180,22 @@ def _hashes(samples: Sequence[Sample]) -> Iterator[str]:
             yield image_hash(sample.path)
 
 
+def _picture_sizes(samples: Sequence[Sample]) -> dict[str, tuple[int, int]]:
+    """Width and height of the pictures of each product that nothing is cut out of, if three of them are of one size.
+
+    Raises:
+        SourceError: an image cannot be read.
+    """
+    found = {}
+    for product in {s.product for s in samples if s.crop is None}:
+        mine = [s for s in samples if s.product == product]
+        sizes = {read_image(mine[i]).shape[1::-1] for i in {0, len(mine) // 2, len(mine) - 1}}
+        if len(sizes) == 1:
+            width, height = sizes.pop()
+            found[product] = (width, height)
+    return found
+
+
 def _check_masks(samples: Sequence[Sample]) -> None:
     """Refuse what the evaluation would refuse minutes later: a mask that cannot be read or is not of its image's size.
 
@@ -182,8 +206,7 @@ def _check_masks(samples: Sequence[Sample]) -> None:
     """
     for sample in samples:
         if sample.mask_path is not None:
-            height, width = read_rgb(sample.path).shape[:2]
-            read_mask(sample.mask_path, (height, width))
+            read_pair(sample)
 
 
 def _write(
@@ -193,12 +216,10 @@ def _write(
     data: Dataset,
     fitted: Fitted,
     split: Split,
-    fingerprints: dict[str, str],
-    parts: tuple[str, ...],
     views: int,
-    skipped: list[str],
+    seen: Mapping[str, Any],
 ) -> None:
-    """Weights, then provenance, whose presence makes the checkpoint complete."""
+    """Weights, then provenance, whose presence makes the checkpoint complete. seen: its fields on the images."""
     digest = save_weights(model, folder)
     (folder / CONFIG).write_text(dump_config(model.config), encoding="utf-8")  # as the images decided it
     backbones = backbones_in(model)
@@ -213,16 +234,14 @@ def _write(
         data_license=data.license,
         holdout=tuple(s.key for s in split.thresholds),
         constants=tuple(s.key for s in split.constants),
-        fingerprints=fingerprints,
-        parts=parts,
         trained_on=len(split.fitting),
         views=views,
-        skipped=tuple(skipped),
         steps=fitted.steps,
         seconds=round(fitted.seconds, 2),
         processes=distributed.world(),
         versions=_versions(),
         weights_sha256=digest,
+        **seen,
     )
     save_json(folder / PROVENANCE, provenance.model_dump(mode="json"))
 
