@@ -29,6 +29,7 @@ from .evidence import EvidenceStore
 from .handlers import Handlers
 from .judge import Judge, Judgement, OnlineMemory
 from .lineconfig import CameraConfig
+from .linecrop import log_crops
 from .linestate import LineState
 from .memory import open_memory
 from .mqtt.commands import Commands
@@ -275,6 +276,7 @@ class LineApp:
         in_force = {product: judge.threshold(product) for product in manifest.classes}
         for other in other_engines(bundle, [self.config.program], variant, backend.name, in_force):
             log.warning("%s", str(other).replace("\n", "; "))
+        log_crops(self.config, bundle, self.overrides.products)
         for name in self.config.cameras:
             self.state.expects(name, judge.product_of(name))
         log.info(

@@ -14,15 +14,17 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any, Protocol
 
+from .crop import box_in, told
 from .detector import AUTO, Detector
 from .detector import Judgement as Scored
 from .errors import AndonError, ConfigError, ProductError, SourceError
 from .lineconfig import CameraConfig, JudgeConfig
+from .linecrop import common_crop
 from .manifest import Threshold
 from .overrides import Overrides
 from .products import require_product
 from .program import Program
-from .regions import Box, clip_roi, find_regions
+from .regions import Box, clip_roi, cut_out, find_regions
 from .slot import Missed
 from .types import Frame, Label, Region, Verdict
 
@@ -164,7 +166,7 @@ class Judge:
         for name, product in self._overrides.products.items():
             try:
                 if name in cameras:
-                    require_product(name, cameras[name], product, bundle)
+                    require_product(name, cameras[name], product, bundle, self.detector.program.name)
             except AndonError as error:  # judged as the configuration's product, a part could wrongly be OK
                 log.error(
                     "product %s of %s by command cannot be judged (%s): send the command product again",
@@ -200,7 +202,7 @@ class Judge:
         if camera not in self._cameras:
             raise ConfigError(f"no camera '{camera}'", found=camera, expected=", ".join(self._cameras))
         if product is not None:
-            require_product(camera, self._cameras[camera], product, self.detector.bundle)
+            self._require_product(camera, product)
         before = self.product_of(camera)
         self._overrides.set_product(camera, product, before, by)
         self._smooth.pop(camera, None)
@@ -209,10 +211,13 @@ class Judge:
     def takes(self, camera: str, product: str) -> bool:
         """Whether :meth:`set_product` takes it; from any thread."""
         try:
-            require_product(camera, self._cameras[camera], product, self.detector.bundle)
+            self._require_product(camera, product)
         except (AndonError, KeyError):  # no such camera
             return False
         return True
+
+    def _require_product(self, camera: str, product: str) -> None:
+        require_product(camera, self._cameras[camera], product, self.detector.bundle, self.detector.program.name)
 
     def threshold(self, product: str) -> float | None:
         """The threshold in force: a command's, else the configuration's, else the bundle's."""
@@ -246,14 +251,11 @@ class Judge:
     def judge(self, frame: Frame) -> Judgement:
         """Judge one frame. Never raises for anything that is wrong with this frame, its product or an engine."""
         started = time.monotonic()
-        roi, (height, width) = self._cameras[frame.camera].roi, frame.image.shape[:2]
-        box = clip_roi(roi, width, height)
+        box: Box = (0, 0, 0, 0)
         scored: Scored | None = None
         name = self._new_id()
         try:
-            if box is None:
-                told = f"the region of interest {roi} does not lie in the picture of {width} x {height} pixels"
-                raise _Refusal("bad_frame", told)
+            box = self._box(frame)
             scored = self._score(frame, box)
             if self._memory is not None and self._memory.teaches_first:
                 scored = self._taught(self._memory, frame, scored, box, name)
@@ -263,7 +265,7 @@ class Judge:
         self._report(frame.camera, decision)
         latency = {"wait": (started - frame.monotonic) * 1e3, **(scored.latency_ms if scored else {})}
         latency["total"] = (time.monotonic() - frame.monotonic) * 1e3
-        return Judgement(self._verdict(frame, decision, latency, name), scored, box or (0, 0, 0, 0), decision.detail)
+        return Judgement(self._verdict(frame, decision, latency, name), scored, box, decision.detail)
 
     def unknown(self, item: Missed) -> Judgement:
         """The verdict of a part or camera without a picture."""
@@ -276,11 +278,26 @@ class Judge:
         product = item.product or self.product_of(item.camera)
         return None if product == AUTO else product
 
+    def _box(self, frame: Frame) -> Box:
+        """What of the frame is judged: the camera's region of interest, without one what the bundle says."""
+        roi, (height, width) = self._cameras[frame.camera].roi, frame.image.shape[:2]
+        if roi is not None:
+            box, meant = clip_roi(roi, width, height), f"the region of interest {roi} does not lie in the picture"
+        else:
+            product = self._product(frame)
+            try:
+                crop = common_crop(self.detector.bundle, self.detector.program.name, product)
+            except ConfigError as error:
+                raise _Refusal("wrong_product", str(error), product=product) from error
+            box, meant = box_in(crop, width, height), f"the bundle judges {crop and told(crop)}, not the picture"
+        if box is None:
+            raise _Refusal("bad_frame", f"{meant} of {width} x {height} pixels")
+        return box
+
     def _score(self, frame: Frame, box: Box) -> Scored:
-        x, y, width, height = box
         product = self._product(frame)
         try:
-            return self.detector.judge_image(frame.image[y : y + height, x : x + width], product)
+            return self.detector.judge_image(cut_out(frame.image, box), product)
         except (ProductError, ConfigError) as error:  # ConfigError: auto, where the bundle has no classifier
             raise _Refusal("wrong_product", str(error), product=product) from error
         except SourceError as error:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from .configfile import load
-from .manifest import Variant
+from .manifest import Roi, Variant
 from .memoryconfig import MemoryConfig
 from .settings import LocalPath, Seconds, Settings
 from .sourceconfig import (
@@ -51,11 +51,12 @@ class CameraConfig(Settings):
     product: str = Field(
         default="auto", description="Product (class of the bundle) or auto: by the bundle's classifier"
     )
-    roi: tuple[int, int, int, int] | None = Field(
+    roi: Roi | None = Field(
         default=None,
-        description="Region of interest [x, y, width, height] in camera pixels; null: the whole picture. A picture "
-        "that it leaves by more than 2 pixels is of another size than meant: UNKNOWN, bad_frame. Train and calibrate "
-        "with pictures that were cut out like this: these commands take the whole picture",
+        description="Region of interest [x, y, width, height] in camera pixels; null: what the bundle was trained with "
+        "(andon train --roi), the whole picture if that is not said. A picture that it leaves by more than 2 pixels is "
+        "of another size than meant, as is without it one that has neither the size of those that were trained on nor "
+        "that of what was cut out of them: UNKNOWN, bad_frame",
     )
     max_fps: float | None = Field(
         default=None, gt=0, description="Frames above this rate are skipped, but for those of triggers"
@@ -85,16 +86,10 @@ class CameraConfig(Settings):
         default=None,
         gt=0,
         lt=1,
-        description="Weight of the newest score in an exponential mean; null: off. Such scores spread less than the "
-        "single ones a threshold was calibrated on: fewer false alarms than promised, and more misses",
+        description="Weight of the newest score in an exponential mean over a camera's frames of a product; null: off. "
+        "On the line alone: calibrate and eval score single pictures. Smoothed scores spread less than those a "
+        "threshold was set on: fewer false alarms than promised, and more misses",
     )
-
-    @field_validator("roi")
-    @classmethod
-    def _positive(cls, roi: tuple[int, int, int, int] | None) -> tuple[int, int, int, int] | None:
-        if roi is not None and (min(roi[:2]) < 0 or min(roi[2:]) < 1):
-            raise ValueError("x and y are 0 or more, width and height 1 or more")
-        return roi
 
     @model_validator(mode="after")
     def _watched_may_be_silent(self) -> CameraConfig:

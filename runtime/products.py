@@ -6,6 +6,7 @@ from .bundle import Bundle
 from .detector import AUTO
 from .errors import ConfigError, ProductError
 from .lineconfig import CameraConfig, LineConfig
+from .linecrop import require_crop
 
 
 def require_products(config: LineConfig, bundle: Bundle) -> None:
@@ -13,7 +14,8 @@ def require_products(config: LineConfig, bundle: Bundle) -> None:
 
     Raises:
         ProductError: a product is unknown; names where the configuration has it.
-        ConfigError: `auto` of several products, or judge.check_product, and the bundle has no classifier.
+        ConfigError: `auto` of several products, or judge.check_product, and the bundle has no classifier; or `auto`
+            of a camera without a roi, and what is judged of its pictures depends on the product.
     """
     classes = ", ".join(bundle.manifest.classes)
     places = {f"cameras.{name}.product": camera.product for name, camera in config.cameras.items()}
@@ -34,6 +36,8 @@ def require_products(config: LineConfig, bundle: Bundle) -> None:
             expected=f"one of {classes}",
             next_step="name the camera's product",
         )
+    for name, camera in config.cameras.items():
+        require_crop(name, camera, camera.product, bundle, config.program)
     if config.judge.check_product and bundle.manifest.outputs.logits is None:
         raise ConfigError(
             "judge.check_product: the bundle has no classifier that could see another product",
@@ -50,12 +54,12 @@ def tells_product(camera: CameraConfig, bundle: Bundle) -> bool:
     return in_data or len(manifest.classes) == 1 or manifest.outputs.logits is not None
 
 
-def require_product(name: str, camera: CameraConfig, product: str, bundle: Bundle) -> None:
+def require_product(name: str, camera: CameraConfig, product: str, bundle: Bundle, program: str) -> None:
     """Refuse a product by command that no frame of the camera could be judged as, as a start does in a configuration.
 
     Raises:
         ProductError: the bundle does not know it.
-        ConfigError: `auto`, and nothing tells the products apart.
+        ConfigError: `auto`, and nothing tells the products apart, or what to judge of a picture before that is done.
     """
     if product != AUTO:
         bundle.class_index(product)
@@ -66,3 +70,4 @@ def require_product(name: str, camera: CameraConfig, product: str, bundle: Bundl
             expected=f"one of {', '.join(bundle.manifest.classes)}",
             next_step="name one of these in the command product",
         )
+    require_crop(name, camera, product, bundle, program)

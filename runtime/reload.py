@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError
 from .lineconfig import CameraConfig, LineConfig
+from .linecrop import log_crops
 from .products import require_products
 from .source import make_source
 from .startup import alarm_rule, effective
@@ -55,6 +56,8 @@ def reload(app: LineApp) -> dict[str, list[str]]:
     for source in sources.values():
         source.check()
     changed = app.worker.call(lambda: _apply(app, config))
+    if (judge := app.worker.judge) is not None:
+        log_crops(config, judge.detector.bundle, app.overrides.products)
     for name, camera in cameras.items():
         app.cameras[name].configure(camera)
         if name in sources:

@@ -141,6 +141,7 @@ def _bundle(config: Any, commanded: Stored) -> list[Finding]:
             *([_guard("golden set", lambda: _golden(config, bundle))] if engine.ok else []),
             _guard("products", lambda: _products(config, commanded, bundle)),
             _guard("thresholds", lambda: _thresholds(config, commanded, bundle, engine.ok)),
+            *_crops(config, commanded, bundle),
             *([_guard("memory", lambda: _memory(config, bundle))] if config.memory.enabled else []),
         ]
 
@@ -196,7 +197,7 @@ def _products(config: Any, commanded: Stored, bundle: Any) -> str:
             said.append(f"{name}: {camera.product}")
             continue
         try:
-            require_product(name, camera, product, bundle)
+            require_product(name, camera, product, bundle, config.program)
         except AndonError as error:
             raise ConfigError(
                 f"camera {name} is judged as product {product} by an earlier command: every verdict would be UNKNOWN",
@@ -242,6 +243,19 @@ def _other_engines(config: Any, bundle: Any, thresholds: dict[str, float]) -> li
 
     backend, variant = require_engine(config, bundle)
     return other_engines(bundle, [config.program], variant, backend, thresholds)
+
+
+def _crops(config: Any, commanded: Stored, bundle: Any) -> list[Finding]:
+    """What is cut out of the pictures, where a camera or the bundle says so, and what the two do not agree on."""
+    from ..linecrop import crop_remarks
+
+    said = []
+    for name, remarks in crop_remarks(config, bundle, commanded.products).items():
+        roi = config.cameras[name].roi
+        if roi is not None:
+            said.append(f"{name}: {list(roi)}")
+        said += [text if text.startswith("warning: ") else f"{name}: {text}" for text in remarks]
+    return [Finding("region of interest", True, "\n".join(said))] if said else []
 
 
 def _memory(config: Any, bundle: Any) -> str:

@@ -199,11 +199,16 @@ DIM = BRIGHTNESS.replace("0.00392156862745098", "0.0000392156862745098")
 
 
 def write_bundle(
-    root: Path, text: str = BRIGHTNESS, thresholds: float | None = 0.5, golden: Any = None, **extra: Any
+    root: Path,
+    text: str = BRIGHTNESS,
+    thresholds: float | None = 0.5,
+    golden: Any = None,
+    report: Mapping[str, Any] | None = None,
+    **extra: Any,
 ) -> Path:
     """A bundle of one stage for the products mono and poly; NG above 0.5 unless told otherwise.
 
-    golden: arrays of its golden set.
+    golden: arrays of its golden set. report: its report.json.
     """
     import numpy as np
     import onnx.parser
@@ -217,7 +222,9 @@ def write_bundle(
     if golden is not None:
         (root / "golden").mkdir()
         np.savez(root / "golden/golden.npz", allow_pickle=False, **golden)
-    paths = ("stages/judge.onnx", "golden/golden.npz")[: 1 if golden is None else 2]
+    if report is not None:
+        (root / "report.json").write_text(json.dumps(report))
+    paths = [name for name in ("stages/judge.onnx", "golden/golden.npz", "report.json") if (root / name).is_file()]
     files = {name: dict(zip(("sha256", "bytes"), hash_file(root / name), strict=True)) for name in paths}
     threshold = {"value": thresholds, "false_alarm_rate": 0.05, "samples": 20, "pixel": 0.5}
     manifest = {

@@ -1,0 +1,159 @@
+"""What a line cuts out of its frames, as its camera says or its bundle does: the pixels that training saw."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from andon.cli import main
+from andon.runtime.crop import measured, read_image
+from andon.runtime.dataset import Sample
+from andon.runtime.errors import ConfigError
+from andon.runtime.judge import Judge
+from andon.runtime.lineconfig import CameraConfig, JudgeConfig
+from andon.runtime.startup import Options, effective, open_bundle
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from ..runtime.bundles import rewrite  # type: ignore[import-not-found]
+from ..runtime.conftest import ENCODE, SCORE  # type: ignore[import-not-found]
+from ..runtime.conftest import build as build_bundle
+from .judging import frame, picture  # type: ignore[import-not-found]
+
+RECORD = {"roi": [32, 0, 32, 32], "picture": [64, 64]}
+MONO = {"source": {"kind": "test", "width": 64, "height": 64}, "product": "mono"}
+
+
+@st.composite
+def pictures(draw: st.DrawFn) -> tuple[int, int, tuple[int, int, int, int]]:
+    """Width and height of a picture, and a region in it that may leave it by as much as the line takes for rounding."""
+    width, height = draw(st.integers(3, 90)), draw(st.integers(3, 90))
+    x, y = draw(st.integers(0, width - 1)), draw(st.integers(0, height - 1))
+    right, down = draw(st.integers(1, width - x + 2)), draw(st.integers(1, height - y + 2))
+    return width, height, (x, y, right, down)
+
+
+@pytest.fixture
+def judge(make_judge: Callable[..., Judge]) -> Judge:
+    return make_judge()
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pictures(), st.integers(0, 2**32 - 1))
+@example((64, 64, (40, 30, 26, 36)), 0)
+@example((9, 9, (0, 0, 9, 9)), 0)
+def test_training_sees_the_pixels_that_the_line_sees(judge: Judge, shape: Any, seed: int) -> None:
+    """The line by its camera's roi, the line by the bundle's crop, and a file as training, calibrate and eval read it:
+    what goes into the network is the same to the last bit.
+    """
+    pytest.importorskip("torch")
+    from andon.train.features import load_frame
+
+    (width, height, roi), plain = shape, judge.detector.bundle.manifest
+    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "frame.png"
+        assert cv2.imwrite(str(path), image[..., ::-1])
+        sample = Sample(path, "frame.png", "mono", "good", "train")
+        crop = measured([sample], {"mono": roi})["mono"]
+        sample = Sample(path, "frame.png", "mono", "good", "train", crop=crop)
+        expected, cut = load_frame(sample, judge.detector.bundle.manifest.preprocess), read_image(sample)
+    for own, crops in ((None, {"mono": crop}), (roi, {})):
+        judge.detector.bundle.manifest = plain.model_copy(update={"crops": crops})
+        camera = CameraConfig.model_validate({"source": {"kind": "test"}, "roi": own})
+        judge.configure({"cam": camera}, JudgeConfig())
+        judge.detector.program.frame.fill(0)
+        assert judge.judge(frame(image)).box == (*roi[:2], cut.shape[1], cut.shape[0])
+        np.testing.assert_array_equal(judge.detector.program.frame.reshape(expected.shape), expected)
+
+
+def test_a_camera_without_a_roi_is_judged_as_the_bundle_says(
+    make_bundle: Callable[..., Path], make_judge: Callable[..., Judge], tmp_path: Path
+) -> None:
+    root = make_bundle(tmp_path / "cropped", crops={"mono": RECORD})
+    judge = make_judge(root)
+    outside = judge.judge(frame(picture(10, (0, 40, 8, 8))))
+    assert outside.verdict.label == "OK" and outside.box == (32, 0, 32, 32)
+    inside = judge.judge(frame(picture(10, (40, 8, 4, 6)))).verdict
+    assert inside.label == "NG" and inside.regions[0].bbox == (40, 8, 4, 6), "in pixels of the whole picture"
+    already = judge.judge(frame(picture(10, (8, 8, 4, 6), size=(32, 32))))
+    assert already.verdict.label == "NG" and already.box == (0, 0, 32, 32), "a camera that cuts it out itself"
+    other = judge.judge(frame(picture(10, size=(48, 48))))
+    assert (other.verdict.label, other.verdict.reason) == ("UNKNOWN", "bad_frame")
+    assert "[32, 0, 32, 32] of pictures of 64 x 64" in other.detail and "48 x 48" in other.detail
+    assert judge.judge(frame(picture(10), product="poly")).box == (0, 0, 64, 64), "of which nothing is said"
+    assert make_judge(root, roi=(0, 32, 16, 16)).judge(frame(picture(10))).box == (0, 32, 16, 16), (
+        "its own stands first"
+    )
+
+
+def test_auto_needs_one_answer(make_line: Any, tmp_path: Path) -> None:
+    stages = {"encode": (ENCODE, {"image": "frame"}), "score": (SCORE, {"u": "encode.u"})}
+    parts = {"stages": stages, "program": [{"run": "encode"}, {"run": "score"}], "classes": ("mono", "poly")}
+    root = build_bundle(tmp_path / "cropped", crops={"mono": RECORD}, **parts)
+    auto = {**MONO, "product": "auto"}
+    with pytest.raises(ConfigError, match="camera a: product: auto without a roi") as error:
+        open_bundle(effective(Options(make_line({"a": auto}, bundle=str(root)))))
+    assert "mono: [32, 0, 32, 32] of pictures of 64 x 64; poly: the whole picture" in str(error.value.found)
+    assert "cameras.a.roi" in str(error.value.next_step)
+    for camera in ({**auto, "roi": [32, 0, 32, 32]}, MONO):
+        open_bundle(effective(Options(make_line({"a": camera}, bundle=str(root))))).close()
+    same = build_bundle(tmp_path / "same", crops={"mono": RECORD, "poly": RECORD}, **parts)
+    open_bundle(effective(Options(make_line({"a": auto}, bundle=str(same))))).close()
+
+
+def test_check_says_what_is_cut_out_and_warns_of_what_does_not_agree(
+    make_line: Any, make_bundle: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def check(line: Path) -> dict[str, Any]:
+        assert main(["check", "--config", str(line), "--json"]) in (0, 1)
+        answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return {finding["what"]: finding for finding in answer["findings"]}
+
+    threshold = {"value": 0.5, "false_alarm_rate": 0.05, "samples": 20, "pixel": 0.5}
+    own = {"default": {**threshold, "crop": {"roi": [0, 32, 16, 16], "picture": [64, 64]}}}
+    crops = {"crops": {"mono": RECORD, "poly": RECORD}}
+    root = make_bundle(tmp_path / "cropped")
+    rewrite(root, lambda m: m.update({**crops, "thresholds": {"mono": {"default": threshold}, "poly": own}}))
+    named = {
+        "bundles": MONO,
+        "same": {**MONO, "roi": [32, 0, 32, 32]},
+        "rounded": {**MONO, "roi": [32, 0, 33, 32]},
+        "other": {**MONO, "roi": [0, 32, 16, 16]},
+        "calibrated": {**MONO, "product": "poly", "roi": [0, 32, 16, 16]},
+    }
+    row = check(make_line(named, bundle=str(root)))["region of interest"]
+    assert row["ok"] and row["found"].count("warning: ") == 1
+    first, *_ = row["found"].splitlines()
+    assert first == (
+        "bundles: mono: [32, 0, 32, 32] is cut out of pictures of 64 x 64, as the bundle says; those of 32 x 32 are "
+        "cut out already"
+    )
+    warning = row["found"].partition("warning: ")[2]
+    assert warning.startswith("cameras.other.roi is not what the bundle judges of mono")
+    assert "[0, 32, 16, 16]" in warning and "[32, 0, 32, 32] of pictures of 64 x 64" in warning
+    assert f"andon calibrate --bundle {root} --data FOLDER --products mono --roi 0,32,16,16" in warning
+
+
+def test_a_line_that_cuts_out_and_a_model_of_whole_pictures(
+    start_line: Any, make_bundle: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the bundle says nothing of, and training saw: pictures larger than the roi. Of others nothing is known."""
+    root = make_bundle(tmp_path / "whole", report={"pictures": {"mono": [64, 64], "poly": [32, 32]}})
+    cameras = {
+        "a": {**MONO, "roi": [0, 0, 32, 32]},
+        "b": {**MONO, "roi": [0, 0, 32, 32], "product": "poly"},
+        "c": MONO,
+    }
+    with caplog.at_level(logging.INFO):
+        start_line(cameras, bundle=str(root))
+    told = [r for r in caplog.records if "cuts something out" in r.getMessage()]
+    assert [r.levelname for r in told] == ["WARNING"] and "camera a: cameras.a.roi" in told[0].getMessage()
+    assert "pictures of 64 x 64" in told[0].getMessage() and "andon train --roi 0,0,32,32" in told[0].getMessage()
