@@ -115,9 +115,11 @@ class LineApp:
         The status topics say `ready` false meanwhile. Not on the judging thread, which goes on while files are hashed.
 
         Raises:
-            AndonError: the bundle is refused, as at the start; the line goes on with the one it has.
+            AndonError: the bundle is refused, as at the start, or as it has no threshold for a product that is judged
+                now; the line goes on with the one it has.
         """
-        bundle = open_bundle(self.config)
+        judge = self.worker.judge
+        bundle = open_bundle(self.config, further=None if judge is None else judge.require_thresholds)
 
         def finish(done: Future[None]) -> None:
             if done.cancelled() or done.exception() is not None:  # the line stops: nobody took the bundle over

@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any, Protocol
 
+from .bundle import Bundle
 from .crop import box_in, told
 from .detector import AUTO, Detector
 from .detector import Judgement as Scored
-from .errors import AndonError, ConfigError, ProductError, SourceError
+from .errors import AndonError, BundleError, ConfigError, ProductError, SourceError
 from .lineconfig import CameraConfig, JudgeConfig
 from .linecrop import common_crop
 from .manifest import Threshold
@@ -26,6 +27,7 @@ from .products import require_product
 from .program import Program
 from .regions import Box, clip_roi, cut_out, find_regions
 from .slot import Missed
+from .thresholds import calibration_step, threshold_in_force
 from .types import Frame, Label, Region, Verdict
 
 log = logging.getLogger(__name__)
@@ -221,11 +223,33 @@ class Judge:
 
     def threshold(self, product: str) -> float | None:
         """The threshold in force: a command's, else the configuration's, else the bundle's."""
-        for source in (self._overrides.thresholds, self._settings.thresholds):
-            if product in source:
-                return source[product]
-        entry = self.detector.bundle.threshold(product, self.detector.program.name)
-        return None if entry is None else entry.value
+        bundle, program = self.detector.bundle, self.detector.program.name
+        return threshold_in_force(product, bundle, program, self._settings, self._overrides.stored)
+
+    def require_thresholds(self, bundle: Bundle) -> None:
+        """Refuse a bundle in whose place products that can be judged now could not be, for want of a threshold.
+
+        Any thread may ask.
+
+        Raises:
+            BundleError: it has none for a product that has one now; names them.
+        """
+        program, commanded = self.detector.program.name, self._overrides.stored
+        expected = {self.product_of(camera) for camera in self._cameras}
+        lost = [
+            product
+            for product in bundle.manifest.classes
+            if expected & {product, AUTO}
+            and threshold_in_force(product, bundle, program, self._settings, commanded) is None
+            and self.threshold(product) is not None
+        ]
+        if lost:
+            raise BundleError(
+                f"{bundle.path} has no threshold for {', '.join(lost)}, which the line judges now",
+                found=f"bundle {bundle.id} without calibration",
+                expected="thresholds, as the bundle that runs has them: else every verdict would be UNKNOWN",
+                next_step=calibration_step(bundle),
+            )
 
     def product_of(self, camera: str) -> str:
         """The product a camera expects: a command's, else the configuration's; 'auto': by the classifier."""

@@ -270,8 +270,8 @@ class LineConfig(Settings):
     station: TopicLevel = Field(description="Third level")
     bundle: LocalPath | None = Field(
         default=None,
-        description="Bundle folder or .tar; with a * the newest export that matches, by its manifest, at a start the "
-        "newest that is whole; null: given by --bundle",
+        description="Bundle folder or .tar; with a * the newest export that matches, by its manifest (of copies of one "
+        "the one that was calibrated last), at a start the newest that is whole; null: given by --bundle",
     )
     backend: Literal["auto", "onnxruntime", "tensorrt"] = Field(default="auto", description="Engine backend")
     variant: Variant | Literal["auto"] = Field(

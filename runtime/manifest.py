@@ -183,9 +183,12 @@ class Threshold(Model):
         default=None, description="What was cut out of these images (andon calibrate --roi); null: the model's crop"
     )
 
+    set_at: str = Field(default="", description="UTC time of the calibration that set it, RFC 3339; empty: of none")
+
     @model_serializer(mode="wrap")
     def _without_what_is_not_recorded(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without(write(self), images=self.images, variant=self.variant, backend=self.backend, crop=self.crop)
+        said = {name: getattr(self, name) for name in ("images", "variant", "backend", "crop", "set_at")}
+        return _without(write(self), **said)
 
 
 class Backbone(Model):

@@ -1,4 +1,4 @@
-"""Which of several bundles was exported last: by its manifest, whatever touched the files since."""
+"""Which of several bundles was exported, and of one export calibrated, last: by the manifest, not by files' times."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import tarfile
 from collections.abc import Iterable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 from .bundle import MANIFEST, MAX_MANIFEST_BYTES
+from .manifest import Manifest
 from .unpack import DAMAGED
 
 #: What an export (.tmp) and copying programs call a file that is not whole.
@@ -39,12 +41,16 @@ def newest_first(bundles: Iterable[Path]) -> list[Path]:
     """Bundles (folders or .tar) by when they were exported.
 
     A calibration writes to an old bundle and a copy makes new files, so times of files count only where there is no
-    manifest that can be read, and between exports of the same second.
+    manifest that can be read. Of one export, packed or copied, what has thresholds comes first, then what was
+    calibrated last, then a folder, as a .tar beside it cannot be calibrated. Times of files decide after that.
     """
 
-    def age(path: Path) -> tuple[float, float, str]:
-        created, touched = _created(path), path.stat().st_mtime
-        return touched if created is None else created.timestamp(), touched, path.name
+    def age(path: Path) -> tuple[float, bool, float, bool, float, str]:
+        document, touched = _document(path), path.stat().st_mtime
+        created, thresholds = _time(document.get("created")), _thresholds(document)
+        calibrated = [when.timestamp() for each in thresholds if (when := _time(each.get("set_at")))]
+        exported = touched if created is None else created.timestamp()
+        return exported, bool(thresholds), max(calibrated, default=0.0), path.is_dir(), touched, path.name
 
     return sorted(bundles, key=age, reverse=True)
 
@@ -54,17 +60,45 @@ def export_time(older: Iterable[Path]) -> datetime:
 
     It is the time, unless that is not set yet, as on a device without a battery before it has reached the network.
     """
-    times = [created + timedelta(seconds=1) for path in older if (created := _created(path)) is not None]
-    return max([datetime.now(timezone.utc), *times]).astimezone(timezone.utc).replace(microsecond=0)
+    return _later(_time(_document(path).get("created")) for path in older)
 
 
-def _created(path: Path) -> datetime | None:
-    """What the manifest says; None where there is none that says it."""
-    try:
-        created = datetime.fromisoformat(json.loads(_manifest(path))["created"].replace("Z", "+00:00"))
-    except (OSError, *DAMAGED, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+def calibration_time(manifest: Manifest) -> str:
+    """The time of a calibration now, RFC 3339 in whole seconds: later than the last one whatever the clock says."""
+    before = [_time(each.set_at) for entries in manifest.thresholds.values() for each in entries.values()]
+    return _later(before).isoformat().replace("+00:00", "Z")
+
+
+def _later(times: Iterable[datetime | None]) -> datetime:
+    after = [when + timedelta(seconds=1) for when in times if when is not None]
+    return max([datetime.now(timezone.utc), *after]).astimezone(timezone.utc).replace(microsecond=0)
+
+
+def _time(text: object) -> datetime | None:
+    """A time of a manifest; None where it says none."""
+    if not isinstance(text, str):
         return None
-    return created if created.tzinfo else created.replace(tzinfo=timezone.utc)
+    try:
+        when = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError:
+        return None
+    return when if when.tzinfo else when.replace(tzinfo=timezone.utc)
+
+
+def _thresholds(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of all products and programs, in a manifest that nobody has checked yet."""
+    products = document.get("thresholds")
+    programs = [each for each in products.values() if isinstance(each, dict)] if isinstance(products, dict) else []
+    return [threshold for each in programs for threshold in each.values() if isinstance(threshold, dict)]
+
+
+def _document(path: Path) -> dict[str, Any]:
+    """The manifest, unchecked; empty where there is none that can be read."""
+    try:
+        document = json.loads(_manifest(path))
+    except (OSError, *DAMAGED, ValueError, KeyError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}
 
 
 def _manifest(path: Path) -> bytes:

@@ -128,6 +128,11 @@ class Overrides:
         return MappingProxyType({name: each.value for name, each in self._thresholds.items() if self._fits(each)})
 
     @property
+    def stored(self) -> Stored:
+        """All of it, thresholds that rest too."""
+        return Stored(self._thresholds, self._products)
+
+    @property
     def products(self) -> Mapping[str, str]:
         """Camera -> product. Read for every frame."""
         return self._products

@@ -8,7 +8,7 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,11 +141,14 @@ def _load_whole(config: LineConfig) -> Bundle:
     raise refused[0][1]
 
 
-def open_bundle(config: LineConfig, *, starting: bool = False) -> Bundle:
+def open_bundle(
+    config: LineConfig, *, starting: bool = False, further: Callable[[Bundle], None] | None = None
+) -> Bundle:
     """The bundle that is meant, loaded and held against the configuration; only its engines are not opened yet.
 
     starting: the line has none yet. Then, with a * in the name, an older bundle is taken if the newest is damaged or
     not wholly copied; a line that runs keeps what it has.
+    further: what else may refuse it.
 
     Raises:
         AndonError: it cannot be found, is damaged, or does not fit the configuration or this machine.
@@ -155,6 +158,8 @@ def open_bundle(config: LineConfig, *, starting: bool = False) -> Bundle:
         require_engine(config, bundle)
         require_products(config, bundle)
         require_memory(config, bundle)
+        if further is not None:
+            further(bundle)
     except BaseException:
         bundle.close()
         raise

@@ -18,6 +18,7 @@ from ..engine.select import open_backend
 from ..errors import CalibrationError, ConfigError, quoted
 from ..fingerprint import counted, image_hash, pack
 from ..manifest import Threshold
+from ..newest import calibration_time
 from ..unseen import Unseen, unseen_good
 from . import options
 
@@ -179,6 +180,7 @@ def _threshold(
         variant=detector.program.variant,
         backend=detector.backend.name,
         crop=None if crop == detector.bundle.manifest.crops.get(product) else crop,
+        set_at=calibration_time(detector.bundle.manifest),
     )
 
 

@@ -212,6 +212,8 @@ def _products(config: Any, commanded: Stored, bundle: Any) -> str:
 def _thresholds(config: Any, commanded: Stored, bundle: Any, runs: bool) -> str:
     """The thresholds in force, those by command that rest, as they are of another model or program, and, where it
     `runs` at all, a warning of those that were calibrated with engines that may decide otherwise."""
+    from ..thresholds import calibration_step
+
     named = {commanded.products.get(name, camera.product) for name, camera in config.cameras.items()}
     wanted = bundle.manifest.classes if "auto" in named else sorted(named)
     values, remarks = {}, {}
@@ -230,7 +232,7 @@ def _thresholds(config: Any, commanded: Stored, bundle: Any, runs: bool) -> str:
     if missing:
         raise BundleError(
             f"no threshold for {', '.join(missing)} under program {config.program}: every verdict would be UNKNOWN",
-            next_step=f"andon calibrate --bundle {quoted(bundle.path)} --data GOOD-IMAGES, or set judge.thresholds",
+            next_step=calibration_step(bundle),
         )
     shown = ", ".join(f"{product} {value:.4g}{remarks.get(product, '')}" for product, value in values.items())
     other = _other_engines(config, bundle, values) if runs else []

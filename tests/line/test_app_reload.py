@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import tarfile
 import threading
 import time
 from collections.abc import Callable
@@ -161,8 +163,9 @@ def test_rebuild_takes_over_the_newest_export(
     start_line: Callable[..., RunningLine], consumer: Any, make_bundle: Any, dim: str, tmp_path: Path
 ) -> None:
     def export(name: str, minutes: int, *arguments: Any, **extra: Any) -> Path:
-        path: Path = make_bundle(tmp_path / "bundles" / name, *arguments, **extra)
-        os.utime(path, (60 * minutes, 60 * minutes))
+        created = f"2026-01-01T00:0{minutes}:00Z"
+        path: Path = make_bundle(tmp_path / "bundles" / name, *arguments, created=created, **extra)
+        os.utime(path, (1e9, 1e9))
         return path
 
     export("hvq-1", 1)
@@ -188,6 +191,44 @@ def test_rebuild_takes_over_the_newest_export(
     consumer.until(lambda: consumer.of("status")[-1]["ready"] is True)
     seen = len(consumer.of("verdict"))
     assert consumer.wait_for("verdict", seen + 2)[-1]["bundle"] == loaded.id, "what is refused changes nothing"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rebuild_refuses_a_bundle_that_would_judge_nothing(
+    start_line: Callable[..., RunningLine], consumer: Any, make_bundle: Any, tmp_path: Path, packed: bool
+) -> None:
+    """It was taken, answered ok, and every verdict was UNKNOWN until somebody looked."""
+    make_bundle(tmp_path / "bundles" / "hvq-1")
+    line = start_line({"cam0": {"source": LIVE, "product": "mono"}}, bundle=str(tmp_path / "bundles/hvq-*"))
+    consumer.wait_for("verdict", 1)
+    later = make_bundle(tmp_path / "bundles" / "hvq-2", thresholds=None, created="2026-02-01T00:00:00Z")
+    if packed:
+        with tarfile.open(tmp_path / "bundles" / "hvq-2.tar", "w") as archive:
+            archive.add(later, later.name)
+        shutil.rmtree(later)
+    answer = line.command("cam0", "rebuild")
+    assert not answer["ok"] and "no threshold for mono, which the line judges now" in answer["error"]
+    assert (f"--data GOOD-IMAGES --bundle {later}" if packed else f"--bundle {later} --data") in answer["next"]
+    assert ("tar -xf" in answer["next"]) == packed
+    assert line.app.state.snapshot()["ready"] is True
+    seen = len(consumer.of("verdict"))
+    assert consumer.wait_for("verdict", seen + 2)[-1]["label"] == "OK"
+    assert line.command("cam0", "product", product="poly")["ok"]
+    line.app.config = line.app.config.model_copy(update={"bundle": tmp_path / "bundles/hvq-1"})
+    assert line.command("cam0", "rebuild")["ok"], "nothing is lost here"
+
+
+def test_rebuild_takes_an_uncalibrated_bundle_where_thresholds_come_from_elsewhere(
+    start_line: Callable[..., RunningLine], consumer: Any, make_bundle: Any, tmp_path: Path
+) -> None:
+    make_bundle(tmp_path / "bundles" / "hvq-1")
+    sections = {"bundle": str(tmp_path / "bundles/hvq-*"), "judge": {"thresholds": {"mono": 0.5}}}
+    line = start_line({"cam0": {"source": LIVE, "product": "mono"}}, **sections)
+    make_bundle(tmp_path / "bundles" / "hvq-2", thresholds=None, created="2026-02-01T00:00:00Z")
+    answer = line.command("cam0", "rebuild")
+    assert answer["ok"], answer
+    consumer.until(lambda: consumer.of("verdict")[-1]["bundle"] == answer["result"]["bundle"])
+    assert consumer.of("verdict")[-1]["label"] == "OK"
 
 
 def test_a_rebuild_whose_engines_fail_ends_the_line_with_the_reason(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,6 +129,11 @@ def test_a_bundle_without_thresholds_is_found(
     path = make_bundle(tmp_path / "not calibrated", thresholds=None)
     code, found = check(make_line({"cam0": PATTERN}, bundle=str(path), broker=None))
     assert code == 1 and f"andon calibrate --bundle '{path}' --data" in found["thresholds"]["found"]
+    with tarfile.open(packed := tmp_path / "it.tar", "w") as archive:
+        archive.add(path, path.name)
+    _, found = check(make_line({"cam0": PATTERN}, bundle=str(packed), broker=None))
+    step = f"andon calibrate --data GOOD-IMAGES --bundle '{path}'"
+    assert step in found["thresholds"]["found"] and str(packed) not in found["thresholds"]["found"], "it is refused"
     code, _ = check(make_line({"cam0": PATTERN}, bundle=str(path), broker=None, judge={"thresholds": {"mono": 1.0}}))
     assert code == 0
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from andon.runtime.bundle import MANIFEST
+from andon.runtime.bundle import MANIFEST, Bundle
 from andon.runtime.errors import BundleError, ConfigError
-from andon.runtime.newest import export_time, newest
+from andon.runtime.newest import calibration_time, export_time, newest, newest_first
 from andon.runtime.startup import Options, bundle_path, effective, open_bundle
 
 LINE = "site: s\nline: l\nstation: p\nbundle: hvq-*\ncameras: {cam0: {source: {kind: test}, product: mono}}\n"
@@ -154,6 +154,60 @@ def test_without_a_manifest_that_says_when_the_time_of_the_file_counts(created: 
     os.utime(empty, (1.9e9, 1.9e9))
     os.utime(broken, (2e9, 2e9))
     assert newest([before, empty]) == empty and newest([before, empty, broken]) == broken
+
+
+def calibrated(folder: Path, set_at: str | None) -> Path:
+    entry = {"value": 1.0, **({} if set_at is None else {"set_at": set_at})}
+    document = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**document, "thresholds": {"mono": {"default": entry}}}))
+    return folder
+
+
+def test_of_one_export_what_was_calibrated_last_counts_whatever_was_copied_last(tmp_path: Path) -> None:
+    """A line took the .tar beside its calibrated folder and judged nothing, or a copy with older thresholds."""
+    stages = [
+        ("none", False, None),
+        ("by hand", True, None),
+        ("old", True, "2026-01-02T00:00:00Z"),
+        ("new", True, "2026-01-02T00:00:01Z"),
+    ]
+    bundles = []
+    for age, (name, has, set_at) in enumerate(stages):
+        touched = 2e9 - age * 1e8  # the other way round
+        folder = exported(tmp_path / name, "2026-01-01T00:00:00Z", touched=0)
+        if has:
+            calibrated(folder, set_at)
+        os.utime(folder, (touched, touched))
+        bundles.append(folder)
+    assert [path.name for path in newest_first(bundles)] == ["new", "old", "by hand", "none"]
+    later = exported(tmp_path / "later", "2026-01-01T00:00:01Z", touched=0)
+    assert newest([*bundles, later]) == later, "another export, calibrated or not"
+
+
+@pytest.mark.parametrize(
+    "thresholds", [None, 3, {"mono": 3}, {"mono": {"default": 3}}, {"mono": {"default": {"set_at": 3}}}]
+)
+def test_thresholds_that_are_none_are_in_nobodys_way(thresholds: object, tmp_path: Path) -> None:
+    odd = exported(tmp_path / "a", "2026-01-02T00:00:00Z", touched=0)
+    (odd / MANIFEST).write_text(json.dumps({"created": "2026-01-02T00:00:00Z", "thresholds": thresholds}))
+    assert newest([exported(tmp_path / "b", "2026-01-01T00:00:00Z", touched=3e9), odd]) == odd
+
+
+def test_a_folder_stands_before_its_tar(tmp_path: Path) -> None:
+    """Nobody can calibrate the .tar, which a copy of both writes last."""
+    folder = exported(tmp_path / "hvq-a", "2026-01-01T00:00:00Z", touched=1e9)
+    with tarfile.open(tmp_path / "hvq-a.tar", "w") as archive:
+        archive.add(folder, folder.name)
+    os.utime(tmp_path / "hvq-a.tar", (4e9, 4e9))
+    assert newest([tmp_path / "hvq-a.tar", folder]) == folder
+
+
+def test_a_calibration_is_later_than_the_one_before_whatever_the_clock_says(bundle: Path) -> None:
+    with Bundle.load(bundle) as loaded:
+        entry = loaded.manifest.thresholds["mono"]["default"].model_copy(update={"set_at": "2100-01-01T00:00:00Z"})
+        loaded.save_thresholds({"mono": {"default": entry}})
+    with Bundle.load(bundle) as loaded:
+        assert calibration_time(loaded.manifest) == "2100-01-01T00:00:01Z"
 
 
 def test_a_damaged_compressed_archive_does_not_hide_the_others(tmp_path: Path) -> None:

@@ -64,8 +64,12 @@ def test_two_calibrations_at_once_both_keep_their_thresholds(make_bundle: MakeBu
 
 @pytest.mark.parametrize(
     "recorded",
-    [{}, {"images": "0123456789abcdef"}, {"images": "0123456789abcdef", "variant": "fp16", "backend": "tensorrt"}],
-    ids=["nothing", "images", "images and engines"],
+    [
+        {},
+        {"images": "0123456789abcdef", "set_at": "2026-01-01T00:00:00Z"},
+        {"images": "0123456789abcdef", "variant": "fp16", "backend": "tensorrt"},
+    ],
+    ids=["nothing", "images and time", "images and engines"],
 )
 def test_what_a_threshold_does_not_record_is_written_as_stations_of_before_read_them(
     make_bundle: MakeBundle, recorded: dict[str, str]
