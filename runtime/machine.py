@@ -37,6 +37,8 @@ JETSON_ELEMENTS = {
     "nvvidconv": "colour conversion in hardware",
     "nvjpegdec": "JPEG in hardware",
 }
+#: What has to be decoded, by its name in RTP; with where it comes from.
+CODECS = {"H264": "most network cameras and video files", "H265": "some network cameras and video files"}
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,19 @@ def _gstreamer(jetson: bool) -> list[Finding]:
     ]
     status: Status = "missing" if jetson else "absent"
     remedy = "apt-get install nvidia-l4t-gstreamer" if jetson else ""
-    return found + [_element(name, use, has_element, status, remedy) for name, use in JETSON_ELEMENTS.items()]
+    found += [_element(name, use, has_element, status, remedy) for name, use in JETSON_ELEMENTS.items()]
+    return found + [_decoder(name, use, status) for name, use in CODECS.items()]
+
+
+def _decoder(encoding: str, use: str, otherwise: Status) -> Finding:
+    """Elements of GStreamer's own plug-ins find files and cameras, but decode none of these."""
+    from .source.decoders import ENCODINGS, decoders
+    from .source.gstreamer import DECODERS
+
+    name, media = ENCODINGS[encoding]
+    if there := decoders(media):
+        return Finding(f"{name} decoder", "ok", f"{', '.join(there)}, for {use}")
+    return Finding(f"{name} decoder", otherwise, why=f"none is installed: {use} cannot be decoded", remedy=DECODERS)
 
 
 def _element(name: str, use: str, has: Callable[[str], bool], otherwise: Status, remedy: str) -> Finding:

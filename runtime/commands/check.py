@@ -89,12 +89,21 @@ def _camera(name: str, camera: Any) -> Callable[[], str]:
     from ..source import make_source
 
     def look() -> str:
-        said = make_source(name, camera).check()
+        checked = make_source(name, camera)
+        said = checked.check()
         source = camera.source
         if source.kind == "usb" and not Path(source.device).exists():
             raise ConfigError(f"{source.device} is not there now", next_step="plug it in; the line waits for it")
         if source.kind == "rtsp":
             _reach(urlsplit(source.url))
+            from ..source.decoders import require_stream
+            from ..source.pipelines import rtsp_element, rtsp_login
+
+            said += f"\nit sends {require_stream(rtsp_element(source), rtsp_login(name, source))}"
+        if source.kind == "file":
+            from ..source.decoders import require_frame
+
+            require_frame(checked)
         return "\n".join([said, *(f"warning: {text}" for text in _remarks(source))])
 
     return look

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from datetime import timedelta
 from typing import Any
@@ -17,6 +18,10 @@ APT = (
     "apt-get install gstreamer1.0-plugins-base gstreamer1.0-plugins-good gir1.2-gst-plugins-base-1.0 "
     "gir1.2-gstreamer-1.0 python3-gi python3-gst-1.0, and make gi visible in the environment (see README)"
 )
+#: Where decoders come from.
+DECODERS = "apt-get install gstreamer1.0-libav (on a Jetson nvidia-l4t-gstreamer)"
+#: A line of decodebin's: Missing decoder: H.264 (High Profile) (video/x-h264, stream-format=...
+MISSING = re.compile(r"^(Missing decoder: .*?)(?: \([a-z]+/[^\n]*)?$", re.MULTILINE)
 
 
 def gst() -> Any:
@@ -202,7 +207,11 @@ class Pipeline:
         if message is None:
             return None
         error, debug = message.parse_error()
-        return SourceError(f"{element_name(message.src)}: {error.message}", found=(debug or "").strip() or None)
+        found = (debug or "").strip()
+        # Of several lines only the first gets into alarms and logs, and GStreamer's own says no more than "a plug-in".
+        missing = ", ".join(match[1] for match in MISSING.finditer(found))
+        what = f"{missing}: {DECODERS}" if missing else error.message
+        return SourceError(f"{element_name(message.src)}: {what}", found=found or None)
 
 
 class GstreamerCamera:

@@ -54,12 +54,14 @@ def usb(config: UsbSource, has: Has) -> str:
 
 def rtsp(config: RtspSource, has: Has) -> str:
     """A network camera. decodebin prefers nvv4l2decoder by rank; what it gives lies in NVMM memory there."""
-    protocols = "tcp" if config.protocol == "tcp" else "udp"
-    text = (
-        f"rtspsrc name={RTSP} location={_quoted(config.url)} protocols={protocols} latency={config.latency_ms} "
-        "! decodebin"
-    )
+    text = f"{rtsp_element(config)} ! decodebin"
     return f"{text} ! {FROM_NVMM}" if has("nvv4l2decoder") and has("nvvidconv") else text
+
+
+def rtsp_element(config: RtspSource) -> str:
+    """What connects to a network camera."""
+    protocols = "tcp" if config.protocol == "tcp" else "udp"
+    return f"rtspsrc name={RTSP} location={_quoted(config.url)} protocols={protocols} latency={config.latency_ms}"
 
 
 def video_file(config: FileSource, has: Has) -> str:
@@ -95,7 +97,7 @@ def camera_source(name: str, camera: CameraConfig, has: Has = has_element) -> Gs
     if isinstance(source, UsbSource):
         return GstreamerCamera(usb(source, has), keep_all=keep_all)
     if isinstance(source, RtspSource):
-        return GstreamerCamera(rtsp(source, has), keep_all=keep_all, properties=_login(name, source))
+        return GstreamerCamera(rtsp(source, has), keep_all=keep_all, properties=rtsp_login(name, source))
     if isinstance(source, FileSource):
         if not source.path.is_file():
             raise SourceError(f"camera {name}: no file {source.path}", next_step="name an existing video file")
@@ -111,7 +113,12 @@ def camera_source(name: str, camera: CameraConfig, has: Has = has_element) -> Gs
     raise SourceError(f"camera {name}: '{source.kind}' is no pipeline source")
 
 
-def _login(name: str, source: RtspSource) -> dict[str, dict[str, Any]]:
+def rtsp_login(name: str, source: RtspSource) -> dict[str, dict[str, Any]]:
+    """The login of a network camera, as properties of its element.
+
+    Raises:
+        ConfigError: the password's variable or file is missing.
+    """
     password = secret(f"cameras.{name}.source.password", source.password_env, source.password_file)
     login = {"user-id": source.user, "user-pw": password}
     return {RTSP: {key: value for key, value in login.items() if value is not None}}

@@ -317,6 +317,39 @@ def make_images() -> Callable[..., Path]:
     return write_images
 
 
+@pytest.fixture
+def no_decoder() -> Iterator[Callable[[str], None]]:
+    """Hides all decoders of a media type from decodebin, as where they are not installed."""
+    from andon.runtime.source.decoders import decoders
+    from andon.runtime.source.gstreamer import gst
+
+    hidden = {}
+
+    def hide(media: str) -> None:
+        for name in decoders(media):
+            factory = gst().Gst.ElementFactory.find(name)
+            hidden[factory] = factory.get_rank()
+            factory.set_rank(0)
+
+    yield hide
+    for factory, rank in hidden.items():
+        factory.set_rank(rank)
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> Path:
+    """A file of ten MJPEG frames."""
+    from andon.runtime.source.gstreamer import gst
+
+    path, modules = tmp_path / "video.avi", gst()
+    made = f"videotestsrc num-buffers=10 ! video/x-raw,width=64,height=48 ! jpegenc ! avimux ! filesink location={path}"
+    pipeline = modules.Gst.parse_launch(made)
+    pipeline.set_state(modules.Gst.State.PLAYING)
+    assert pipeline.get_bus().timed_pop_filtered(20 * modules.Gst.SECOND, modules.Gst.MessageType.EOS)
+    pipeline.set_state(modules.Gst.State.NULL)
+    return path
+
+
 def write_line(path: Path, cameras: dict[str, Any], **sections: Any) -> Path:
     """A line configuration; a broker of its own is started unless another is named."""
     import yaml

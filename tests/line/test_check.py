@@ -111,6 +111,21 @@ def test_each_fault_is_found_in_its_row(
     assert [what for what, finding in found.items() if not finding["ok"]][:1] == [row]
 
 
+def test_a_video_that_cannot_be_decoded_is_found_before_the_line_runs(
+    check: Any, make_line: Any, bundle: Path, video: Path, no_decoder: Callable[[str], None], tmp_path: Path
+) -> None:
+    (tmp_path / "text.mp4").write_text("no video")
+    names = {"a": "video.avi", "b": "text.mp4"}
+    cameras = {name: {**PATTERN, "source": {"kind": "file", "path": file}} for name, file in names.items()}
+    line = make_line(cameras, bundle=str(bundle), broker=None)
+    _, found = check(line)
+    assert found["camera a"]["ok"] and not found["camera b"]["ok"]
+    no_decoder("image/jpeg")
+    code, found = check(line)
+    assert code == 1 and not found["camera a"]["ok"]
+    assert "Missing decoder: " in found["camera a"]["found"] and "gstreamer1.0-libav" in found["camera a"]["found"]
+
+
 @pytest.mark.parametrize("what", ["live page", "broker"])
 def test_a_port_that_is_taken_is_found(check: Any, make_line: Any, bundle: Path, what: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from andon.runtime.commands.check import Finding, _camera, _guard
 from andon.runtime.lineconfig import CameraConfig
 from andon.runtime.slot import LanePolicy, Missed, Slots
 from andon.runtime.source import make_source
@@ -144,3 +145,20 @@ def test_a_server_that_is_not_there_is_waited_for(server: Server) -> None:
         assert "127.0.0.1" in rtsp.state.detail or "connect" in rtsp.state.detail.lower()
         server.start()
         assert line.pump(lambda: len(line.times["rtsp"]) >= 3, 15)
+
+
+def test_check_asks_the_camera_what_it_sends(server: Server, no_decoder: Callable[[str], None]) -> None:
+    """A green check, and a line whose camera never came up, where its decoder was not installed."""
+
+    def look(path: str) -> Finding:
+        source = {"kind": "rtsp", "url": f"rtsp://127.0.0.1:{server.port}/{path}"}
+        return _guard("camera", _camera("cam", CameraConfig.model_validate({"source": source, "product": "mono"})))
+
+    found = look("cam")
+    assert found.ok and found.found.endswith("\nit sends MJPEG")
+    found = look("nothing")
+    assert not found.ok and "Not found" in found.found
+    no_decoder("image/jpeg")
+    found = look("cam")
+    assert not found.ok and "missing decoder: MJPEG, which the camera sends" in found.found
+    assert "gstreamer1.0-libav" in found.found

@@ -32,6 +32,18 @@ def test_odd_widths_keep_every_pixel(tmp_path: Path, size: tuple[int, int], play
     np.testing.assert_array_equal(loaded, image[:, :, ::-1])
 
 
+def test_a_decoder_that_is_missing_is_named_with_what_has_it(video: Path, no_decoder: Callable[[str], None]) -> None:
+    """GStreamer's first line says "a plug-in", and that alone gets into the alarm."""
+    config = camera({"kind": "file", "path": video, "realtime": False})
+    assert len(list(play(config))) == 10
+    no_decoder("image/jpeg")
+    with pytest.raises(SourceError) as told:
+        list(play(config))
+    assert told.value.what.startswith("decodebin: Missing decoder: ") and "JPEG" in told.value.what
+    assert "apt-get install gstreamer1.0-libav (on a Jetson nvidia-l4t-gstreamer)" in told.value.what
+    assert "image/jpeg" in str(told.value.found), "all of it"
+
+
 @settings(deadline=None)
 @given(
     width=st.integers(1, 40), height=st.integers(1, 20), padding=st.integers(0, 9), offset=st.integers(0, 7),

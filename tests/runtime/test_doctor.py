@@ -58,6 +58,21 @@ def test_on_a_jetson_what_is_not_there_is_missing(
     assert "do: it comes with JetPack: make the environment with --system-site-packages" in text
 
 
+@pytest.mark.parametrize(("release", "status"), [("", "absent"), ("36.4.3", "missing")])
+def test_a_codec_without_a_decoder_is_said(
+    no_gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], release: str, status: str
+) -> None:
+    """decodebin is there without one, and was said to be all that network cameras need."""
+    monkeypatch.setattr(machine, "l4t_release", lambda: release)
+    there = {"video/x-h265": ["avdec_h265"]}
+    monkeypatch.setattr("andon.runtime.source.decoders.decoders", lambda media: there.get(media, []))
+    _, result, text = doctor(capsys)
+    found = by_name(result)
+    assert (found["H.264 decoder"]["status"], found["H.265 decoder"]["status"]) == (status, "ok")
+    assert found["H.265 decoder"]["found"].startswith("avdec_h265, for ")
+    assert "apt-get install gstreamer1.0-libav" in found["H.264 decoder"]["remedy"] and "most network cameras" in text
+
+
 def test_with_tensorrt_and_pycuda_it_is_the_backend(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
