@@ -172,12 +172,14 @@ class Watch:
 
     def _alarm(self, camera: str, alarm: dict[str, Any], retained: bool) -> None:
         event = alarm["event"]
-        if event is None:
+        # A retained message is the present state; its event may be of one kind while another stands.
+        if event is None or retained:
             for entry in alarm["alarms"]:
-                self._say(f"!! {camera} {entry['kind']} is {entry['state']}: {entry['detail']}", _YELLOW)
+                text = f"!! {camera} {entry['kind']} is {entry['state']}: {entry['detail']}"
+                self._say(text, _COLOURS.get(entry["state"], _YELLOW))
             return
-        self._counts["alarms"] += not retained
-        note = " (replayed)" if alarm["replayed"] else " (as of before)" if retained else ""
+        self._counts["alarms"] += 1
+        note = " (replayed)" if alarm["replayed"] else ""
         text = f"!! {camera} {event['kind']} {event['from']} -> {event['to']}{note}: {event['detail']}"
         self._say(text, _COLOURS.get(event["to"], _YELLOW))
 

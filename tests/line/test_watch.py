@@ -57,6 +57,22 @@ def test_a_verdict_is_one_readable_line() -> None:
     assert "engine_error" in verdict_line("cam0", unknown)
 
 
+def test_a_retained_alarm_shows_all_that_stand_not_its_last_transition() -> None:
+    """After an outage that is `delivery`, and a defect stood unseen."""
+    lines: list[str] = []
+    watch = Watch(colour=False, quiet=False, out=lines.append)
+    stand = [{"kind": kind, "state": "latched", "detail": f"{kind} detail"} for kind in ("defect", "delivery")]
+    event = {"kind": "delivery", "from": "raised", "to": "latched", "detail": "back"}
+    board = {"schema": "andon.alarm/1", "event": event, "alarms": stand, "replayed": False}
+    watch.take(f"{TOPIC}/alarm", json.dumps(board).encode(), retained=True)
+    assert lines == ["!! cam0 defect is latched: defect detail", "!! cam0 delivery is latched: delivery detail"]
+    assert watch.summary()["alarms"] == 0
+    watch.take(f"{TOPIC}/alarm", json.dumps(board).encode(), retained=False)
+    assert lines[2:] == ["!! cam0 delivery raised -> latched: back"] and watch.summary()["alarms"] == 1
+    watch.take(f"{TOPIC}/alarm", json.dumps({**board, "alarms": []}).encode(), retained=True)
+    assert len(lines) == 3, "what is cleared is not said"
+
+
 def test_colours_dedupe_and_foreign_messages() -> None:
     lines: list[str] = []
     watch = Watch(colour=True, quiet=False, out=lines.append)
