@@ -23,7 +23,7 @@ from .lineconfig import CameraConfig, JudgeConfig
 from .linecrop import common_crop
 from .manifest import Threshold
 from .overrides import Overrides
-from .products import require_product
+from .products import require_change, require_product
 from .program import Program
 from .regions import Box, clip_roi, cut_out, find_regions
 from .slot import Missed
@@ -198,13 +198,13 @@ class Judge:
 
         Raises:
             ProductError: unknown product.
-            ConfigError: no such camera, `auto` of several products without a classifier, or it cannot be written;
-                nothing has changed.
+            ConfigError: no such camera, one whose images name their product, `auto` of several products without a
+                classifier, or it cannot be written; nothing has changed.
         """
         if camera not in self._cameras:
             raise ConfigError(f"no camera '{camera}'", found=camera, expected=", ".join(self._cameras))
         if product is not None:
-            self._require_product(camera, product)
+            self._require_change(camera, product)
         before = self.product_of(camera)
         self._overrides.set_product(camera, product, before, by)
         self._smooth.pop(camera, None)
@@ -213,13 +213,13 @@ class Judge:
     def takes(self, camera: str, product: str) -> bool:
         """Whether :meth:`set_product` takes it; from any thread."""
         try:
-            self._require_product(camera, product)
+            self._require_change(camera, product)
         except (AndonError, KeyError):  # no such camera
             return False
         return True
 
-    def _require_product(self, camera: str, product: str) -> None:
-        require_product(camera, self._cameras[camera], product, self.detector.bundle, self.detector.program.name)
+    def _require_change(self, camera: str, product: str) -> None:
+        require_change(camera, self._cameras[camera], product, self.detector.bundle, self.detector.program.name)
 
     def threshold(self, product: str) -> float | None:
         """The threshold in force: a command's, else the configuration's, else the bundle's."""

@@ -54,6 +54,22 @@ def tells_product(camera: CameraConfig, bundle: Bundle) -> bool:
     return in_data or len(manifest.classes) == 1 or manifest.outputs.logits is not None
 
 
+def require_change(name: str, camera: CameraConfig, product: str, bundle: Bundle, program: str) -> None:
+    """Refuse a product that a command is to set for a camera where it would change nothing, or not be judged.
+
+    Raises:
+        ProductError, ConfigError: see :func:`require_product`; or the source says each image's product itself.
+    """
+    require_product(name, camera, product, bundle, program)
+    if camera.source.kind == "dataset" and product not in (AUTO, camera.product):
+        raise ConfigError(
+            f"{name} plays a data set, in which each image names its product",
+            found=product,
+            expected=AUTO,
+            next_step="play the images with kind: folder to judge all of them as one product",
+        )
+
+
 def require_product(name: str, camera: CameraConfig, product: str, bundle: Bundle, program: str) -> None:
     """Refuse a product by command that no frame of the camera could be judged as, as a start does in a configuration.
 

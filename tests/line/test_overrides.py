@@ -52,6 +52,15 @@ def test_auto_by_command_is_refused_where_nothing_tells_the_products_apart(
     assert data.set_product("cam", "auto")["now"] == "auto", "a data set says each image's product"
 
 
+def test_a_product_by_command_is_refused_where_each_image_names_its_own(make_judge: Callable[..., Judge]) -> None:
+    """It was answered ok, kept over restarts and shown everywhere, and changed no verdict."""
+    judge = make_judge(source={"kind": "dataset", "data": "elpv"})
+    with pytest.raises(ConfigError, match="plays a data set, in which each image names its product") as refused:
+        judge.set_product("cam", "poly")
+    assert refused.value.expected == "auto" and judge.product_of("cam") == "auto"
+    assert not judge.takes("cam", "poly") and judge.takes("cam", "auto")
+
+
 def test_a_product_by_command_that_cannot_be_judged_is_said_at_the_start(
     make_judge: Callable[..., Judge], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
