@@ -243,9 +243,14 @@ def _thresholds(config: Any, commanded: Stored, bundle: Any, runs: bool) -> str:
             f"no threshold for {', '.join(missing)} under program {config.program}: every verdict would be UNKNOWN",
             next_step=calibration_step(bundle),
         )
-    shown = ", ".join(f"{product} {value:.4g}{remarks.get(product, '')}" for product, value in values.items())
+    said = [f"{product} {value:.4g}{remarks.get(product, '')}" for product, value in values.items()]
+    for product, override in commanded.thresholds.items():  # of what is judged when a command or an image names it
+        if product not in values:
+            fits = override.fits(bundle, config.program)
+            why = "once it is judged" if fits else "is ignored: set for another model or program"
+            said.append(f"{product} ({override.value:.4g} by command {why})")
     other = _other_engines(config, bundle, values) if runs else []
-    return "\n".join([shown, *(f"warning: {text}" for text in other)])
+    return "\n".join([", ".join(said), *(f"warning: {text}" for text in other)])
 
 
 def _other_engines(config: Any, bundle: Any, thresholds: dict[str, float]) -> list[Any]:

@@ -283,6 +283,22 @@ def test_thresholds_of_engines_that_may_decide_otherwise_are_said_by_check_and_a
     assert looked(judge={"thresholds": by_hand}) == ("mono 0.4", []), "set by who saw what runs: nothing was promised"
 
 
+def test_a_threshold_by_command_of_a_product_that_no_camera_expects_now_is_shown(
+    check: Any, make_line: Any, bundle: Path, tmp_path: Path
+) -> None:
+    """It waits for the next command `product`, or for an image of a data set that names it."""
+    overrides = Overrides(tmp_path / "state")
+    with Bundle.load(bundle) as loaded:
+        overrides.use(loaded, "default")
+    overrides.set_threshold("poly", 99.0, 0.5, None)
+    _, found = check(make_line({"cam0": PATTERN}, bundle=str(bundle), broker=None, state="state"))
+    assert found["thresholds"]["found"] == "mono 0.5, poly (99 by command once it is judged)"
+    fast = {"state": "state", "program": "fast", "judge": {"thresholds": {"mono": 0.5}}}
+    _, found = check(make_line({"cam0": PATTERN}, bundle=str(bundle), broker=None, **fast))
+    told = "mono 0.5, poly (99 by command is ignored: set for another model or program)"
+    assert found["thresholds"]["found"] == told
+
+
 def test_it_is_said_that_a_service_may_keep_its_state_elsewhere(
     check: Any, make_line: Any, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
