@@ -158,6 +158,9 @@ class LineApp:
             self.overrides = Overrides(self.folder)
             stack.callback(self.overrides.close)
             self.state.section("overrides", self.overrides.describe)
+            for name, product in self.overrides.products.items():  # said from the first status on
+                if name in self.config.cameras:
+                    self.state.expects(name, product)
             outbox = self.config.outbox
             self.outbox = stack.enter_context(
                 Outbox(

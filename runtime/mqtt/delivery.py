@@ -307,7 +307,8 @@ class Delivery:
                     "degraded": stats.degraded,
                     "set_aside": stats.set_aside,
                 },
-                **self._status(camera),
+                # The will is made at the connect and told when the station has died: what changes would be old news.
+                **({} if state == "offline" else self._status(camera)),
             }
         )
 

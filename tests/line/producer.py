@@ -24,7 +24,8 @@ def main(folder: Path, port: int, count: int, rate: float) -> None:
     broker = BrokerConfig(port=port, retry_max=0.5)
     with Outbox(folder / "outbox.db") as outbox, (folder / "judged.log").open("a") as judged:
         ids = Ids(outbox.last_id)
-        with Delivery("andon/v1/site/line/station", CAMERAS, broker, outbox, inflight=32) as delivery:
+        topic, status = "andon/v1/site/line/station", {"product": "mono", "ready": True}
+        with Delivery(topic, CAMERAS, broker, outbox, inflight=32, status=lambda camera: status) as delivery:
             delivery.wait_connected(0.5)  # what is judged before counts as having waited
             began = time.monotonic()
             for index in range(count):

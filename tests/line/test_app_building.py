@@ -14,6 +14,7 @@ from andon.runtime.app import LineApp
 from andon.runtime.broker import EmbeddedBroker
 from andon.runtime.engine.select import open_backend
 from andon.runtime.errors import EngineError
+from andon.runtime.overrides import Overrides
 from andon.runtime.startup import Options
 
 from .connection import validate
@@ -75,6 +76,26 @@ def verdicts(consumer: Any, count: int) -> dict[str, tuple[str, str]]:
 def end(line: RunningLine) -> None:
     line.thread.join(20)
     assert not line.thread.is_alive()
+
+
+def test_the_first_status_has_the_product_that_a_command_set(
+    bundle: Path, make_line: Any, broker: EmbeddedBroker, consumer: Any, hold: Callable[[], None], build: Build
+) -> None:
+    """For the minutes of the first build it was the configuration's."""
+    hold()
+    path = make_line(CAMERA, bundle=str(bundle), broker=at(broker))
+    overrides = Overrides(path.parent / "state")
+    for camera in ("cam0", "gone"):
+        overrides.set_product(camera, "poly", "mono", None)
+    overrides.close()
+    line = RunningLine(LineApp(Options(config=path, backend="onnxruntime", threads=1)), broker.port, consumer)
+    line.thread.start()
+    assert build.entered.wait(20)
+    consumer.until(lambda: bool(consumer.of("status")))
+    line.app.stop()
+    end(line)
+    line.client.loop_stop()
+    assert {status["product"] for status in consumer.of("status")} == {"poly"}
 
 
 def test_parts_announced_during_the_first_build_have_verdicts_when_it_is_stopped(

@@ -130,5 +130,7 @@ def test_offline_is_said_for_every_camera(
     with producer(producer_script, tmp_path, broker.port, 1000, 100):
         consumer.until(lambda: any(s["state"] == "online" for s in consumer.of("status", camera)))
     consumer.until(lambda: consumer.of("status", camera)[-1]["state"] == "offline")
+    online, offline = consumer.of("status", camera)[0], consumer.of("status", camera)[-1]
+    assert set(online) - set(offline) == {"product", "ready"}, "what they were when it died, the will cannot know"
     with make_consumer(broker.port) as later:
         later.until(lambda: [m.retain for m in later.messages if m.topic.endswith(f"{camera}/status")] == [True])
