@@ -217,7 +217,7 @@ class LineMemory:
             ConfigError: unknown action, or there is no memory to command.
             CalibrationError: no snapshot to roll back to; or it is in force and could not be written.
         """
-        actions: dict[str, Callable[[Mapping[str, Any]], None]] = {
+        actions: dict[str, Callable[[Mapping[str, Any]], int | None]] = {
             "freeze": lambda _: self._banks.freeze(True),
             "unfreeze": lambda _: self._banks.freeze(False),
             "snapshot": lambda _: self._snapshot(),
@@ -242,15 +242,16 @@ class LineMemory:
                 next_step="change the line configuration",
             )
         before = self._versions.number
-        actions[name](arguments)
-        entry = {"action": name, "before": before, "version": self._versions.number, "by": arguments.get("by")}
+        back_to = actions[name](arguments)
+        done = {"version": self._versions.number, "before": before, **({} if back_to is None else {"of": back_to})}
+        entry = {"action": name, **done, "by": arguments.get("by")}
         if name == "reference":
             entry["camera"] = arguments.get("camera")
         self._note(entry, sync=True)
         if name != "snapshot":
             self._offer()
             self._save_now(name)
-        return {"version": self._versions.number, "before": before, **self.describe()}
+        return {**done, **self.describe()}
 
     def _save_now(self, name: str) -> None:
         """What a person was told is done must not come undone by a power cut within the minute."""
@@ -270,12 +271,13 @@ class LineMemory:
         self._drift.reset()
         self._versions.changed()
 
-    def _rollback(self, version: int | None) -> None:
-        """Back to a saved version; it becomes a new one, and stays frozen or not as the memory is now."""
+    def _rollback(self, version: int | None) -> int:
+        """Back to a saved version, which is returned; it becomes a new one, frozen or not as the memory is now."""
         with self._saver.lock:
             snapshot = self._versions.find(self._store, version)
         self._take(snapshot, keep_frozen=True)
         self._versions.rolled_back()
+        return int(snapshot.meta["version"])
 
     def _offer(self) -> None:
         """Hand the present state to the thread that saves."""

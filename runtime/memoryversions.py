@@ -75,12 +75,16 @@ class MemoryVersions:
                     if not made_without_memory(snapshot):
                         return snapshot
                 saved.remove((number, meta))
-        versions = sorted({int(meta["version"]) for _, meta in saved})
+        if version is not None:
+            choice = sorted({int(meta["version"]) for _, meta in saved})
+        else:  # of what is saved only other content: what an earlier rollback left
+            choice = sorted({int(meta["version"]) for _, meta in saved if content_version(meta) != self.content})
+        none = "nothing older is kept: snapshot keeps what is there now, reset forgets all that was learnt"
         raise CalibrationError(
             "there is no such version to roll back to" if version is not None else "there is no older version",
             found=version if version is not None else f"version {self.number}",
-            expected=f"one of {versions}" if versions else "a saved snapshot",
-            next_step="choose one of these, or reset the memory",
+            expected=f"one of {choice}" if choice else "a saved snapshot of an older state",
+            next_step="choose one of these as 'version', or reset the memory" if choice else none,
         )
 
     def _came_from(self, content: int) -> bool:

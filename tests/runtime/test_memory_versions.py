@@ -63,16 +63,23 @@ def test_what_a_command_did_and_the_disk_refused_is_not_answered_as_done(station
 
 def test_rollback_without_a_version_takes_the_newest_older_one(station):
     line = station()
-    with pytest.raises(CalibrationError, match="no older version"):
+    with pytest.raises(CalibrationError, match="no older version") as refused:
         line.memory.command("rollback", {})
+    assert "choose" not in str(refused.value), "there is nothing to choose from"
     for _ in range(3):
         line.see(104)
-    line.memory.command("snapshot", {})
+    saved = line.memory.command("snapshot", {})["version"]
+    with pytest.raises(CalibrationError, match="no older version") as refused:
+        line.memory.command("rollback", {})
+    assert "choose" not in str(refused.value) and str(saved) not in str(refused.value.expected), "it is the present one"
     line.see(108)
-    line.memory.command("rollback", {})
+    answer = line.memory.command("rollback", {})
+    (noted,) = [entry for entry in line.memory._audit.entries() if entry.get("action") == "rollback"]
+    assert answer["of"] == noted["of"] == saved and answer["version"] > answer["before"]
     assert line.memory.describe()["rows"]["a"] == 2
-    with pytest.raises(CalibrationError, match="no such version"):
+    with pytest.raises(CalibrationError, match="no such version") as refused:
         line.memory.command("rollback", {"version": 99})
+    assert f"one of [{saved}" in str(refused.value) and "choose one of these" in str(refused.value)
     with pytest.raises(ConfigError, match="no memory action"):
         line.memory.command("explode", {})
 
