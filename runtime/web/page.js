@@ -64,7 +64,9 @@ function showCamera(name, camera) {
   set(find(".part"), [product, verdict?.part_id ? `part ${verdict.part_id}` : ""].filter(Boolean).join(" · "));
   set(find(".age"), verdict ? (down ? `${verdict.label} ` : "") + age(verdict.ts) : "no verdict yet");
   set(find(".value"), short(verdict?.score ?? null));
-  set(find(".against"), verdict?.threshold != null ? `threshold ${short(verdict.threshold)}` : "no threshold");
+  // Without a picture there was nothing to hold against one: that says nothing about the calibration.
+  const none = verdict?.reason === "no_threshold" ? "no threshold" : "";
+  set(find(".against"), verdict?.threshold != null ? `threshold ${short(verdict.threshold)}` : none);
   set(find(".reason"), label === "UNKNOWN" ? verdict.reason.replaceAll("_", " ") : "");
   find(".reason").title = verdict?.detail ?? "";
   pairs(find(".counts"), ["OK", "NG", "UNKNOWN"].map((each) => [each, count(camera.labels[each] ?? 0)]));

@@ -358,21 +358,26 @@ def test_a_square_picture_is_shown_whole(
     assert top > 5000 and bottom == pytest.approx(top, rel=0.25)
 
 
-def test_the_page_marks_the_picture_of_an_earlier_part(
-    bundle: Path, make_line: Any, tmp_path: Path, eventually: Callable[..., None]
+def test_the_page_says_of_which_part_a_picture_is_and_when_there_is_no_threshold(
+    make_bundle: Callable[..., Path], make_line: Any, tmp_path: Path, eventually: Callable[..., None]
 ) -> None:
-    for camera, images in (("a", ("1", "2")), ("b", ("1",))):
+    """A verdict without a picture has no threshold either: "no threshold" told people to calibrate."""
+    for camera, images in (("a", ("1", "2")), ("b", ("1",)), ("c", ("1", "2"))):
         (tmp_path / camera).mkdir()
         for name in images:
             cv2.imwrite(str(tmp_path / camera / f"{name}.png"), np.full((48, 64, 3), 200, np.uint8))
     (tmp_path / "b/2.png").write_bytes(b"no image")
     cameras = {
-        name: {"source": {"kind": "folder", "path": str(tmp_path / name), "fps": 9}, "product": "mono"} for name in "ab"
+        name: {"source": {"kind": "folder", "path": str(tmp_path / name), "fps": 9}, "product": product}
+        for name, product in {"a": "mono", "b": "mono", "c": "poly"}.items()
     }
-    with running(make_line(cameras, bundle=str(bundle), broker=None, web={"port": 0})) as app:
+    bundle = make_bundle(tmp_path / "bundle", thresholds=None)
+    sections = {"broker": None, "web": {"port": 0}, "judge": {"thresholds": {"mono": 0.5}}}
+    with running(make_line(cameras, bundle=str(bundle), **sections)) as app:
         eventually(lambda: all(sum(c["labels"].values()) == 2 for c in state(app)["cameras"].values()))
         document = browse(app.operation.web.url)
     assert document.count("earlier picture, part 1<") == document.count('class="picture older') == 1, "of b alone"
+    assert document.count('class="against">no threshold<') == 1, "of c alone"
 
 
 def test_token_that_is_named_but_missing_is_refused(bundle: Path, make_line: Any) -> None:
