@@ -72,7 +72,7 @@ class _State(Collector):
         build = GaugeMetricFamily("andon_build_info", "What runs", labels=["version", *facts])
         build.add_metric([__version__, *facts.values()], 1)
         yield build
-        yield _gauge("andon_ready", "1 while engines are open", bool(line.get("ready")))
+        yield _gauge("andon_engines_open", "1 while engines are open; /readyz asks for more", bool(line.get("ready")))
         yield from _cameras(line)
         yield from _slots(line.get("slots", {}))
         if (delivery := line.get("delivery")) is not None:

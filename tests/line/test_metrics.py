@@ -117,7 +117,11 @@ def test_a_camera_that_has_come_to_its_end_is_no_fault_for_metrics_and_readiness
 
 
 def test_metrics_of_a_line_that_is_still_starting() -> None:
-    assert samples(Metrics(lambda: {"ready": False}).page())["andon_ready"] == 0
+    found = samples(Metrics(lambda: {"ready": False}).page())
+    assert found["andon_engines_open"] == 0 and "andon_ready" not in found, (
+        "/readyz asks for camera, disk and broker, too"
+    )
+    assert samples(Metrics(lambda: {"ready": True}).page())["andon_engines_open"] == 1
 
 
 def test_two_lines_in_one_process_count_apart() -> None:

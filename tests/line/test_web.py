@@ -38,7 +38,7 @@ def backend(**changes: Any) -> Backend:
         "picture": lambda camera, width, heat: b"jpeg" if camera == "cam0" else None,
         "cameras": ("cam0", "cam1"),
         "acknowledge": lambda camera, kind, by: {"acknowledged": [kind], "by": by},
-        "metrics": lambda: b"andon_ready 1.0\n",
+        "metrics": lambda: b"andon_engines_open 1.0\n",
         "alive": lambda: [Check("judging", True)],
         "ready": lambda: [Check("judging", True), Check("broker", False, "nothing listens there")],
     }
