@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -42,7 +42,8 @@ class Evaluated:
     """Everything `andon eval` prints.
 
     products: metrics of each product, `mean` over them. right_product: share of the *good* images whose product the
-    classifier finds, per product; empty without a classifier. latency_ms: [n] per stage name, plus preprocess, total.
+    classifier finds, per product; right_product_defective: the same of defective ones, which METHODS.md 1.3 asks for: a
+    defect may look like another product. Empty without a classifier. latency_ms: [n] per stage, plus preprocess, total.
     uncalibrated: products without a threshold; their error rates are those that the best F1 would have.
     """
 
@@ -53,6 +54,7 @@ class Evaluated:
     latency_ms: dict[str, Array]
     seconds: float
     uncalibrated: frozenset[str] = frozenset()
+    right_product_defective: dict[str, float] = field(default_factory=dict)
 
     def unknown(self) -> dict[str, str]:
         """What to say of each product some of whose images were judged UNKNOWN, since its figures leave them out."""
@@ -106,7 +108,8 @@ def evaluate(
     names = timings[0]
     latency = {name: np.array([t[name] for t in timings]) for name in names}
     without = frozenset(product for product in results if detector.threshold(product) is None)
-    return Evaluated(tuple(judged), results, mean_metrics(results), _right_product(judged), latency, seconds, without)
+    right, right_defective = (_right_product(judged, good) for good in (True, False))
+    return Evaluated(tuple(judged), results, mean_metrics(results), right, latency, seconds, without, right_defective)
 
 
 def _require_known(classes: Sequence[str], products: Sequence[str]) -> None:
@@ -158,8 +161,8 @@ def _product(
     )
 
 
-def _right_product(judged: Sequence[Judged]) -> dict[str, float]:
-    seen = [j for j in judged if j.sample.good and j.predicted is not None]
+def _right_product(judged: Sequence[Judged], good: bool) -> dict[str, float]:
+    seen = [j for j in judged if j.sample.good == good and j.predicted is not None]
     return {
         product: float(np.mean([j.predicted == product for j in seen if j.sample.product == product]))
         for product in sorted({j.sample.product for j in seen})

@@ -82,7 +82,7 @@ def _region_weights(masks: Array) -> tuple[Array, int]:
     for mask in masks:
         if mask.any():
             count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
-            shares.append((1 / stats[:, cv2.CC_STAT_AREA])[labels[mask]])
+            shares.append((1 / stats[:, cv2.CC_STAT_AREA].clip(1))[labels[mask]])  # no background: area 0
             regions += count - 1
     return np.concatenate(shares) if shares else np.empty(0), regions
 

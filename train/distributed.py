@@ -81,6 +81,15 @@ def broadcast_module(module: nn.Module) -> None:
         dist.broadcast(tensor, 0)
 
 
+def gathered(tensor: Tensor) -> list[Tensor]:
+    """Every process's tensor, in rank order (on all processes); of one shape everywhere, without gradients."""
+    if not active():
+        return [tensor]
+    tensors = [torch.empty_like(tensor) for _ in range(world())]
+    dist.all_gather(tensors, tensor.contiguous())
+    return tensors
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Every process's value, in rank order (on all processes)."""
     if not active():

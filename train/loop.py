@@ -95,7 +95,6 @@ class _Trainer:
         self.model, self.data, self.device, self.log, self.resume = model, data, device, log, resume
         self.progress = progress and distributed.is_main()
         self.schedule = bounded(model.config.schedule, len(data))
-        model.planned_steps = self.schedule.steps
         self.step = 0
         self.seconds = 0.0
         self.last: dict[str, float] = {}
@@ -142,6 +141,7 @@ class _Trainer:
     def _one(self) -> dict[str, Tensor | float]:
         """One optimisation step."""
         factor = lr_factor(self.schedule, self.step, self.seconds)
+        self.model.progress = progress(self.schedule, self.step, self.seconds)
         for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
             for group, peak in zip(optimizer.optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
@@ -222,6 +222,16 @@ def bounded(schedule: Schedule, images: int) -> Schedule:
     return schedule.model_copy(update={"steps": min(schedule.steps, most)})
 
 
+def progress(schedule: Schedule, step: int, seconds: float) -> float:
+    """Share of a run that is done: of its steps, or of `max_seconds` while that is well ahead, so that what a method
+    does for a share of the run it also does where the limit ends it."""
+    done = step / schedule.steps
+    if schedule.max_seconds is None:
+        return done
+    clock = seconds / schedule.max_seconds
+    return clock if clock > done + _CLOCK_SLACK else done
+
+
 def lr_factor(schedule: Schedule, step: int, seconds: float) -> float:
     """Learning rate at a step as a share of its peak: linear warm-up, then `schedule.decay`.
 
@@ -233,9 +243,8 @@ def lr_factor(schedule: Schedule, step: int, seconds: float) -> float:
     if step < schedule.warmup:
         return (step + 1) / (schedule.warmup + 1)
     done = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
-    if schedule.max_seconds is not None:
-        clock = seconds / schedule.max_seconds
-        done = clock if clock > step / schedule.steps + _CLOCK_SLACK else done
+    if (share := progress(schedule, step, seconds)) > step / schedule.steps:
+        done = share
     kind, numbers = parse_decay(schedule.decay)
     if kind == "cosine":
         return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

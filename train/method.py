@@ -220,8 +220,9 @@ class AnomalyModel(nn.Module, ABC):
 
     config: MethodConfig
     classes: tuple[str, ...]
-    #: Steps of this run, fewer than `schedule.steps` where `max_epochs` says so; set by the loop, None outside of it
-    planned_steps: int | None = None
+    #: Share of this run that is done, by its steps or by the clock that will end it (loop.progress); set by the loop
+    #: before each step, None outside of it
+    progress: float | None = None
 
     @property
     @abstractmethod

@@ -205,6 +205,7 @@ def as_dict(evaluated: Evaluated) -> dict[str, Any]:
         "products": evaluated.products,
         "mean": evaluated.mean,
         "right_product": evaluated.right_product,
+        "right_product_defective": evaluated.right_product_defective,
         "latency_ms": percentiles(evaluated.latency_ms),
         "images_per_second": len(evaluated.judged) / evaluated.seconds,
     }
@@ -283,7 +284,9 @@ def _print(detector: Detector, evaluated: Evaluated, whose: Origin | None, *, au
     for product, text in evaluated.unknown().items():
         print(f"warning: {product}: {text}")
     for product, share in evaluated.right_product.items():
-        print(f"{product}: the classifier finds the product of {share:.1%} of the good images")
+        defective = evaluated.right_product_defective.get(product)
+        also = "" if defective is None else f", {defective:.1%} of the defective ones"
+        print(f"{product}: the classifier finds the product of {share:.1%} of the good images{also}")
     print(latency_table(evaluated.latency_ms))
     print(f"{len(evaluated.judged) / evaluated.seconds:.1f} images a second")
 

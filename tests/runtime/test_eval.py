@@ -187,12 +187,15 @@ def test_auto_product_and_every_program(
     )
     code, result, _ = run(capsys, "calibrate", "--bundle", root, "--data", data, "--false-alarm-rate", 0.05, *ENGINE)
     assert code == 0 and set(result["thresholds"]["a"]) == {"default", "short"}
-    # A dark part of product b that looks like a: the classifier is asked, and is right for all others.
+    # A dark part of product b, and a defective one of a, that look like the other: it is right for all others.
     write(data / "b/test/good/000.png", level(3, "a"))
+    write(data / "a/test/bent/000.png", level(9, "b"))
     arguments = ("--product", "auto", "--samplers", "--limit", 6)
     code, result, text = run(capsys, "eval", "--bundle", root, "--data", data, *arguments, *ENGINE)
     assert code == 0 and result["images"] == 12 and set(result["samplers"]) == {"default", "short"}
     assert result["right_product"] == {"a": 1.0, "b": pytest.approx(2 / 3)}
+    assert result["right_product_defective"] == {"a": pytest.approx(2 / 3), "b": 1.0}
+    assert "finds the product of 100.0% of the good images, 66.7% of the defective ones" in text
     assert "double" not in result["samplers"]["short"]["latency_ms"] and "program  image_AUROC" in text
 
 

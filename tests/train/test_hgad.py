@@ -206,6 +206,16 @@ def test_first_phase_is_a_share_of_the_steps_that_the_images_allow() -> None:
     assert [r["step"] for r in log if "intra0" in r] == [step + 1 for step in range(20) if step >= first]
 
 
+def test_first_phase_ends_by_the_clock_where_that_ends_the_run() -> None:
+    """Else a run of 121 of 4,000 steps would score by centres that no step has moved."""
+    model = Hgad(small_config(), ("a", "b"))
+    data = feature_data(model, 4, 2)
+    for done, moved in ((0.0, False), (0.5, True)):
+        model.progress = done
+        model.training_step(data.batch(torch.arange(4)), 0)["loss"].backward()
+        assert all((level.mixture.deltas.grad is not None) == moved for level in model.each_level)
+
+
 def test_every_parameter_has_one_optimizer() -> None:
     model = Hgad(small_config(), ("a", "b"))
     optimizers = model.optimizers()

@@ -280,6 +280,27 @@ def test_learns_good_images_finds_defects_and_tells_products_apart() -> None:
     assert ((peak // 224 > 40) & (peak // 224 < 90) & (peak % 224 > 80) & (peak % 224 < 140)).all()
 
 
+def test_a_channel_that_is_silent_on_good_parts_does_not_choose_the_product() -> None:
+    model, data = build(codebook__size=32), Textures()
+    data.features["aligned"][:, :3] = 0.0
+    fit(model, data, 30)
+    model.eval()
+    broken = data.features["aligned"].clone()
+    broken[:, :3, 3:5, 6:8] = 0.01
+    with torch.no_grad():
+        good, bad = (model.encode(x).logits for x in (data.features["aligned"], broken))
+    torch.testing.assert_close(good, bad)
+    assert (good.argmax(dim=1) == data.class_ids).all()
+
+
+def test_no_channel_counts_as_quieter_than_a_thousandth_of_the_usual_one() -> None:
+    model, data = build(), Textures()
+    data.features["aligned"][:, 3] *= 1e-7
+    model.classifier.fit_scale(data)
+    std = model.classifier.std
+    assert std[3] == std.min() > 5e-4 * float(std.mean())
+
+
 def test_transport_loss_reaches_codes_that_are_parameters() -> None:
     model = build(codebook__learn="gradient", pot__mode="sinkhorn_all", pot__alpha=0.01, codebook__size=16)
     before = [book.codes.detach().clone() for book in model.books]

@@ -65,6 +65,14 @@ def test_aupro_of_a_perfect_and_an_inverted_map() -> None:
     assert aupro(noise, np.zeros_like(masks)) is None
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_mask_of_the_whole_picture_is_one_region_and_no_warning() -> None:
+    maps = np.random.default_rng(0).random((2, 8, 8)).astype(np.float32)
+    masks = np.zeros(maps.shape, bool)
+    masks[0] = True
+    assert aupro(maps, masks) == pytest.approx(slow_aupro(maps, masks, 0.3), abs=1e-6)
+
+
 def test_small_regions_count_as_much_as_large_ones() -> None:
     masks = np.zeros((1, 20, 20), bool)
     masks[0, 0, 0] = True

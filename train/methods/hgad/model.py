@@ -167,8 +167,8 @@ class Hgad(AnomalyModel):
         return out
 
     def training_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        steps = self.config.schedule.steps if self.planned_steps is None else self.planned_steps
-        intra = step >= self.config.loss.first_phase * steps
+        done = step / self.config.schedule.steps if self.progress is None else self.progress
+        intra = done >= self.config.loss.first_phase
         total: Tensor | None = None
         log: dict[str, Tensor] = {}
         generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + step)

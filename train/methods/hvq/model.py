@@ -69,6 +69,9 @@ class Classifier(nn.Module):
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
         self.linear = nn.Linear(channels, classes)
+        # What good images never move has no gradient: a random weight would stay there and meet a defect first.
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
 
@@ -78,10 +81,12 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def fit_scale(self, data: TrainingData) -> None:
-        """Mean and standard deviation of the pooled features of the good images."""
+        """Mean and standard deviation of the pooled features of the good images; no channel counts as quieter than
+        a thousandth of the usual one, as in Standardize."""
         pooled = torch.cat([batch.features["aligned"].float().mean(dim=(2, 3)) for batch in data.batches(64)])
         self.mean.copy_(pooled.mean(dim=0))
-        self.std.copy_(pooled.std(dim=0, correction=0) + 1e-6)
+        std = pooled.std(dim=0, correction=0) + 1e-6
+        self.std.copy_(std.clamp_min(1e-3 * float(std.mean())))
 
 
 class HvqModel(AnomalyModel):

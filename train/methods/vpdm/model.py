@@ -12,6 +12,7 @@ from tqdm import tqdm
 from ....runtime.manifest import Preprocess
 from ...align import AlignedFeatures, Standardize
 from ...byposition import position_statistics
+from ...distributed import gathered
 from ...errors import no_constants
 from ...features import bar_settings
 from ...method import AnomalyModel, Batch, Scores, TrainingData
@@ -297,7 +298,8 @@ class Vpdm(AnomalyModel):
     def after_step(self, step: int) -> dict[str, float]:
         """Push the batch's rows to the queue, newest first."""
         if self._recent is not None and len(self.queue):
-            self.queue.copy_(torch.cat((self._recent, self.queue))[: len(self.queue)])
-            self.queued.copy_((self.queued + len(self._recent)).clamp_max(len(self.queue)))
+            recent = torch.cat(gathered(self._recent))  # one queue for all processes: a resumed run has rank 0's
+            self.queue.copy_(torch.cat((recent, self.queue))[: len(self.queue)])
+            self.queued.copy_((self.queued + len(recent)).clamp_max(len(self.queue)))
         self._recent = None
         return {}
