@@ -200,7 +200,11 @@ class LineApp:
         for name, board in self.boards.items():
             dumped = self.outbox.load_state(f"alarm/{name}")
             if dumped is not None:
-                board.restore(json.loads(dumped))
+                try:
+                    board.restore(json.loads(dumped))
+                except (ValueError, TypeError, AttributeError) as error:  # it is JSON, but the disk has changed it
+                    log.error("camera %s: what was kept of its alarms is damaged: %s; they begin anew", name, error)
+                    self.boards[name] = board = AlarmBoard(name, alarm_rule(self.config.alarm))
                 self.state.alarms(name, board.alarms)
 
     def _open_evidence(self, stack: ExitStack) -> EvidenceStore | None:
