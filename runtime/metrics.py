@@ -122,7 +122,9 @@ def _delivery(delivery: Mapping[str, Any]) -> Iterator[Metric]:
     yield _gauge("andon_mqtt_spool_oldest_seconds", "Age of the oldest", outbox["oldest_age_s"])
     yield _gauge("andon_mqtt_spool_degraded", "1 while the disk refuses", outbox["degraded"] is not None)
     yield CounterMetricFamily(
-        "andon_mqtt_spool_dropped", "Lost to the outbox's caps, or too large for the broker", value=outbox["dropped"]
+        "andon_mqtt_spool_dropped",
+        "Lost to the outbox's caps, damaged, or too large for the broker",
+        value=outbox["dropped"],
     )
     yield CounterMetricFamily(
         "andon_mqtt_too_large", "Not sent, larger than the broker takes; pictures too", value=delivery["too_large"]

@@ -19,8 +19,9 @@ from itertools import islice
 from pathlib import Path
 
 from .errors import DeliveryError
-from .outbox_file import OutboxFile
-from .stored import OutboxStats, Stored
+from .outbox_file import OutboxFile, refused
+from .outbox_floors import Floors
+from .stored import MEMORY_VERSION, OutboxStats, Stored
 
 log = logging.getLogger("andon.outbox")
 
@@ -80,8 +81,9 @@ class Outbox:
         self._next = 1
         self._committed = 0
         self._last_id = ""
+        self._version = 0  # the greatest of the memory's that a message carried
         self._degraded: str | None = None
-        self._tail_dropped = self._given_up = 0
+        self._tail_dropped = self._given_up = self._damaged = 0
         self._said_dropped = 0
         self._said_at = -_SAID_AGAIN
         self._stopping = False
@@ -95,7 +97,7 @@ class Outbox:
         self._file.lock()
         try:
             self._file.open()
-        except sqlite3.OperationalError as error:
+        except (sqlite3.OperationalError, OSError) as error:
             self._file.close()
             raise DeliveryError(
                 f"the outbox {self.path} cannot be opened",
@@ -111,9 +113,14 @@ class Outbox:
         self._next = self._file.last_key + 1
         self._committed = self._file.last_key
         self._last_id = max(self._file.last_id, (self._file.load_state(_USED) or b"").decode())
+        stored, floor = int(self._file.load_state(MEMORY_VERSION) or 0), self._file.before.version
+        self._version = max(stored, floor)
+        if floor > stored:  # a full disk did not take it
+            self._states[MEMORY_VERSION] = b"%d" % floor
         self._take_stock()
         self._said_dropped = self._file.dropped
         self._stopping = False
+        self._keep_floors(sync=False)  # makes their file, while there may be room
         self._thread = threading.Thread(target=self._write, name="andon-outbox", daemon=True)
         self._thread.start()
         return self
@@ -126,6 +133,7 @@ class Outbox:
         with self._lock:
             self._stopping = True
             self._lock.notify_all()
+        opened = self._thread is not None
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -136,6 +144,8 @@ class Outbox:
             with self._lock:
                 for key in list(self._tail):
                     self._forget(key)
+        if opened:
+            self._keep_floors(sync=True)
 
     def close(self) -> None:
         """:meth:`finish`, and close the file."""
@@ -167,6 +177,8 @@ class Outbox:
             self._tail_bytes += len(payload)
             if state is not None:
                 self._states[state[0]] = state[1]
+                if state[0] == MEMORY_VERSION:
+                    self._version = max(self._version, int(state[1]))
             self._last_id = max(self._last_id, identifier)
             while self._tail_bytes > self._memory_bytes and len(self._tail) > 1:
                 self._forget(next(iter(self._tail)))
@@ -224,7 +236,8 @@ class Outbox:
     def fetch(self, cameras: Sequence[str], kind: str, after: int, limit: int) -> list[Stored]:
         """Committed, unacknowledged messages with a key above ``after``, oldest first.
 
-        While the disk refuses, uncommitted ones too: better sent from memory than kept from the line.
+        While the disk refuses, uncommitted ones too: better sent from memory than kept from the line. Before that their
+        identifiers and versions are made floors, or a start after a kill would use them again.
         The tail is read before the file, so a message that is committed in between is seen in the file.
         """
         with self._lock:
@@ -234,6 +247,8 @@ class Outbox:
                     :limit
                 ]
             acked = set(self._acked)
+        if tail:
+            self._keep_floors(sync=True)
         found: dict[int, Stored] = {}
         cursor = after
         while len(found) < limit:
@@ -255,10 +270,16 @@ class Outbox:
                     self._acked[message.key] = len(message.payload)
             self._lock.notify_all()
 
-    def give_up(self, message: Stored) -> None:
-        """The broker takes none so large: it is deleted as after :meth:`done`, and counted as dropped."""
+    def give_up(self, message: Stored, damaged: bool = False) -> None:
+        """It can never be delivered: it is deleted as after :meth:`done`, and counted as dropped.
+
+        The broker takes none so large; or, damaged, the disk has changed it.
+        """
         with self._lock:
             self._given_up += 1
+            self._damaged += damaged
+        if damaged:
+            log.error("outbox: %s %s of %s is damaged and dropped", message.kind, message.id, message.camera)
         self.done([message])
 
     def stats(self) -> OutboxStats:
@@ -275,8 +296,16 @@ class Outbox:
                 degraded=self._degraded,
                 set_aside=self._file.set_aside,
                 in_memory=len(self._tail) if self._degraded else 0,
-                too_large=self._given_up,
+                too_large=self._given_up - self._damaged,
+                damaged=self._damaged + self._file.damaged,
             )
+
+    def _keep_floors(self, sync: bool) -> None:
+        with self._lock:
+            dropped = self._file.dropped + self._tail_dropped + self._damaged
+            waiting = max(0, self._file.count - len(self._acked))
+            floors = Floors(self._last_id, self._version, dropped, waiting)
+        self._file.floors.write(floors, sync)
 
     # -- the writer thread -----------------------------------------------------------------------------------------
 
@@ -311,6 +340,7 @@ class Outbox:
         if due:
             if not self._degraded:
                 self._file.reserve()
+            self._keep_floors(sync=False)
             self._due_at = time.monotonic() + _HOUSEKEEPING
         return stopping and not (self._tail or self._acked or self._states)
 
@@ -343,11 +373,11 @@ class Outbox:
             if self._degraded and acked:
                 self._file.delete_with_reserve(acked)
             self._file.commit(rows, states, acked, last_id, self._caps if due or rows else None)
-        except sqlite3.OperationalError as error:
-            self._set_degraded(str(error))
-            return False
         except sqlite3.DatabaseError as error:
-            self._replace(error)
+            if refused(error):
+                self._set_degraded(str(error))
+            else:
+                self._replace(error, acked)
             return False
         if self._degraded:
             self._file.fold()
@@ -356,15 +386,20 @@ class Outbox:
                 self._say("recovered", "the outbox stores again; nothing waits in memory")
         return True
 
-    def _replace(self, damage: sqlite3.DatabaseError) -> None:
+    def _replace(self, damage: sqlite3.DatabaseError, acked: set[int]) -> None:
         log.error("the outbox file is damaged: %s", damage)
+        before = self._file.damaged
         try:
-            self._file.replace_damaged()
+            self._file.replace_damaged(acked, self.next_key)
         except (sqlite3.DatabaseError, OSError) as error:
             self._set_degraded(f"damaged ({damage}), and not replaced: {error}")
         else:
             with self._lock:
                 self._take_stock()
+                if self._version:  # what the file may have lost is known here
+                    self._states.setdefault(MEMORY_VERSION, b"%d" % self._version)
+                self._states[_USED] = self._last_id.encode()
+            self._said_dropped += self._file.damaged - before
             self._say("set_aside", str(self._file.set_aside))
 
     def _take_stock(self) -> None:

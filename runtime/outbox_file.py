@@ -14,17 +14,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from .errors import DeliveryError
+from .outbox_floors import Floors, FloorsFile
+from .outbox_replace import SCHEMA, VERSION, Replacement, Row
+from .outbox_salvage import FAR, salvage, sound
 
 log = logging.getLogger("andon.outbox")
 
-VERSION = 1
-_SCHEMA = """
-CREATE TABLE message (
-    key INTEGER PRIMARY KEY, camera TEXT NOT NULL, kind TEXT NOT NULL, id TEXT NOT NULL,
-    payload BLOB NOT NULL, size INTEGER NOT NULL, stored REAL NOT NULL);
-CREATE INDEX message_order ON message (camera, kind, key);
-CREATE TABLE state (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
-"""
 #: Pages of 4 KiB in the write-ahead log before it is folded into the file, and the bytes kept free for doing so when
 #: the disk is full.
 _LOG_PAGES, _RESERVE = 128, 2**20
@@ -34,7 +29,8 @@ _LAST = 2**16
 _PARTS = (_RESERVE, _RESERVE * 3 // 4, _RESERVE // 2, _LAST, _LAST // 2)
 #: Deletions of one transaction on a full disk.
 _SMALL = 64
-Row = tuple[int, str, str, str, bytes]
+#: Errors that sqlite3 raises as it does for a disk that refuses, and that are damage: to the schema, to a text.
+_DAMAGE = ("no such ", "already exists", "malformed", "Could not decode")
 
 
 class OutboxFile:
@@ -42,9 +38,11 @@ class OutboxFile:
 
     Attributes:
         count, bytes: messages and payload bytes in the file.
-        dropped: messages that the caps removed since the file was made.
+        dropped: messages that the caps removed, and that damage took, since the file was made.
+        damaged: of these, what damage took since this was opened.
         last_key, last_id: greatest key and identifier that were ever committed.
-        set_aside: where a damaged file went, None when there was none.
+        floors, before: what outlives a full disk and damage, and what the run before has left of that.
+        set_aside: where a damaged file went, and what was saved from it; None when there was none.
     """
 
     def __init__(
@@ -52,6 +50,8 @@ class OutboxFile:
     ):
         self._path = path
         self._reserve = path.with_name(path.name + ".reserve")
+        self._replacement = Replacement(path)
+        self.floors, self.before = FloorsFile(path.with_name(path.name + ".floors")), Floors()
         self._monotonic = monotonic
         self._writer: sqlite3.Connection | None = None
         self._reader: sqlite3.Connection | None = None
@@ -59,7 +59,7 @@ class OutboxFile:
         self._lock_file: IO[str] | None = None
         self._giving_up = False  # the reserve is for what is to be stored, and is not taken back
         self._base = (wall(), monotonic())  # the clock of ages and the monotonic one at one moment, see _now
-        self.count = self.bytes = self.dropped = self.last_key = 0
+        self.count = self.bytes = self.dropped = self.damaged = self.last_key = 0
         self.last_id = ""
         self.set_aside: str | None = None
 
@@ -91,31 +91,31 @@ class OutboxFile:
                 expected="one `andon run` per outbox",
                 next_step="stop the other process, or give this line its own 'outbox.path'",
             ) from error
+        self.before = self.floors.read()
 
     def open(self) -> None:
         """Open or create; a damaged file is set aside, and what can be read of it is carried over.
 
         Raises:
             DeliveryError: the file was written by a newer version.
-            sqlite3.OperationalError: the disk refuses.
+            sqlite3.OperationalError, OSError: the disk refuses.
         """
+        self._replacement.finish()
         try:
             self._open()
-        except sqlite3.OperationalError as error:
+        except sqlite3.DatabaseError as error:
             self._disconnect()
+            if not refused(error):
+                log.error("the outbox file %s is damaged: %s", self._path, error)
+                self.replace_damaged()
+                return
             if not self._free_reserve():
                 raise
             log.warning("the outbox file %s: %s; opened with the room of its reserve", self._path, error)
-            try:
-                self._open()
-            except BaseException:
-                self._disconnect()
-                raise
-        except sqlite3.DatabaseError as error:
-            log.error("the outbox file %s is damaged: %s", self._path, error)
-            self.replace_damaged()
+            self.open()
 
     def _open(self) -> None:
+        existed = self._path.exists()
         self._writer = self._connect()
         version = self._writer.execute("PRAGMA user_version").fetchone()[0]
         if version > VERSION:
@@ -126,22 +126,30 @@ class OutboxFile:
                 expected=f"version {VERSION} or older",
                 next_step="install that version, or move the file away once its messages are delivered",
             )
-        if (health := self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-            raise sqlite3.DatabaseError(health)
+        # Not quick_check: it does not see that the index lacks a message, which would then never be offered.
+        if (health := self._writer.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
+            raise sqlite3.DatabaseError(health.rpartition("\n")[2])
         if version == 0:
-            self._writer.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
+            if existed and self.before.waiting:
+                raise sqlite3.DatabaseError(f"empty, where {self.before.waiting} messages were")
+            self._writer.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
+        wrong = "size IS NOT length(payload) OR stored NOT BETWEEN -1e11 AND 1e11"
+        if self._writer.execute(f"SELECT 1 FROM message WHERE {wrong} LIMIT 1").fetchone():
+            raise sqlite3.DatabaseError("a message has not the size or the time that it was stored with")
+        dropped, last_id = int(self._state("dropped") or 0), (self._state("last_id") or b"").decode()
         row = self._writer.execute("SELECT COUNT(*), COALESCE(SUM(size), 0), COALESCE(MAX(key), 0) FROM message")
         self.count, self.bytes, self.last_key = row.fetchone()
         youngest = self._writer.execute("SELECT stored FROM message ORDER BY key DESC LIMIT 1").fetchone()
         if youngest is not None:
             self._base = (youngest[0], self._monotonic())
-        self.dropped = int(self._state("dropped") or 0)
-        self.last_id = (self._state("last_id") or b"").decode()
+        self.dropped, self.last_id = max(dropped, self.before.dropped), max(last_id, self.before.id)
         self._reader = self._connect()
         self.reserve()
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=10)
+        # A damaged text must not keep the other rows from being read; its message is then found not to be whole.
+        connection.text_factory = lambda raw: raw.decode(errors="replace")
         try:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
@@ -309,9 +317,12 @@ class OutboxFile:
         return [row[0] for row in self._read("SELECT DISTINCT camera FROM message ORDER BY camera", ())]
 
     def load_state(self, name: str) -> bytes | None:
-        """A kept value, or None."""
+        """A kept value, or None: there is none, or it cannot be what was kept."""
         rows = self._read("SELECT value FROM state WHERE name = ?", (name,))
-        return bytes(rows[0][0]) if rows else None
+        if rows and not sound(name, rows[0][0]):
+            log.error("the outbox: what was kept as %s is damaged, and is not used", name)
+            return None
+        return rows[0][0] if rows else None
 
     def oldest_age(self) -> float:
         """Seconds of running that the oldest message has waited; 0 when there is none."""
@@ -332,45 +343,35 @@ class OutboxFile:
     def _state(self, name: str) -> bytes | None:
         assert self._writer is not None
         row = self._writer.execute("SELECT value FROM state WHERE name = ?", (name,)).fetchone()
-        return bytes(row[0]) if row else None
+        if row and not sound(name, row[0]):
+            raise sqlite3.DatabaseError(f"what was kept as {name} is {row[0]!r:.60}")
+        return row[0] if row else None
 
-    def replace_damaged(self) -> None:
-        """Move the damaged file away under a new name, start a new one, carry over every row that can still be read."""
-        rows, states = self._salvage()
-        before = self.last_key, self.last_id, self.dropped
+    def replace_damaged(self, acked: Iterable[int] = (), below: int = FAR) -> None:
+        """Put a new file in the damaged one's place, with every whole message that can be read; count what is lost.
+
+        Args:
+            acked: keys of messages that were delivered. below: all keys that were given are below it.
+
+        Raises:
+            sqlite3.OperationalError, OSError: the disk refuses; the damaged file is where it was.
+        """
+        saved = salvage(self._path, frozenset(acked), below)
+        lost = saved.keep_floors(self.before, self.last_id, self.dropped)
+        try:
+            self._replacement.make(saved.rows.values(), saved.states, self._now())
+        except sqlite3.OperationalError:
+            if not self._free_reserve():
+                raise
+            self._replacement.make(saved.rows.values(), saved.states, self._now())
         self._disconnect()
-        number = 1
-        while (target := self._path.with_name(f"{self._path.name}.corrupt-{number}")).exists():
-            number += 1
-        for suffix in ("-wal", "-shm", ""):
-            part = self._path.with_name(self._path.name + suffix)
-            if part.exists():
-                part.rename(target.with_name(target.name + suffix))
+        target = self._replacement.put_in_place()
+        self.damaged += lost
+        number = lost if saved.certain or not lost else f"about {lost}"
+        self.set_aside = f"{target} (damaged; {len(saved.rows)} waiting messages were saved from it, {number} lost)"
+        before = self.last_key
         self._open()
-        salvaged = [row for row in rows if isinstance(row[4], bytes)]
-        self.commit(salvaged, states, (), max((row[3] for row in salvaged), default=None), None)
-        self.last_key, self.last_id = max(self.last_key, before[0]), max(self.last_id, before[1])
-        self.dropped = max(self.dropped, before[2])
-        self.set_aside = f"{target} (damaged; {len(salvaged)} waiting messages were saved from it)"
-
-    def _salvage(self) -> tuple[list[Row], dict[str, bytes]]:
-        rows: list[Row] = []
-        states: dict[str, bytes] = {}
-        try:
-            connection = self._writer or self._connect()
-            for name, value in connection.execute("SELECT name, value FROM state"):
-                states[name] = bytes(value)
-        except sqlite3.DatabaseError as error:
-            log.warning("the damaged outbox keeps its states: %s", error)
-        try:
-            connection = self._writer or self._connect()
-            for row in connection.execute(
-                "SELECT key, camera, kind, id, payload FROM message NOT INDEXED ORDER BY key"
-            ):
-                rows.append(row)
-        except sqlite3.DatabaseError as error:
-            log.warning("the damaged outbox gives %d messages, then: %s", len(rows), error)
-        return rows, states
+        self.last_key = max(self.last_key, before)
 
     def _disconnect(self) -> None:
         with self._read_lock:
@@ -391,3 +392,8 @@ class OutboxFile:
                 self.reserve()
             self._lock_file.close()
             self._lock_file = None
+
+
+def refused(error: sqlite3.DatabaseError) -> bool:
+    """Whether the disk refuses (full, read-only, locked by another); else the file is damaged."""
+    return isinstance(error, sqlite3.OperationalError) and not any(text in str(error) for text in _DAMAGE)

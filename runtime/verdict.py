@@ -178,3 +178,21 @@ def mark_replayed(message: bytes) -> bytes:
     if not message.endswith(_FRESH):
         raise ValueError("message does not end in the replayed flag")
     return message[: -len(_FRESH)] + _REPLAYED
+
+
+def whole(message: bytes, camera: str, kind: str, identifier: str) -> bool:
+    """Whether a stored message is still one that :func:`encode` made: of this camera and kind, with this identifier.
+
+    What a disk has changed within a number or a text, so that it is still JSON, is not seen.
+    """
+    if not isinstance(message, bytes) or not message.endswith((_FRESH, _REPLAYED)):
+        return False
+    try:
+        document = json.loads(message)
+    except (ValueError, RecursionError):
+        return False
+    return (
+        isinstance(document, dict)
+        and (document.get("id"), document.get("camera")) == (identifier, camera)
+        and str(document.get("schema")).startswith(f"andon.{kind}/")
+    )

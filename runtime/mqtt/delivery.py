@@ -22,7 +22,7 @@ from ..alarm import AlarmBoard, AlarmEvent
 from ..alarm import payload as alarm_payload
 from ..lineconfig import BrokerConfig
 from ..outbox import Outbox
-from ..stored import OutboxStats, Stored
+from ..stored import MEMORY_VERSION, OutboxStats, Stored
 from ..types import Verdict
 from ..verdict import Ids, dumps, timestamp
 from ..verdict import payload as verdict_payload
@@ -36,8 +36,6 @@ STATUS_SCHEMA = "andon.status/1"
 METRICS_SCHEMA = "andon.metrics/1"
 
 
-#: State of the outbox: the memory's version in the newest verdict, committed with it.
-_MEMORY_VERSION = "memory/version"
 #: Seconds that a loss stays a trouble; the alarm it raises is latched or not as the line is configured.
 _LOSS_SHOWN = 60.0
 
@@ -101,7 +99,7 @@ class DeliveryHealth:
 
 def published_version(outbox: Outbox) -> int:
     """The newest version of the memory that any verdict of this outbox was given with, delivered or not; else 0."""
-    return int(outbox.load_state(_MEMORY_VERSION) or 0)
+    return int(outbox.load_state(MEMORY_VERSION) or 0)
 
 
 class Delivery:
@@ -142,7 +140,7 @@ class Delivery:
         # Replaced, never changed: camera threads and the judging thread go through it while the line starts and stops.
         self._publishers: Mapping[str, Publisher] = {}
         self._last: dict[str, LinkState] = {}
-        self._dropped = self._too_large = 0
+        self._dropped = self._too_large = self._damaged = 0
         self._set_aside: str | None = None
         self._loss = (-_LOSS_SHOWN, "")
 
@@ -151,7 +149,7 @@ class Delivery:
     def start(self) -> None:
         """Start one connection per camera; the first also delivers what is stored of cameras that are gone."""
         stats = self._outbox.stats()
-        self._dropped, self._too_large = stats.dropped, stats.too_large
+        self._dropped, self._too_large, self._damaged = stats.dropped, stats.too_large, stats.damaged
         if self._broker is None:
             return
         if self._commands is not None:
@@ -209,7 +207,7 @@ class Delivery:
     def verdict(self, verdict: Verdict) -> int:
         """Store a verdict for delivery; returns its key in the outbox without waiting for the disk."""
         version = verdict.memory_version
-        state = None if version is None else (_MEMORY_VERSION, str(version).encode())
+        state = None if version is None else (MEMORY_VERSION, str(version).encode())
         return self._outbox.put(verdict.camera, "verdict", verdict.id, verdict_payload(verdict), state)
 
     def alarm(self, board: AlarmBoard, events: Sequence[AlarmEvent], ids: Ids) -> None:
@@ -253,12 +251,14 @@ class Delivery:
         now = time.monotonic()
         if stats.dropped > self._dropped:
             too_large = stats.too_large - self._too_large
-            capped = stats.dropped - self._dropped - too_large
+            damaged = stats.damaged - self._damaged
+            capped = stats.dropped - self._dropped - too_large - damaged
             # No numbers: what an alarm says stays, and they go on. outbox.dropped in the status has them.
             why = ["messages were lost: the outbox's caps dropped the oldest"] if capped else []
             why += ["messages were lost: larger than the broker takes"] if too_large else []
+            why += ["messages were lost: damaged on the disk"] if damaged else []
             self._loss = (now, ", ".join(why))
-            self._dropped, self._too_large = stats.dropped, stats.too_large
+            self._dropped, self._too_large, self._damaged = stats.dropped, stats.too_large, stats.damaged
         if stats.set_aside != self._set_aside:
             self._set_aside = stats.set_aside
             self._loss = (now, f"the outbox file was damaged: {stats.set_aside}")

@@ -21,7 +21,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from ..lineconfig import BrokerConfig
 from ..outbox import Outbox
 from ..stored import Stored
-from ..verdict import mark_replayed
+from ..verdict import mark_replayed, whole
 from .backlog import LOOK, Backlog
 from .client import CONNECT_TIMEOUT, Will, explain, explain_connack, explain_lost, make_client, tls_context
 from .hooks import Direct, Hooks
@@ -253,6 +253,11 @@ class Session:
             stream = self._streams[kind]
             while (message := stream.next(self._window - len(self._flying))) is not None:
                 replayed = stream.replayed(message)
+                # Of what was put just now there is no need to ask.
+                if replayed and not whole(message.payload, message.camera, kind, message.id):
+                    stream.given_up(message)
+                    self._outbox.give_up(message, damaged=True)
+                    continue
                 # An old alarm must not overwrite the retained state that announce() has just published.
                 retain = kind == "alarm" and not replayed
                 payload = mark_replayed(message.payload) if replayed else message.payload

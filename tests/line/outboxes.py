@@ -8,16 +8,22 @@ from pathlib import Path
 
 from andon.runtime.outbox import Outbox
 from andon.runtime.stored import Stored
-from andon.runtime.verdict import Ids
+from andon.runtime.verdict import Ids, encode
 
 Events = list[tuple[str, str]]
 
 
 def fill(outbox: Outbox, count: int, camera: str = "cam0", size: int = 100, ids: Ids | None = None) -> list[int]:
     ids = ids or Ids(outbox.last_id)
-    keys = [outbox.put(camera, "verdict", ids.next(), b"%d:" % i + b"x" * size) for i in range(count)]
+    keys = [outbox.put(camera, "verdict", name := ids.next(), message(name, camera, size)) for _ in range(count)]
     assert outbox.wait(keys[-1], 10)
     return keys
+
+
+def message(identifier: str, camera: str = "cam0", size: int = 100) -> bytes:
+    """What goes for a whole message, of so many bytes or some more."""
+    document = {"schema": "andon.verdict/1", "id": identifier, "camera": camera, "x": ""}
+    return encode({**document, "x": "x" * (size - len(encode(document)))})
 
 
 def waiting(outbox: Outbox, camera: str = "cam0") -> list[Stored]:

@@ -20,11 +20,13 @@ from andon.runtime.mqtt.client import tls_context
 from andon.runtime.mqtt.delivery import Delivery
 from andon.runtime.mqtt.hooks import Direct
 from andon.runtime.outbox import Outbox
-from andon.runtime.verdict import Ids, encode
+from andon.runtime.verdict import Ids
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+
+from .outboxes import message
 
 
 @dataclass
@@ -102,7 +104,7 @@ class Station:
 
     def put(self) -> None:
         identifier = Ids().next()
-        self.outbox.put("cam0", "verdict", identifier, encode({"schema": "andon.verdict/1", "id": identifier}))
+        self.outbox.put("cam0", "verdict", identifier, message(identifier))
 
     def __exit__(self, *_: object) -> None:
         self.delivery.stop(0.5)

@@ -1,0 +1,317 @@
+"""A damaged outbox: the line starts, what is whole is delivered, what is lost is counted, no number goes back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from andon.runtime.alarm import AlarmBoard, AlarmRule
+from andon.runtime.mqtt.delivery import Delivery, published_version
+from andon.runtime.outbox import Outbox
+from andon.runtime.outbox_floors import Floors, FloorsFile
+from andon.runtime.verdict import Ids, payload, whole
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from .connection import verdict
+from .outboxes import fill, fill_disk, waiting
+
+SECTOR, PAGE = 512, 4096
+COUNT = 24
+
+
+def store(path: Path, count: int = COUNT) -> str:
+    """An outbox as a line leaves it at a stop without a broker; the last identifier."""
+    with Outbox(path) as outbox:
+        ids, board = Ids(), AlarmBoard("cam0", AlarmRule(k=1, n=1))
+        for number in range(count):
+            each = verdict(ids, seq=number)
+            outbox.put("cam0", "verdict", each.id, payload(each), ("memory/version", b"%d" % (number + 1)))
+        Delivery("andon/v1/s/l/st", ["cam0"], None, outbox).alarm(board, board.verdict("NG"), ids)
+        outbox.used(last := ids.next())
+    return last
+
+
+def page_of(content: bytes, text: bytes) -> int:
+    return content.index(text) // PAGE * PAGE
+
+
+def root(path: Path, name: str) -> int:
+    """Offset of the first page of a table or index."""
+    with sqlite3.connect(path) as connection:
+        query = "SELECT rootpage FROM sqlite_master WHERE name = ?"
+        return (int(connection.execute(query, (name,)).fetchone()[0]) - 1) * PAGE
+
+
+def damage(path: Path, at: int, content: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(content)
+
+
+@pytest.fixture(scope="module")
+def stored() -> Iterator[tuple[Path, str]]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder), store(Path(folder) / "o.db")
+
+
+DAMAGES: dict[str, Callable[[bytearray, int, bytes], None]] = {
+    "zeros": lambda content, at, _: content.__setitem__(slice(at, at + SECTOR), bytes(SECTOR)),
+    "random": lambda content, at, noise: content.__setitem__(slice(at, at + SECTOR), noise),
+    "cut": lambda content, at, _: content.__delitem__(slice(at, None)),
+    "page": lambda content, at, _: content.__setitem__(slice(at // PAGE * PAGE, at // PAGE * PAGE + PAGE), bytes(PAGE)),
+    "other": lambda content, at, noise: content.__setitem__(
+        slice(at, at + SECTOR), content[(other := noise[0] * SECTOR % (len(content) - SECTOR)) : other + SECTOR]
+    ),
+}
+
+
+@settings(max_examples=30, deadline=None)
+@given(kind=st.sampled_from(sorted(DAMAGES)), where=st.floats(0, 1, exclude_max=True), noise=st.binary(min_size=SECTOR))
+def test_wherever_it_is_damaged_the_line_starts_and_nothing_is_lost_in_silence(
+    stored: tuple[Path, str], kind: str, where: float, noise: bytes
+) -> None:
+    folder, last = stored
+    with tempfile.TemporaryDirectory() as copied:
+        path = Path(shutil.copytree(folder, copied, dirs_exist_ok=True)) / "o.db"
+        content = bytearray(path.read_bytes())
+        DAMAGES[kind](content, int(where * len(content)) // SECTOR * SECTOR, noise[:SECTOR])
+        path.write_bytes(content)
+        found = []
+        for start in ("first", "second"):
+            with Outbox(path) as outbox:
+                assert Ids(outbox.last_id, clock_ns=lambda: 0).next() > last
+                assert published_version(outbox) >= COUNT
+                AlarmBoard("cam0", AlarmRule()).restore(json.loads(outbox.load_state("alarm/cam0") or b"{}"))
+                messages = [*waiting(outbox), *outbox.fetch(["cam0"], "alarm", 0, 9)]
+                assert len(messages) + outbox.stats().dropped >= COUNT + 1
+                if outbox.stats().set_aside:
+                    assert start == "first", "once"
+                    assert all(whole(m.payload, m.camera, m.kind, m.id) for m in messages)
+                found.append((messages, outbox.stats().dropped))
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("size", [8, PAGE], ids=["header", "page"])
+def test_of_a_bad_page_only_its_own_messages_are_lost_and_they_are_counted(tmp_path: Path, size: int) -> None:
+    path, events = tmp_path / "o.db", []
+    with Outbox(path) as outbox:
+        keys = fill(outbox, 400, size=700)
+        early = waiting(outbox)[60].id
+    damage(path, page_of(path.read_bytes(), b'"id":"%s"' % early.encode()), bytes(size))
+    with Outbox(path, event=lambda *e: events.append(e)) as outbox:
+        saved = [m.key for m in waiting(outbox)]
+        lost = 400 - len(saved)
+        assert 1 <= lost <= 6 and saved[-1] == keys[-1] and saved == sorted(saved)
+        assert (outbox.stats().dropped, outbox.stats().damaged) == (lost, lost)
+        assert f"{len(saved)} waiting messages were saved from it, {lost} lost" in events[0][1]
+        assert Ids(outbox.last_id).next() > early and outbox.next_key > keys[-1]
+    with Outbox(path) as outbox:
+        assert (outbox.stats().dropped, outbox.stats().damaged, outbox.stats().set_aside) == (lost, 0, None)
+
+
+def test_a_line_starts_without_its_states_and_goes_on_above_what_they_were(tmp_path: Path) -> None:
+    path = tmp_path / "o.db"
+    last = store(path)
+    damage(path, root(path, "state") + PAGE - SECTOR, bytes(SECTOR))
+    with Outbox(path) as outbox:
+        assert outbox.stats().messages == COUNT + 1 and outbox.stats().set_aside
+        assert Ids(outbox.last_id, clock_ns=lambda: 0).next() > last and published_version(outbox) >= COUNT
+
+
+def test_a_page_that_was_written_to_the_wrong_place_keeps_nothing_from_starting(tmp_path: Path) -> None:
+    path = tmp_path / "o.db"
+    store(path)
+    content = path.read_bytes()
+    first, second = (page_of(content, b'"seq":%d,' % number) for number in (0, COUNT - 1))
+    damage(path, second, content[first : first + PAGE])
+    for start in (1, 2):
+        with Outbox(path) as outbox:
+            stats = outbox.stats()
+            assert stats.messages + stats.dropped == COUNT + 1 and 0 < stats.dropped < 12, f"start {start}"
+
+
+def test_a_message_that_its_index_has_lost_is_delivered_all_the_same(tmp_path: Path) -> None:
+    """quick_check does not see it: it would wait unseen until it is too old."""
+    path = tmp_path / "o.db"
+    store(path)
+    at = root(path, "message_order")
+    page = path.read_bytes()[at : at + PAGE]
+    damage(path, at + page.index(b"cam0verdict"), b"cam1verdict")
+    with Outbox(path) as outbox:
+        assert len(waiting(outbox)) == COUNT and outbox.stats().dropped == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE state SET value = CAST('01M83ABC\x01' AS BLOB) WHERE name = 'last_id'",
+        "UPDATE state SET value = 5 WHERE name = 'last_id'",
+        "INSERT INTO state VALUES ('dropped', 'many')",
+        "UPDATE message SET size = 9223372036854775807 WHERE key < 3",
+        "UPDATE message SET stored = 1e300 WHERE key = 25",
+        "UPDATE message SET stored = 'late' WHERE key = 25",
+        "ALTER TABLE state RENAME TO statf",
+        "PRAGMA user_version = 0",
+    ],
+)
+def test_what_a_line_never_writes_is_damage_and_no_reason_not_to_start(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "o.db"
+    last = store(path)
+    with sqlite3.connect(path) as connection:
+        connection.execute(change)
+    with Outbox(path) as outbox:
+        stats = outbox.stats()
+        assert (stats.messages, stats.dropped) == (COUNT + 1, 0) and stats.oldest_age_s < 60
+        assert stats.set_aside
+        assert Ids(outbox.last_id, clock_ns=lambda: 0).next() > last and published_version(outbox) >= COUNT
+
+
+@pytest.mark.parametrize("left", [0, 2])
+def test_damage_sets_neither_identifiers_nor_losses_back(tmp_path: Path, left: int) -> None:
+    path = tmp_path / "o.db"
+    with Outbox(path, max_bytes=20_000) as outbox:
+        fill(outbox, 60, size=900)
+        messages = waiting(outbox)
+        outbox.done(messages[left:])  # those that stay are of a topic that the broker refuses: older than the delivered
+        dropped = outbox.stats().dropped
+    assert dropped
+    (tmp_path / "o.db.floors").unlink(missing_ok=True)  # the file's own knowledge is enough where it can be read
+    damage(path, root(path, "message_order"), bytes(SECTOR))
+    for _ in range(2):
+        with Outbox(path, max_bytes=20_000) as outbox:
+            assert outbox.stats().messages == left and outbox.stats().dropped == dropped
+            assert Ids(outbox.last_id, clock_ns=lambda: 0).next() > messages[-1].id
+
+
+def test_damage_while_running_leaves_what_was_delivered_and_counts_what_is_lost(
+    tmp_path: Path, eventually: Callable[..., None]
+) -> None:
+    path, events = tmp_path / "o.db", []
+    with Outbox(path, event=lambda *e: events.append(e)) as outbox:
+        keys = fill(outbox, 100, size=700)
+        outbox.done(waiting(outbox)[:10])
+        eventually(lambda: outbox._file.count == 90)
+        outbox._file.fold()
+        damage(path, page_of(path.read_bytes(), b'"id":"%s"' % waiting(outbox)[40].id.encode()), bytes(8))
+        with sqlite3.connect(path) as other:
+            other.execute("DELETE FROM state")  # what the run knows it writes again
+        commit, calls = outbox._file.commit, []
+
+        def meets_it(*args: Any) -> None:
+            calls.append(args)
+            if len(calls) == 1:
+                raise sqlite3.DatabaseError("database disk image is malformed")
+            commit(*args)
+
+        outbox._file.commit = meets_it  # type: ignore[method-assign]
+        keys += fill(outbox, 1)
+        eventually(lambda: bool(events))
+        lost = outbox.stats().damaged
+        assert 1 <= lost <= 6 and outbox.stats().dropped == lost
+        assert len(waiting(outbox)) == 91 - lost and waiting(outbox)[-1].key == keys[-1]
+        last = outbox.last_id
+    assert [what for what, _ in events] == ["set_aside"], "and not said to be the caps'"
+    with Outbox(path) as outbox:
+        assert outbox.last_id == last
+
+
+@pytest.mark.parametrize("moment", range(3))
+def test_a_kill_while_the_damaged_file_is_replaced_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    path = tmp_path / "o.db"
+    store(path)
+    damage(path, root(path, "message_order"), bytes(SECTOR))
+    (tmp_path / "o.db-shm").touch()  # of a run that was killed
+    rename, moves = Path.rename, []
+
+    def killed(source: Path, target: Path) -> Path:
+        if len(moves) == moment:
+            raise KeyboardInterrupt
+        moves.append(source)
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Outbox(path).open()
+    monkeypatch.undo()
+    with Outbox(path) as outbox:
+        assert len(waiting(outbox)) == COUNT and outbox.stats().dropped == 0
+    assert not list(tmp_path.glob("*.new*")) and (tmp_path / "o.db.corrupt-1").exists()
+
+
+def test_a_message_that_the_disk_has_changed_is_given_up_and_holds_up_nothing(
+    line: Any, broker: Any, consumer: Any, tmp_path: Path, eventually: Callable[..., None]
+) -> None:
+    with line(1) as running:  # where no broker is
+        sent = running.send(6)
+    # Of the same size, or the start would see it: the end is gone, and what is no JSON.
+    damages = {2: "zeroblob(length(payload))", 4: "CAST(replace(payload, 'seq', 'se' || char(7)) AS BLOB)"}
+    with sqlite3.connect(tmp_path / "outbox.db") as connection:
+        for key, value in damages.items():
+            connection.execute(f"UPDATE message SET payload = {value} WHERE key = ?", (key,))
+    with line(broker.port) as running:
+        fresh = running.send(2)
+        expected = [identifier for key, identifier in enumerate(sent, 1) if key not in damages] + fresh
+        assert [document["id"] for document in consumer.wait_for("verdict", 6)] == expected
+        eventually(lambda: running.outbox.stats().messages == 0)
+        stats = running.outbox.stats()
+        assert (stats.dropped, stats.damaged, stats.too_large) == (2, 2, 0)
+        assert running.delivery.health().trouble() == "messages were lost: damaged on the disk"
+        assert running.delivery.health().links["cam0"].connects == 1
+    with line(1) as running:
+        assert running.outbox.stats().dropped == 2, "the count outlives the process"
+
+
+def test_a_board_that_the_disk_has_changed_begins_anew(
+    start_line: Any, tmp_path: Path, make_images: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Outbox(tmp_path / "state" / "outbox.db") as outbox:
+        outbox.save_state("alarm/cam0", b'{"alarms":5}')
+    source = {"kind": "folder", "path": str(make_images(tmp_path / "in", [10])), "watch": True}
+    running = start_line({"cam0": {"source": source, "product": "mono"}})
+    assert running.app.boards["cam0"].active == () and "what was kept of its alarms is damaged" in caplog.text
+
+
+def test_what_was_sent_from_memory_on_a_full_disk_is_a_floor_after_a_kill(
+    small_disk: Path, tmp_path: Path, eventually: Callable[..., None]
+) -> None:
+    with Outbox(small_disk / "o.db") as outbox:
+        fill(outbox, 3)
+        fill_disk(small_disk)
+        ids, count = Ids(outbox.last_id), 0
+        while not outbox.stats().degraded or count < 300:
+            count += 1
+            outbox.put("cam0", "verdict", ids.next(), bytes(800), ("memory/version", b"%d" % count))
+        eventually(lambda: len(waiting(outbox)) == 3 + count)  # the publisher may have sent all of them
+        last = waiting(outbox)[-1].id
+        for file in small_disk.glob("o.db*"):  # as kill -9 leaves them
+            shutil.copy(file, tmp_path)
+    with Outbox(tmp_path / "o.db") as outbox:
+        assert Ids(outbox.last_id, clock_ns=lambda: 0).next() > last
+        assert published_version(outbox) == count
+    with Outbox(tmp_path / "o.db") as outbox:
+        assert published_version(outbox) == count, "and it is stored now"
+
+
+def test_of_two_copies_of_the_floors_one_is_whole_whatever_happens_to_the_other(tmp_path: Path) -> None:
+    path = tmp_path / "floors"
+    first, second = Floors(Ids().next(), 7, 1, 2), Floors(Ids().next(), 8, 1, 3)
+    FloorsFile(path).write(first, sync=False)
+    other = FloorsFile(path)
+    assert other.read() == first
+    other.write(second, sync=True)
+    assert FloorsFile(path).read() == second
+    for at in (0, PAGE):
+        content = bytearray(path.read_bytes())
+        content[at : at + 20] = bytes(20)
+        path.with_name("damaged").write_bytes(content)
+        assert FloorsFile(path.with_name("damaged")).read() in (first, second)
+    assert FloorsFile(tmp_path / "none").read() == Floors()
