@@ -50,6 +50,20 @@ def test_critical_value_means_alpha():
     assert hits / 400 < 0.08
 
 
+@pytest.mark.parametrize(("reference", "window", "needed"), [(100, 100, 38), (50, 200, 84), (200, 50, 21)])
+def test_the_score_that_warns_and_the_one_that_ends_it(reference, window, needed):
+    """Of `window` scores `needed` lie above all of the reference: by exp(-2 D^2 n m / (n + m)) one in a million."""
+    policy = DriftPolicy(reference, window)
+    assert np.exp(-2 * policy.critical**2 * reference * window / (reference + window)) == pytest.approx(1e-6)
+    for above in (needed - 1, needed):
+        monitor = DriftMonitor(policy)
+        seen = feed(monitor, [*range(reference), *[-1] * (window - above), *[1000] * above])
+        assert seen[-1].statistic == pytest.approx(above / window)
+        assert [d.warning for d in seen] == [False] * (reference + window - 1) + [above == needed]
+    left = [d.statistic for d in feed(monitor, [-1] * window) if d.warning]
+    assert min(left) > 0.8 * policy.critical >= min(left) - 1 / window, "one near the bound does not flicker"
+
+
 def test_a_restart_changes_nothing():
     rng = np.random.default_rng(4)
     a, b = DriftMonitor(DriftPolicy()), DriftMonitor(DriftPolicy())

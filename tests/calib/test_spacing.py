@@ -78,6 +78,30 @@ def test_a_stopped_line_raises_no_warning_and_hides_no_drift():
     assert monitor.warning, "nor does it end one"
 
 
+def test_of_a_part_that_stays_in_view_one_score_counts():
+    rng = np.random.default_rng(0)
+    monitor = started(rng, 1, DriftPolicy(window=300))
+    watch(monitor, pictures(rng, 20, 1))
+    before = monitor.state()["recent"].tolist()
+    watch(monitor, rng.normal(9, 0.001, 40))
+    during = monitor.state()["recent"].tolist()
+    assert during[:-1] == before and during[-1] == pytest.approx(9, abs=0.01)
+    watch(monitor, [3.0, 6.0])
+    assert monitor.state()["recent"].tolist() == [*during, 3.0, 6.0]
+
+
+def test_the_smallest_reference_is_enough_for_a_camera_that_runs_freely():
+    """Of fewer than ten scores it is not known how little one scene differs."""
+    monitor = started(np.random.default_rng(0), 1, DriftPolicy(5, 5, 0.01))
+    assert watch(monitor, [50.0] * 5)
+
+
+def test_a_first_measurement_replaces_nothing():
+    rng, monitor = np.random.default_rng(0), DriftMonitor(DriftPolicy())
+    seen = [monitor.observe(float(score), apart=False) for score in pictures(rng, 400, 5)]
+    assert monitor.complete and monitor.spacing.stride > 1 and not any(drift.renewed for drift in seen)
+
+
 def test_a_camera_whose_scores_are_all_equal_raises_none():
     assert neighbours([3.0] * 50) == 0
     monitor = DriftMonitor(DriftPolicy())
