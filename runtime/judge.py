@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -143,7 +142,6 @@ class Judge:
         memory: OnlineMemory | None = None,
     ):
         self.detector = detector
-        self.counts: Counter[tuple[str, str, str]] = Counter()
         self._overrides = overrides
         self._new_id = new_id
         self._memory = memory
@@ -401,8 +399,7 @@ class Judge:
         )
 
     def _report(self, camera: str, decision: _Decision) -> None:
-        """One log line when a camera begins or ceases to be unjudgeable for a reason; counters for every frame."""
-        self.counts[camera, decision.label, decision.product or ""] += 1
+        """One log line when a camera begins or ceases to be unjudgeable for a reason."""
         before = self._trouble.get(camera, "")
         now = decision.reason if decision.label == "UNKNOWN" else ""
         if now and now != before:

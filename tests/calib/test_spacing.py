@@ -96,6 +96,20 @@ def test_the_smallest_reference_is_enough_for_a_camera_that_runs_freely():
     assert watch(monitor, [50.0] * 5)
 
 
+def test_a_measurement_ends_though_neighbours_always_resemble_each_other(monkeypatch):
+    """Or a camera whose light goes with the hour would never be watched."""
+    monkeypatch.setattr("andon.calib.spacing._LONGEST", 16)
+    spacing = Spacing()
+    counted = [score for score in range(10_000) for score in spacing.pick(float(score))]
+    assert spacing.measured and spacing.stride == 32 and len(counted) > 200
+
+
+def test_a_measurement_that_another_version_began_on_more_scores_ends():
+    spacing = Spacing()
+    spacing.restore(spacing.state() | {"measuring": np.random.default_rng(0).normal(size=400)})
+    assert len(spacing.pick(0.0)) == 200 and spacing.measured
+
+
 def test_a_first_measurement_replaces_nothing():
     rng, monitor = np.random.default_rng(0), DriftMonitor(DriftPolicy())
     seen = [monitor.observe(float(score), apart=False) for score in pictures(rng, 400, 5)]

@@ -172,6 +172,23 @@ def test_an_unusable_memory_is_unknown(make_judge: Callable[..., Judge]) -> None
     assert judge.judge(frame(picture(60), product="poly")).verdict.label == "OK"
 
 
+def test_a_camera_that_cannot_be_judged_is_said_when_it_begins_and_when_it_ends(
+    make_judge: Callable[..., Judge], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "andon.runtime.judge")
+    judge = make_judge()
+    for product in ("mono", "nut", "nut", "mono", "poly", "mono"):
+        judge.judge(frame(picture(60), product=product))
+    judge.unknown(missed(frame(picture(1)), "no_frame", "a trigger without a picture"))
+    judge.judge(frame(picture(60), product="nut"))
+    assert [text.partition(" (")[0] for text in caplog.messages if text.startswith("camera cam")] == [
+        "camera cam cannot be judged: wrong_product",
+        "camera cam is judged again",
+        "camera cam cannot be judged: no_frame",
+        "camera cam cannot be judged: wrong_product",
+    ]
+
+
 @pytest.mark.parametrize("reason", UNKNOWN_REASONS)
 def test_a_missed_part_is_unknown_with_its_reason(make_judge: Callable[..., Judge], reason: str) -> None:
     verdict = make_judge().unknown(missed(frame(picture(1), part_id="C"), reason, "because")).verdict
