@@ -32,6 +32,34 @@ def test_ok_and_ng_with_regions_in_camera_pixels(make_judge: Callable[..., Judge
     assert bad.id > good.id and bad.bundle == judge.detector.bundle.id
 
 
+def test_a_threshold_of_the_line_alone_judges_and_shows_regions(
+    make_judge: Callable[..., Judge], make_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    settings = {"thresholds": {"mono": 0.5}, "pixel_threshold": 0.5, "min_area": 1}
+    judge = make_judge(make_bundle(tmp_path / "uncalibrated", thresholds=None), judge=settings)
+    assert judge.judge(frame(picture(60))).verdict.label == "OK"
+    bad = judge.judge(frame(picture(60, (16, 32, 8, 4)))).verdict
+    assert (bad.label, bad.threshold, [region.bbox for region in bad.regions]) == ("NG", 0.5, [(16, 32, 8, 4)])
+    assert judge.judge(frame(picture(60), product="poly")).verdict.reason == "no_threshold"
+    with pytest.raises(ProductError, match="nut"):
+        make_judge(judge={"thresholds": {"nut": 0.5}})
+
+
+def test_a_product_is_taken_that_the_camera_may_be_set_to(make_judge: Callable[..., Judge]) -> None:
+    judge = make_judge()
+    asked = [("cam", "poly"), ("cam", "nut"), ("cam", "auto"), ("cam9", "poly")]
+    assert [judge.takes(*each) for each in asked] == [True, False, False, False]
+
+
+def test_latencies_count_from_when_the_frame_was_taken(make_judge: Callable[..., Judge]) -> None:
+    """A lighting or a rejecting gate is timed by them."""
+    judge, long_ago = make_judge(), replace(frame(picture(60)), monotonic=time.monotonic() - 1000)
+    stages = judge.judge(long_ago).verdict.latency_ms
+    assert 1e6 <= stages["wait"] < stages["total"] < 2e6
+    assert stages["wait"] + stages["preprocess"] + stages["judge"] == pytest.approx(stages["total"], rel=1e-2)
+    assert 1e6 <= judge.unknown(missed(long_ago, "no_frame", "")).verdict.latency_ms["total"] < 2e6
+
+
 def test_the_region_of_interest_is_all_that_is_judged(make_judge: Callable[..., Judge]) -> None:
     judge = make_judge(roi=(32, 0, 32, 32))
     outside = judge.judge(frame(picture(10, (0, 40, 8, 8))))
@@ -204,3 +232,12 @@ def test_smoothing_is_off_by_default_and_starts_anew_with_a_product(make_judge: 
     ]
     assert [round(verdict.score or 0, 3) for verdict in scores] == [0, 0.25, 0.438, 0.578, 0.784, 0.638]
     assert [verdict.label for verdict in scores] == ["OK", "OK", "OK", "NG", "NG", "NG"]
+
+
+@pytest.mark.parametrize("smoothing", [None, 0.5])
+def test_a_score_on_the_threshold_is_ok(make_judge: Callable[..., Judge], smoothing: float | None) -> None:
+    judge = make_judge(smoothing=smoothing)
+    score = judge.judge(frame(picture(60))).verdict.score
+    judge.set_threshold("mono", score)
+    verdict = judge.judge(frame(picture(60))).verdict
+    assert verdict.score == verdict.threshold == score and verdict.label == "OK"

@@ -73,6 +73,16 @@ def test_a_product_by_command_that_cannot_be_judged_is_said_at_the_start(
     assert judge.judge(frame(picture(60), product=None)).verdict.label == "UNKNOWN", "not judged as another product"
 
 
+def test_a_product_by_command_of_a_camera_that_the_line_has_no_more_stops_no_start(
+    make_judge: Callable[..., Judge], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Overrides(tmp_path / "state").set_product("removed", "poly", "mono", None)
+    caplog.clear()
+    judge = make_judge(product="mono")
+    assert judge.judge(frame(picture(60), product=None)).verdict.product == "mono"
+    assert "cannot be judged" not in caplog.text
+
+
 def test_a_threshold_by_command_is_for_the_model_it_was_set_for(
     make_judge: Callable[..., Judge],
     make_bundle: Callable[..., Path],
