@@ -126,3 +126,13 @@ def test_audit_log_goes_on_in_a_new_file_where_it_was_removed(tmp_path):
     log.write({"version": 2})
     assert log.entries() == [{"version": 2}]
     log.close()
+
+
+def test_audit_log_does_not_read_itself_again_for_each_line(tmp_path, monkeypatch):
+    log = AuditLog(tmp_path / "audit.jsonl")
+    log.write({"version": 1})
+    with monkeypatch.context() as disk:
+        disk.setattr("andon.calib.audit.Path.read_bytes", lambda path: pytest.fail("16 MiB are read"))
+        log.write({"version": 2})
+    assert [entry["version"] for entry in log.entries()] == [1, 2]
+    log.close()

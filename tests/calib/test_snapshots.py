@@ -91,6 +91,19 @@ def test_a_header_that_could_not_be_read_once_is_read_the_next_time(tmp_path, mo
         process.setattr("andon.calib.snapshots.zipfile.ZipFile", too_many)
         assert again.metas() == []
     assert [number for number, _ in again.metas()] == [2, 1]
+    monkeypatch.setattr("andon.calib.snapshots.zipfile.ZipFile", too_many)
+    assert [number for number, _ in again.metas()] == [2, 1], "once read, it is known"
+
+
+def test_a_snapshot_that_is_not_there_is_refused(tmp_path):
+    store = SnapshotStore(tmp_path, IDENTITY)
+    for k in range(2):
+        store.save(arrays(k), {})
+    with pytest.raises(CalibrationError, match="there is no snapshot 7") as refused:
+        store.load(7)
+    assert refused.value.found == [2, 1]
+    with pytest.raises(CalibrationError, match=r"ring-0000000007\.snapshot cannot be used"):
+        read_snapshot(tmp_path / "ring-0000000007.snapshot")
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "foreign"])
@@ -107,7 +120,7 @@ def test_damage_is_refused_and_the_last_good_one_used(tmp_path, damage):
         data.clear()
     bad.write_bytes(data)
     if damage == "foreign":
-        SnapshotStore(tmp_path, {"bundle": "another"}).save(arrays(3), {})
+        SnapshotStore(tmp_path, IDENTITY | {"bundle": "another"}).save(arrays(3), {})
         bad = tmp_path / "ring-0000000003.snapshot"
     snapshot, refused = store.latest()
     assert [r.path for r in refused] == [bad]

@@ -133,6 +133,15 @@ def test_ids_ascend_whatever_the_clock_does(clock: list[int]) -> None:
     assert after.next() > given_out[-1]
 
 
+def test_an_id_says_when_it_was_given_as_ulids_do() -> None:
+    """The milliseconds in its first ten characters, then random bits: that of another station differs."""
+    moment = 1_795_300_112_105
+    one, other = (Ids(clock_ns=lambda: moment * 1_000_000 + 999_999).next() for _ in range(2))
+    assert decode_id(one) >> 80 == moment and one[:10] == other[:10] and one != other
+    assert Ids(entropy=bytes, clock_ns=lambda: moment * 1_000_000).next() == f"{one[:10]}{'0' * 16}"
+    assert encode_id(469) == f"{'0' * 24}EN"
+
+
 @given(st.integers(0, 2**128 - 1))
 def test_ids_encode_and_decode(value: int) -> None:
     assert decode_id(encode_id(value)) == value and len(encode_id(value)) == 26

@@ -14,9 +14,21 @@ from andon.runtime.agreement import retold
 from andon.runtime.bundle import Bundle
 from andon.runtime.engine.onnxruntime import OnnxRuntimeBackend
 from andon.runtime.errors import BundleError
-from andon.runtime.manifest import Variant
+from andon.runtime.manifest import Loop, Run, Variant
 from andon.runtime.program import Program
-from andon.runtime.replay import GATE, GOLDEN, WARM, play_warm, replay_gate, replay_golden, replay_warm
+from andon.runtime.replay import (
+    GATE,
+    GOLDEN,
+    WARM,
+    carries,
+    gate_lacks,
+    gate_programs,
+    play_warm,
+    replay_finite,
+    replay_gate,
+    replay_golden,
+    replay_warm,
+)
 
 from .conftest import ENCODE, ENGINE, run  # type: ignore[import-not-found]
 from .conftest import SCORE as PLAIN
@@ -30,8 +42,12 @@ IDS = np.array([0, 1, 0, 1, 0, 1], np.int32)
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Program]:
-    with Bundle.load(path) as bundle, OnnxRuntimeBackend(threads=1) as backend, Program(bundle, backend) as program:
+def opened(path: Path, name: str = "default") -> Iterator[Program]:
+    with (
+        Bundle.load(path) as bundle,
+        OnnxRuntimeBackend(threads=1) as backend,
+        Program(bundle, backend, program=name) as program,
+    ):
         yield program
 
 
@@ -224,6 +240,106 @@ def test_a_program_that_goes_on_from_something_else_than_was_recorded(
             found = {check.subject for check in checks if not check.ok}
             assert found >= wrong and bool(found) == bool(wrong)
         assert program.read_state("p", 0)[0] == 0, "no line starts from where the replay ended"
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "wrong"), [("score", 1.1, True), ("state.q", 1.1, False), ("state.q", 1.5, True)]
+)
+def test_what_is_carried_may_be_further_off_than_scores(
+    make_bundle: MakeBundle, name: str, factor: float, wrong: bool
+) -> None:
+    reference = looped(make_bundle)
+    with opened(reference) as program:
+        warm = play_warm(program, FRAMES, IDS)
+    warm[name] = warm[name] * np.float32(factor)
+    with opened(looped(make_bundle, {GOLDEN: recorded(reference), WARM: warm})) as program:
+        program.variant = "fp16"
+        found = {check.subject for check in replay_warm(program) if not check.ok}
+    assert found == ({f"warm {name}"} if wrong else set())
+
+
+@pytest.mark.parametrize(
+    ("changes", "carried"), [({}, False), ({"persist": {"p": "p"}}, True), ({"counter": "steps"}, True)]
+)
+def test_a_loop_carries_what_it_keeps_for_the_next_frame(changes: Mapping[str, Any], carried: bool) -> None:
+    loop = {"loop": "step", "count": 10, "carry": {"p_next": "p"}, "init": {"p": "class:p"}}
+    assert carries([Run(run="features"), Loop.model_validate(loop | changes)]) is carried
+
+
+# -- other programs than the default, and bundles without a golden set -------------------------------------------------
+
+STEPS = [{"run": "encode"}, {"run": "score"}]
+
+
+def test_the_programs_whose_decisions_a_gate_set_can_show(make_bundle: MakeBundle) -> None:
+    gated = {"gated": {"fp16": ["default", "short", "long"], "int8": ["default"]}}
+    judged = gate([10, 20, 60, 70], 0.5)
+    judged |= {"score.short": judged["score"], "score.odd": judged["score"]}
+    more = {"alternatives": dict.fromkeys(("short", "long", "odd"), STEPS), "verification": gated}
+    for npz, expected in (({GATE: judged}, ["default", "short"]), ({}, ["default"])):
+        with Bundle.load(make_bundle(npz=npz, **more)) as bundle:
+            assert gate_programs(bundle, "fp16") == expected
+            assert gate_programs(bundle, "int8") == gate_programs(bundle, "fp32") == ["default"]
+
+
+def test_the_decisions_of_another_program_are_held_against_its_own(make_bundle: MakeBundle) -> None:
+    """Its scores are of another scale, and so is its threshold."""
+    judged = gate([10, 20, 60, 70], 0.5)
+    own = {"score.short": judged["score"], "threshold.short": judged["threshold"]}
+    judged |= {"score": judged["score"] * 10, "threshold": judged["threshold"] * 1.5}
+    path = make_bundle(npz={GATE: judged | own}, alternatives={"short": STEPS})
+    for name, wrong in (("default", True), ("short", False)):
+        with opened(path, name) as program:
+            checks = replay_gate(program)
+        prefix = "short: " if name == "short" else ""
+        assert [check.subject for check in checks] == [f"{prefix}decisions", f"{prefix}a"]
+        assert [check.ok for check in checks] == [not wrong, True]
+
+
+def test_a_gate_frame_of_unknown_label_is_no_good_one(make_bundle: MakeBundle) -> None:
+    judged = gate([*range(10, 30), *range(60, 70)], 0.5)
+    judged["labels"] = np.repeat(np.array([0, -1, 1], np.int32), 10)
+    judged["frames"][10:20] = 90
+    with opened(make_bundle(npz={GATE: judged})) as program:
+        assert {check.subject: check.ok for check in replay_gate(program)} == {"decisions": False, "a": True}
+
+
+def test_what_a_gate_set_cannot_show(make_bundle: MakeBundle) -> None:
+    for brightness, labels, lacks in (
+        ([10, 20, 60, 70], [0, 0, 1, 1], []),
+        ([10, 20, 60, 70], [0, 0, -1, -1], ["whether defects still stand out"]),
+        ([10, 20, 30, 40], [0, 0, 1, 1], ["verdicts of both kinds (all scores of the gate set lie below"]),
+        ([60, 70, 80, 90], [0, 0, 1, 1], ["verdicts of both kinds (all scores of the gate set lie above"]),
+    ):
+        judged = gate(brightness, 0.5) | {"labels": np.array(labels, np.int32)}
+        with Bundle.load(make_bundle(npz={GATE: judged})) as bundle:
+            found = gate_lacks(bundle)
+        assert len(found) == len(lacks) and all(
+            text.startswith(start) for text, start in zip(found, lacks, strict=True)
+        )
+
+
+@pytest.mark.parametrize("has_golden", [True, False])
+def test_a_frame_without_a_number_is_found_where_nothing_was_recorded(
+    make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch, has_golden: bool
+) -> None:
+    flat, hole = np.zeros((1, 2, 2)), np.array([[[0, 1], [np.nan, 2]]])
+    right, score, spot = (0.5, flat), (np.nan, flat), (0.5, hole)
+    with opened(make_bundle(npz={GOLDEN: told(2)} if has_golden else {})) as program:
+        for results, bad in (((right, right), 0), ((right, score), 1), ((spot, right), 1), ((score, spot), 2)):
+            given, judged = iter(results), []
+
+            def judge(
+                program: Program, frame: np.ndarray, product: int, given: Any = given, judged: Any = judged
+            ) -> Any:
+                judged.append((int(frame.max()), product))
+                return next(given)
+
+            with monkeypatch.context() as patch:
+                patch.setattr("andon.runtime.replay._judge", judge)
+                (check,) = replay_finite(program, 2)
+            assert (check.value, check.ok) == (bad, bad == 0)
+            assert judged == ([(10, 0), (20, 0)] if has_golden else [(128, 0), (128, 1)]), "a frame of each product"
 
 
 def test_verify_says_what_it_could_not_check(make_bundle: MakeBundle, capsys: pytest.CaptureFixture[str]) -> None:
