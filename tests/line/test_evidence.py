@@ -61,6 +61,43 @@ def test_the_overlay_touches_only_the_region_of_interest() -> None:
     assert drawn.shape == image.shape and image.min() == 100
 
 
+@pytest.mark.parametrize("publish", [False, True])
+def test_a_picture_shows_what_the_camera_saw(make_judge: Callable[..., Judge], tmp_path: Path, publish: bool) -> None:
+    """In its colours and the quality that is asked for, drawn over only on request, and published only on request."""
+    bad = make_judge().judge(frame(picture(250)))
+    image = np.random.default_rng(0).integers(0, 30, (64, 64, 3), np.uint8) + np.array((200, 40, 0), np.uint8)
+    sent: list[tuple[str, str, bytes]] = []
+    pictures = []
+    for quality in (20, 95):
+        config = EvidenceConfig(overlay=False, publish=publish, quality=quality)
+        with EvidenceStore(config, tmp_path / str(quality), lambda *given: sent.append(given)) as store:
+            path = store.keep(bad.verdict, image, bad.scored.map, bad.box, 0.5)
+        pictures.append(Path(path or "").read_bytes())
+        seen = cv2.imread(str(path))[:, :, ::-1]
+        assert seen.mean(axis=(0, 1)) == pytest.approx(image.mean(axis=(0, 1)), abs=3)
+        assert seen.std() < image.std() + 3, "no map and no box"
+    assert len(pictures[0]) < len(pictures[1]) / 2
+    assert sent == ([("cam", bad.verdict.id, each) for each in pictures] if publish else [])
+
+
+def test_the_map_of_the_frame_itself_is_drawn_though_the_next_one_is_judged_meanwhile(
+    make_judge: Callable[..., Judge], tmp_path: Path
+) -> None:
+    image = picture(60, (16, 32, 8, 4))
+    bad = make_judge().judge(frame(image))
+    own, expected = bad.scored.map, overlay(image, bad.scored.map, bad.box, 0.5)
+    store = EvidenceStore(EvidenceConfig(quality=100), tmp_path)
+    path = store.keep(bad.verdict, image, own, bad.box, 0.5)  # its thread has not begun
+    own[:] = 0
+    with store:
+        pass
+    seen = cv2.imread(str(path))[:, :, ::-1].astype(int)
+    inside = (slice(33, 35), slice(17, 23))
+    assert abs(expected[inside].astype(int) - image[inside]).max() > 60
+    assert seen[inside].mean(axis=(0, 1)) == pytest.approx(expected[inside].mean(axis=(0, 1)), abs=40)
+    assert seen[32, 16].min() > 180 and seen[35, 23].min() > 180, "in a white box"
+
+
 def test_a_picture_that_cannot_be_drawn_does_not_end_the_others(
     make_judge: Callable[..., Judge], tmp_path: Path
 ) -> None:
