@@ -50,6 +50,17 @@ def test_evidence_is_kept_under_its_quota(
         assert store.removed == 0, "pictures of an earlier run count towards the quota and stay"
 
 
+def test_a_picture_that_is_larger_than_the_quota_is_kept_alone(
+    make_judge: Callable[..., Judge], tmp_path: Path
+) -> None:
+    bad = make_judge().judge(frame(picture(250)))
+    noise = np.random.default_rng(0).integers(0, 255, (400, 400, 3), np.uint8)
+    with EvidenceStore(EvidenceConfig(max_bytes=2**16, overlay=False), tmp_path) as store:
+        paths = [store.keep(replace(bad.verdict, id=f"{n:026d}"), noise, None, bad.box, None) for n in range(2)]
+    assert (store.written, store.failed, store.removed) == (2, 0, 1)
+    assert [str(path) for path in tmp_path.rglob("*.jpg")] == paths[1:]
+
+
 def test_the_overlay_touches_only_the_region_of_interest() -> None:
     image = picture(100)
     anomaly_map = np.zeros((8, 8), np.float32)

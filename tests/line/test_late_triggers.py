@@ -63,6 +63,9 @@ def test_a_part_of_before_a_product_command_is_told_by_the_classifier_where_that
     item = slots.take(0)
     assert item is not None and (item.part_id, item.product) == ("p", "auto"), "not as commanded later"
     assert Unjudged("m", "b").verdict(item, "stopped", "1", "mono").verdict.product is None
+    long_ago = replace(item, monotonic=time.monotonic() - 1000)
+    latency = Unjudged("m", "b").verdict(long_ago, "stopped", "1", "mono").verdict.latency_ms
+    assert latency == {"total": pytest.approx(1e6, rel=0.1)}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from andon.runtime.bundle import MANIFEST, Bundle
 from andon.runtime.errors import BundleError, ConfigError
-from andon.runtime.newest import calibration_time, export_time, newest, newest_first
+from andon.runtime.newest import calibration_time, export_time, may_be_bundle, newest, newest_first
 from andon.runtime.startup import Options, bundle_path, effective, open_bundle
 
 LINE = "site: s\nline: l\nstation: p\nbundle: hvq-*\ncameras: {cam0: {source: {kind: test}, product: mono}}\n"
@@ -84,6 +84,13 @@ def test_what_is_no_bundle_yet_is_not_the_newest(tmp_path: Path) -> None:
     assert "hvq-copying, hvq-link, hvq-x.tar.tmp" in str(caught.value.found)
     old = exported(tmp_path / "hvq-a", "2020-01-01T00:00:00Z", touched=1e9)
     assert bundle_path(config) == old
+
+
+@pytest.mark.parametrize("name", [".hvq-a", "hvq-a.tmp", "hvq-a.part", "hvq-a.partial", "hvq-a.filepart"])
+def test_what_is_being_written_is_no_bundle_whatever_the_pattern(name: str, tmp_path: Path) -> None:
+    whole = exported(tmp_path / "hvq-a", "2026-01-01T00:00:00Z", touched=1e9)
+    assert may_be_bundle(whole) is True
+    assert may_be_bundle(whole.rename(tmp_path / name)) is False
 
 
 def test_a_folder_that_may_not_be_read_stops_no_newer_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,18 @@ def test_what_no_gate_has_shown_is_said_and_nothing_else(
         assert not other_engines(bundle, [program], *runs_in, in_force={})
 
 
+def test_nothing_is_said_of_a_program_without_thresholds(make_bundle: MakeBundle) -> None:
+    root = calibrated(make_bundle, "fp32")
+
+    def change(manifest: dict[str, Any]) -> None:
+        del manifest["thresholds"]["a"]["long"], manifest["thresholds"]["b"]["long"]
+
+    rewrite(root, change)
+    with Bundle.load(root) as bundle:
+        assert other_engines(bundle, ["default", "long"], "fp16", ORT) == []
+        assert other_engines(bundle, ["short", "long"], "int8", ORT)[0].what.startswith("thresholds of a, b (program s")
+
+
 def test_verify_says_which_precisions_the_thresholds_are_not_for(
     make_bundle: MakeBundle, capsys: pytest.CaptureFixture[str]
 ) -> None:
