@@ -43,6 +43,7 @@ def test_each_part_counts_once_with_the_share_of_its_images() -> None:
     assert found["miss_rate"] == pytest.approx((0.25 + 1 + 0) / 3)
     assert found["unknown_rate"] == pytest.approx(1 / 7)
     assert (found["good"], found["defective"]) == (4, 3), "of one part's images those with one label"
+    assert found["image_AUROC"] == 1, "of what has a score"
     nothing = counted(judged("1", "UU"))
     assert [nothing[n] for n in ("false_alarm_rate", "miss_rate", "image_AUROC", "unknown_rate")] == [None] * 3 + [1]
 

@@ -51,6 +51,10 @@ def test_a_rate_above_the_promise_stands_beside_it(detector: Detector) -> None:
     assert over_promise(detector, judged("N" * 9))["a"].endswith("were promised"), "the chance is not known"
     detector.set_threshold("a", PROMISE.model_copy(update={"samples": 0, "false_alarm_rate": 1.0}))
     assert not over_promise(detector, judged("N" * 9)), "by hand: nothing was promised"
+    detector.set_threshold("a", PROMISE.model_copy(update={"samples": 0}))
+    assert not over_promise(detector, judged("N" * 9)), "by nobody's images"
+    detector.set_threshold("a", PROMISE.model_copy(update={"images": "".join(f"{i:016x}" for i in range(19))}))
+    assert over_promise(detector, judged("NN" + "O" * 8)) == {"a": said}, "an image a part: no part need be known"
 
 
 def test_parts_are_what_the_promise_is_held_against_where_they_are_known(detector: Detector) -> None:
