@@ -5,9 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
-import shutil
 import socket
-import subprocess
 import threading
 import urllib.error
 import urllib.request
@@ -28,6 +26,7 @@ from andon.runtime.lineconfig import WebConfig
 from andon.runtime.startup import Options
 from andon.runtime.web import server
 from andon.runtime.web.server import CONNECTIONS, Backend, WebServer, page_token
+from browser import browse
 
 LIVE = {"kind": "test", "width": 64, "height": 48, "fps": 10, "pattern": "white"}
 
@@ -276,26 +275,6 @@ def test_a_broken_backend_does_not_end_the_server() -> None:
         with pytest.raises(http.client.RemoteDisconnected):
             ask(server.port, "/api/state")
         assert ask(server.port, "/healthz")[0] == 200
-
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-def browse(url: str, *options: str, size: str = "1280,900") -> str:
-    """The page's document after six seconds in a real browser."""
-    if CHROMIUM is None:
-        pytest.skip("THE LIVE PAGE IS NOT TESTED IN A BROWSER: no chromium here (apt-get install chromium)")
-    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size={size}", *options]
-    done = subprocess.run(
-        [*command, "--virtual-time-budget=6000", "--dump-dom", "--enable-logging=stderr", url],
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=True,
-    )
-    broken = [text for text in done.stderr.splitlines() if "CONSOLE" in text and ("Error" in text or "Refused" in text)]
-    assert broken == []
-    return done.stdout
 
 
 def test_the_page_goes_by_the_stations_clock_as_it_is_now(tmp_path: Path) -> None:
