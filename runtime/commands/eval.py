@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -23,6 +22,7 @@ from ..fingerprint import Seen, counted, read_report, tally
 from ..groups import HELP, several, tested_parts
 from ..quality import Metrics, mean_metrics, table
 from ..recorded import Origin, from_verdicts, origin, read_verdicts
+from ..torchfigures import TorchFigures, torch_figures
 from ..unlike import Held, beside, held, not_compared, over_promise, unlike_calibration
 from . import fewshot, numbers, options
 
@@ -51,7 +51,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--verdicts", type=Path, metavar="FILE", help="judge nothing: take the verdicts that `andon watch --out` wrote"
     )
     parser.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="put the figures that training measured in torch beside these"
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="put the AUROC that training measured in torch beside these, if of the same images",
     )
     parser.add_argument(
         "--group-by",
@@ -127,7 +130,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                     "skipped": [s.key for s in skipped],
                 }
                 if torch is not None and name == args.program:
-                    results[name]["torch"] = _beside_torch(torch, evaluated)
+                    found = _beside_torch(torch, evaluated, dataset, args.split)
+                    results[name]["torch"], results[name]["not_beside_torch"] = found
                 if args.report and name == args.program:
                     remarks = [*over.items(), *unlike.items(), *apart.items()]
                     made = _report(args.report, detector, dataset, evaluated, promises, by_part, remarks, remark, whose)
@@ -328,41 +332,26 @@ def _print_promises(
         )
 
 
-def torch_figures(checkpoint: Path, bundle: Bundle) -> dict[str, float | None]:
-    """Image AUROC by product of the torch model that the bundle was made from, as its training recorded it.
+def _beside_torch(
+    recorded: TorchFigures, evaluated: Evaluated, dataset: Dataset, split: str
+) -> tuple[dict[str, float | None], dict[str, str]]:
+    """The torch model's image AUROC of the products that were evaluated, printed beside the engines'.
 
-    Raises:
-        ConfigError: the folder has no metrics, or is another model's checkpoint.
+    Of a product that was evaluated with other images there is none, as a difference would say nothing of the export;
+    the second has why.
     """
-    try:
-        weights = json.loads((checkpoint / "provenance.json").read_text(encoding="utf-8"))["weights_sha256"]
-        recorded = json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))["products"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"no metrics in {checkpoint}",
-            found=error,
-            expected="provenance.json and metrics.json",
-            next_step="andon train without --no-eval",
-        ) from error
-    if weights != bundle.manifest.checkpoint_sha256:
-        made = bundle.manifest.checkpoint_sha256[:12]
-        raise ConfigError(
-            f"{checkpoint} is not the checkpoint the bundle was made from",
-            found=weights[:12],
-            expected=made or "no checkpoint: the bundle was enrolled",
-            next_step="give the right --checkpoint, or export this one" if made else "leave --checkpoint out",
-        )
-    return {product: metrics.get("image_AUROC") for product, metrics in recorded.items()}
-
-
-def _beside_torch(recorded: Mapping[str, float | None], evaluated: Evaluated) -> dict[str, float | None]:
-    """The torch model's image AUROC of the products that were evaluated, printed beside the engines'."""
-    torch = {product: recorded.get(product) for product in evaluated.products}
+    torch: dict[str, float | None] = {}
+    apart: dict[str, str] = {}
     for product, metrics in evaluated.products.items():
+        if why := recorded.other_images(product, metrics, dataset, split):
+            apart[product] = why
+            print(f"{product}: image AUROC not beside torch's: {why}")
+            continue
+        torch[product] = recorded.products.get(product, {}).get("image_AUROC")
         values = [("torch", torch[product]), ("engines", metrics["image_AUROC"])]
         shown = ", ".join(f"{name} {'-' if value is None else f'{value:.4f}'}" for name, value in values)
         print(f"{product}: image AUROC {shown}")
-    return torch
+    return torch, apart
 
 
 def _samplers(results: dict[str, Any]) -> str:

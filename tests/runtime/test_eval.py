@@ -220,6 +220,22 @@ def test_eval_puts_the_figures_of_its_own_checkpoint_beside_and_refuses_another_
     arguments = ("eval", "--data", data, "--checkpoint", tmp_path, *ENGINE)
     code, result, text = run(capsys, *arguments, "--bundle", make_bundle(checkpoint_sha256="1" * 64))
     assert code == 0 and result["torch"] == {"a": 0.5, "b": None} and "torch 0.5000, engines 1.0000" in text
+    record = {"weights_sha256": "1" * 64, "data_path": f"/elsewhere/{data.name}"}
+    (tmp_path / "provenance.json").write_text(json.dumps(record))
+    figures = {"a": {"image_AUROC": 0.5, "good": 8.0, "defective": 4.0}, "b": {"image_AUROC": None}}
+    (tmp_path / "metrics.json").write_text(json.dumps({"products": figures}))
+    root = make_bundle(checkpoint_sha256="1" * 64)
+    for more in ((), ("--limit", 12), ("--products", "a")):
+        code, result, text = run(capsys, *arguments, *more, "--bundle", root)
+        assert code == 0 and result["torch"]["a"] == 0.5 and result["not_beside_torch"] == {}, more
+    for more, why in (
+        (("--limit", 4), "torch's figure is of 8 good and 4 defective images, this of 2 good and 2 defective"),
+        (("--split", "all"), "torch's figure is of the test split, this of all"),
+        (("--data", data / "a"), f"torch's figure is of /elsewhere/{data.name}"),
+    ):
+        code, result, text = run(capsys, *arguments, *more, "--products", "a", "--bundle", root)
+        assert code == 0 and result["torch"] == {} and result["not_beside_torch"] == {"a": why}
+        assert f"a: image AUROC not beside torch's: {why}" in text and "torch 0.5000" not in text
     for sha256, expected in (("2" * 64, "2" * 12), ("", "no checkpoint: the bundle was enrolled")):
         code, result, text = run(capsys, *arguments, "--bundle", make_bundle(checkpoint_sha256=sha256))
         assert code == 1 and "is not the checkpoint the bundle was made from" in result["error"]
