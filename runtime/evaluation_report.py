@@ -11,6 +11,7 @@ from .crop import read_pair
 from .dataset import Dataset
 from .detector import Detector
 from .evaluation import Array, Evaluated
+from .provenance import made_here
 from .quality import Metrics
 from .recorded import Origin
 from .report.evaluation import Evaluation, Part, write
@@ -58,6 +59,7 @@ def write_report(
         "engine": f"{detector.backend.name}, {detector.program.variant}, program {detector.program_name}{here}",
         "backbone": f"{manifest.backbone.id}, {manifest.backbone.weights}",
         "data": f"{dataset.spec} {dataset.license}".strip(),
+        **made_here(),
     }
     tiles = [
         (_figure(evaluated.mean.get("image_AUROC")), "image AUROC, mean over products"),
@@ -83,7 +85,7 @@ def _promised(found: Held | None) -> dict[str, float]:
     if found is None:
         return {}
     by_part = {"false_alarm_rate_by_part": found.rate} if found.grouped else {}
-    return {**by_part, "promised_false_alarm_rate": found.promise}
+    return {**by_part, "promised_false_alarm_rate": found.promise, "calibration_samples": float(found.samples)}
 
 
 def _figure(value: float | None) -> str:

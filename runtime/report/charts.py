@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 WIDTH, HEIGHT = 420, 240
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 36
+LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 38
 
 
 @dataclass(frozen=True)
@@ -146,11 +146,41 @@ def lines(
     body = []
     for i, (name, (a, b)) in enumerate(series.items()):
         body.append(f'<path class="series s{i % 4}" d="{_path(x, y, list(a), list(b))}"/>')
-        body.append(f'<text class="mark s{i % 4}" x="{LEFT + 6}" y="{TOP + 12 + 14 * i}">{escape(name)}</text>')
+        if len(series) > 1:  # one alone is named by the axis
+            body.append(f'<text class="mark s{i % 4}" x="{LEFT + 6}" y="{TOP + 12 + 14 * i}">{escape(name)}</text>')
     if limit is not None:
         body.append(
             f'<line class="threshold" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y.at(limit):.1f}" y2="{y.at(limit):.1f}"/>'
         )
+    return _frame(x, y, body, title)
+
+
+def span(*values: NDArray[np.float64]) -> tuple[float, float]:
+    """A range that holds all finite values with some room; of several arrays for charts that are to be compared."""
+    known = np.concatenate([np.ravel(v) for v in values]) if values else np.zeros(0)
+    known = known[np.isfinite(known)]
+    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+    pad = (high - low) * 0.06 or 0.5
+    return low - pad, high + pad
+
+
+def scatter(
+    groups: Sequence[tuple[str, NDArray[np.float64]]],
+    x_label: str,
+    y_label: str,
+    title: str,
+    y_span: tuple[float, float] | None = None,
+) -> str:
+    """Dots of several groups (CSS colour variable, [n, 2]) on common axes, clear of the frame.
+
+    y_span: lowest and highest y (`span` gives it), so that several charts have the same; None: of these dots.
+    """
+    points = np.concatenate([p for _, p in groups if len(p)] or [np.zeros((0, 2))])
+    x, y = _axes(*span(points[:, 0]), *(y_span or span(points[:, 1])), x_label, y_label)
+    body = []
+    for colour, group in groups:
+        marks = "".join(f"M{x.at(a):.1f},{y.at(b):.1f}h0" for a, b in group)
+        body.append(f'<path class="dots" d="{marks}" style="stroke:var({colour})"/>' if marks else "")
     return _frame(x, y, body, title)
 
 

@@ -18,6 +18,7 @@ from .gallery import pair
 #: Figures of the decisions at the threshold, shown with their counts; what else there is shows how scores separate.
 DECISIONS = (
     *("threshold", "false_alarm_rate", "false_alarm_rate_by_part", "promised_false_alarm_rate"),
+    "calibration_samples",
     *("miss_rate", "F1", "balanced_accuracy"),
     *("unknown_rate", "unknown_rate_good", "unknown_rate_defective"),
 )
@@ -107,8 +108,18 @@ def _confusion_table(e: Evaluation) -> str:
 def _metrics_table(products: Mapping[str, Mapping[str, float | None]], names: Sequence[str]) -> str:
     """Of the figures that some product has; a product a line, as there may be many."""
     shown = [name for name in names if any(name in metrics for metrics in products.values())]
-    rows = [[product, *(metrics.get(name) for name in shown)] for product, metrics in products.items()]
+    rows = [[product, *(_cell(name, metrics.get(name)) for name in shown)] for product, metrics in products.items()]
     return page.table(["product", *(name.replace("_", " ") for name in shown)], rows) if shown else ""
+
+
+def _cell(name: str, value: float | None) -> float | str | None:
+    """As it is printed: a rate as a percentage, a promised one as the most that it may be, a measure with 3 digits."""
+    words = set(name.split("_"))
+    if value is not None and "threshold" not in words and words & {"AUROC", "AUPRO", "F1", "accuracy"}:
+        return f"{value:.3f}"
+    if value is None or "rate" not in words:
+        return value
+    return f"{'≤ ' if name.startswith('promised') else ''}{value:.1%}"
 
 
 def choose(parts: Sequence[Part], threshold: float, each: int = 4) -> list[tuple[str, Part]]:
@@ -147,7 +158,7 @@ def _gallery(e: Evaluation, look: Look, each: int) -> str:
         for name, p in chosen:
             image, score_map, mask = seen[p.key]
             css = {"NG": "ng", "OK": "ok"}.get(p.label, "unknown")
-            verdict = f'<b class="{css}">{p.label}</b> {escape(name)} · score {p.score:.4g}'
+            verdict = f'<b class="{css}">{p.label}</b> {escape(name)} · score&nbsp;{p.score:.4g}'
             caption = f"{verdict}<br>{escape(p.key)} ({escape(p.defect)})"
             figures.append(page.figure(pair(image, score_map, low, high, mask), caption))
         blocks.append(f'<h3>{escape(product)}</h3><div class="gallery wide">{"".join(figures)}</div>')
@@ -182,7 +193,7 @@ def render(e: Evaluation, look: Look | None = None, each: int = 4) -> str:
     if look is not None:
         body.append(page.section("Parts worth looking at", _gallery(e, look, each)))
     if e.facts:
-        body.append(page.section("Provenance", page.table(["what", "value"], e.facts)))
+        body.append(page.section("Provenance", page.facts(e.facts)))
     return page.page(e.title, e.lead, body)
 
 

@@ -35,4 +35,5 @@ def outline(image: NDArray[Any], mask: NDArray[Any]) -> NDArray[Any]:
 def pair(image: NDArray[Any], score_map: NDArray[Any], low: float, high: float, mask: NDArray[Any] | None) -> str:
     """Data URI of image (with the ground-truth border where there is one) and heatmap side by side."""
     left = image if mask is None else outline(image, mask)
-    return data_uri(np.concatenate([left, overlay(image, score_map, low, high)], axis=1), side=2 * SIDE)
+    seam = np.full((image.shape[0], max(1, image.shape[1] // 64), 3), 255, np.uint8)  # dark pictures would run together
+    return data_uri(np.concatenate([left, seam, overlay(image, score_map, low, high)], axis=1), side=2 * SIDE)

@@ -52,12 +52,26 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
+def facts(items: Iterable[tuple[str, str]]) -> str:
+    """A table of what and value, whose values may be long: they wrap."""
+    rows = "".join(f"<tr><th>{escape(what)}</th><td>{escape(value)}</td></tr>" for what, value in items)
+    return f'<table class="facts"><tbody>{rows}</tbody></table>'
+
+
+def note(text: str) -> str:
+    """A paragraph that says what the figures beside it are of."""
+    return f'<p class="lead">{escape(text)}</p>'
+
+
+def legend(items: Sequence[tuple[str, str]]) -> str:
+    """What the colours mean: (CSS colour variable, text); a colour and its text stay on one line."""
+    shown = "".join(f'<span><i style="background:var({colour})"></i>{escape(text)}</span>' for colour, text in items)
+    return f'<p class="legend">{shown}</p>'
+
+
 def figure(image: str, caption: str) -> str:
     """A picture (data URI or relative path) with an HTML caption."""
     return f'<figure><img src="{image}" loading="lazy" alt=""><figcaption>{caption}</figcaption></figure>'
 
 
-LEGEND = (
-    '<p class="legend"><i style="background:var(--good)"></i>good parts'
-    '<i style="background:var(--bad)"></i>defective parts</p>'
-)
+LEGEND = legend([("--good", "good parts"), ("--bad", "defective parts")])

@@ -248,6 +248,7 @@ def test_eval_writes_a_report(
     page = tmp_path / "out" / "report.html"
     code, result, _ = run(capsys, "eval", "--bundle", make_bundle(), "--data", data, "--report", page, *ENGINE)
     assert code == 0 and result["report"] == str(page)
+    assert " CPUs, " in page.read_text().partition("Provenance")[2], "latencies are of a machine"
     assert "image AUROC" in page.read_text() and "http://" not in page.read_text().replace("http://www.w3.org", "")
 
 

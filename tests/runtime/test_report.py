@@ -91,6 +91,21 @@ def test_rates_stand_with_the_decisions_and_no_table_is_too_wide_to_read(tmp_pat
     assert "<th>image AUROC</th>" in ranking
 
 
+def test_a_rate_is_a_percentage_and_stands_beside_what_was_promised_by_how_many(tmp_path) -> None:
+    metrics = {"image_AUROC": 0.7, "threshold": 26.3, "false_alarm_rate": 0.4, "promised_false_alarm_rate": 0.25}
+    report = Evaluation("t", "l", _parts(), {"tile": {**metrics, "calibration_samples": 7.0}}, {}, facts=[("x", "y")])
+    text = write(report, tmp_path / "report.html").read_text()
+    assert "<td>26.3</td><td>40.0%</td><td>≤ 25.0%</td><td>7</td>" in text and "<td>0.700</td>" in text
+    assert "<th>calibration samples</th>" in text
+
+
+def test_a_dark_part_and_its_map_do_not_run_together(monkeypatch) -> None:
+    shown = []
+    monkeypatch.setattr(gallery, "data_uri", lambda image, side: shown.append(image))
+    gallery.pair(np.zeros((64, 64, 3), np.uint8), np.zeros((4, 4)), 1.0, 5.0, None)
+    assert (shown[0].min(axis=(0, 2)) == 255).any()
+
+
 def test_overlay_leaves_normal_pixels_alone() -> None:
     image = np.full((40, 60, 3), 120, np.uint8)
     score_map = np.zeros((4, 6))
