@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,13 @@ from ..engine.select import open_backend
 from ..enrolment.fewshot import FeatureCache, Steps, draw_support, enroll_draw, frozen
 from ..enrolment.foreground import choose
 from ..enrolment.stream import QUANTILES, SETTINGS, Gain, Setting, baseline, plan_stream, run_stream, view_stream
-from ..errors import ConfigError
-from ..report.memory import write_memory_report
+from ..errors import ConfigError, quoted
+from ..fewshot_report import Drawn, write_fewshot_report
 from ..results import merge_results
 from . import numbers, options
 
 #: What --settings measures.
 CHOICES = {"default": SETTINGS[:1], "others": SETTINGS[1:], "all": SETTINGS, "quantiles": QUANTILES}
-#: Share of anomalies in the report's streams where --online says none.
-SHOWN = 0.1
 Record = dict[str, Any]
 
 
@@ -47,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--online",
         type=numbers.shares,
         metavar="P,P",
-        help="also online calibration, with these shares of anomalies (0.1)",
+        help="also online calibration, on streams with these shares of anomalies, e.g. 0,0.1; without it there is none",
     )
     group.add_argument(
         "--settings",
@@ -88,8 +86,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         products, left_out = _measurable(dataset, args)
         with options.progress(len(dataset), "features") as bar:
             cache = FeatureCache(bundle, backend, dataset, bar.update)
+        bundle_id = bundle.id
     name = "elpv" if args.data == "elpv" else Path(args.data).resolve().name
-    base = {"set": name, "command": _command(args, name)}
+    # Folders by name only: the record is read on other machines.
+    base = {"set": name, "command": _command(args, "BUNDLE", name if name == "elpv" else f"$ANDON_DATA/{name}")}
     records: list[Record] = []
     with options.progress(0, "scores") as bar:
         for product in products:
@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                     records += _draw(cache, args, keys, bar.update)
     means = _means(records)
     _print(means)
-    report = _report(cache, args, products, means) if args.report else None
+    report = _report(cache, args, bundle_id, products, means) if args.report else None
     if args.results is not None:
         merge_results(args.results, records)
         print(f"{len(records)} records merged into {args.results}")
@@ -136,7 +136,7 @@ def _measurable(dataset: Dataset, args: argparse.Namespace) -> tuple[list[str], 
 
 def _lacks(dataset: Dataset, product: str, args: argparse.Namespace) -> str:
     """Of which images the product has too few for what is asked; empty: it has enough."""
-    rates = _shares(args)
+    rates = args.online or ()
     support = max(args.few_shot) + (1 if any(rate < 1 for rate in rates) else 0)
     defects = 2 if any(rate > 0 for rate in rates) else 1  # half of them for the stream, the rest is held out
     mine = [s for s in dataset.samples if s.product == product]
@@ -148,16 +148,12 @@ def _lacks(dataset: Dataset, product: str, args: argparse.Namespace) -> str:
     return ", ".join(f"{count} {what} where {least} are needed" for what, count, least in needs if count < least)
 
 
-def _shares(args: argparse.Namespace) -> tuple[float, ...]:
-    """Shares of anomalies of the streams that are run."""
-    return tuple(args.online or ((SHOWN,) if args.report else ()))
-
-
-def _command(args: argparse.Namespace, data: str) -> str:
-    """The command to measure again with; folders by name only, for the record is read on other machines."""
-    shown = data if data == "elpv" else f"$ANDON_DATA/{data}"
-    words = ["andon", "eval", "--bundle", "BUNDLE", "--data", shown, "--few-shot", _commas(args.few_shot)]
+def _command(args: argparse.Namespace, bundle: str, data: str) -> str:
+    """The command to measure again with."""
+    words = ["andon", "eval", "--bundle", bundle, "--data", data, "--few-shot", _commas(args.few_shot)]
     words += ["--seeds", str(args.seeds), "--orders", str(args.orders), "--ct-steps", _commas(args.ct_steps)]
+    if args.products:
+        words += ["--products", *map(quoted, args.products)]
     if args.online:
         words += ["--online", _commas(args.online), "--settings", args.settings]
     if args.foreground != "auto":
@@ -198,19 +194,31 @@ def _draw(cache: FeatureCache, args: argparse.Namespace, keys: Mapping[str, Any]
     return records
 
 
-def _report(cache: FeatureCache, args: argparse.Namespace, products: Iterable[str], means: list[Record]) -> Path:
-    """The memory page: the default rule on draw 0 of every product, and all means."""
+def _report(
+    cache: FeatureCache, args: argparse.Namespace, bundle_id: str, products: Sequence[str], means: list[Record]
+) -> Path:
+    """The page: all means, and of what was asked online one stream as an example, the first of draw 0 of a product."""
+    setting, shots = CHOICES[args.settings][0], args.few_shot[0]
     views = []
     for product in products:
-        for rate in _shares(args):
-            support = draw_support(cache, product, args.few_shot[0], 0)
+        for rate in args.online or ():
+            support = draw_support(cache, product, shots, 0)
             memory = enroll_draw(cache, support, choose(args.foreground), 0)
             plan = plan_stream(cache, product, support, rate, 0, 0)
-            before = baseline(cache, memory, plan, SETTINGS[0].transport, lambda n: None)
-            title = f"{product}, {args.few_shot[0]} shot, {rate:.0%} anomalies, {SETTINGS[0].name}"
-            views.append(view_stream(cache, memory, plan, SETTINGS[0], before, title))
-    fields = ("product", "shots", "method", "setting", "metric", "value", "sd")
-    return write_memory_report(args.report, views, [[r[f] for f in fields] for r in means])
+            before = baseline(cache, memory, plan, setting.transport, lambda n: None)
+            title = f"{product}: one stream with {rate:.0%} anomalies"
+            about = (
+                f"One stream of those behind a mean above: {shots} shot{'s' if shots > 1 else ''}, support draw (seed) "
+                f"0 of {args.seeds}, order 0 of {args.orders}, rule: {setting.name}."
+            )
+            views.append(view_stream(cache, memory, plan, setting, before, title, about))
+    command = _command(args, quoted(args.bundle), quoted(args.data))
+    return write_fewshot_report(args.report, cache, bundle_id, _drawn(args), command, means, views)
+
+
+def _drawn(args: argparse.Namespace) -> Drawn:
+    """How support sets and streams were drawn."""
+    return Drawn(args.few_shot, args.seeds, args.orders, args.ct_steps, args.foreground)
 
 
 def _online(keys: Mapping[str, Any], setting: Setting, rate: float, gains: list[Gain]) -> list[Record]:

@@ -178,9 +178,9 @@ def run_stream(
 
 
 def view_stream(
-    cache: FeatureCache, memory: Memory, plan: Plan, setting: Setting, before: Baseline, title: str
+    cache: FeatureCache, memory: Memory, plan: Plan, setting: Setting, before: Baseline, title: str, about: str
 ) -> MemoryView:
-    """One stream as the report shows it."""
+    """One stream as the report shows it. about: of which draw; which images the figures are of is added to it."""
     trace = Trace()
     gain = run_stream(cache, memory, plan, setting, before, lambda n: None, trace)
     if trace.calibrator is None:
@@ -188,8 +188,17 @@ def view_stream(
     held = trace.calibrator.memory
     wrong = plan.anomalous[np.array(trace.admitted, int)] if trace.admitted else np.zeros(0, bool)
     level = [float(np.median(nearest(cache[int(i)] - memory.center, memory.rows)[0])) for i in plan.stream]
+    bad = sum(not cache.dataset.samples[i].good for i in plan.held_out)
+    anomalous, when = int(plan.anomalous.sum()), "after" if setting.literal else "before"
+    about += (
+        f" The stream has {len(plan.stream)} frames: {len(plan.stream) - anomalous} good training images and "
+        f"{anomalous} defective test images. AUROC is of the test images that were held out of it, "
+        f"{len(plan.held_out) - bad} good and {bad} defective. The charts are of the stream: each frame's score with "
+        f"the memory as enrolled, and with the memory as it had become {when} the frame taught it, on the same scale."
+    )
     return MemoryView(
         title,
+        about,
         memory.rows,
         held.episodic,
         wrong[held.origin[: held.length] - 1] if len(wrong) else np.zeros(0, bool),
@@ -199,12 +208,12 @@ def view_stream(
         np.array(level),
         np.array(trace.rows),
         trace.reasons,
-        {
-            "image AUROC, memory as enrolled": gain.frozen,
-            "image AUROC, calibrated": gain.online,
-            "inserted rows from anomalous frames": gain.bad,
-            "frames that taught": gain.admitted,
-        },
+        (
+            (f"{gain.frozen:.3f}", "image AUROC before"),
+            (f"{gain.online:.3f}", "image AUROC after"),
+            (f"{gain.admitted:.1%}", "of the frames taught"),
+            (f"{gain.bad:.1%}", "of the new rows: from anomalous frames"),
+        ),
     )
 
 

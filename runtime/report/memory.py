@@ -1,18 +1,19 @@
-"""The page about the memory: what it holds, how it grew along a stream, and what that did to the scores."""
+"""The page about the memory: few-shot figures, how a memory grew along a stream, and what that did to the scores."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .charts import HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, lines
-from .page import cards, page, section, table, tiles
+from ..verdict import readable
+from .charts import lines, scatter, span
+from .page import cards, facts, legend, note, page, section, table, tiles
 
 Array = NDArray[Any]
 
@@ -24,9 +25,11 @@ class MemoryView:
     support [n, d], admitted [k, d]: rows at the end; anomalous_row [k]: came from an anomalous frame.
     frozen, online [t]: image scores along the stream; anomalous [t]; level [t]: median distance of a frame to the
     support; rows [t]: episodic rows after each frame; reasons [t]: what the guard said.
+    figures: (value, caption); about: which draw, stream and images all that is of.
     """
 
     title: str
+    about: str
     support: Array
     admitted: Array
     anomalous_row: Array
@@ -36,7 +39,17 @@ class MemoryView:
     level: Array
     rows: Array
     reasons: Sequence[str]
-    figures: dict[str, float] = field(default_factory=dict)
+    figures: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A table of the page; about: what its figures are of."""
+
+    title: str
+    about: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[object]]
 
 
 def projection(support: Array, admitted: Array) -> tuple[Array, Array]:
@@ -51,32 +64,6 @@ def projection(support: Array, admitted: Array) -> tuple[Array, Array]:
     return flat[: len(support)], flat[len(support) :]
 
 
-def scatter(groups: Sequence[tuple[str, Array]], x: str, y: str, title: str) -> str:
-    """Dots of several groups (CSS colour variable, [n, 2]) on common axes, as inline SVG."""
-    points = np.concatenate([p for _, p in groups if len(p)])
-    (left, low), (right, high) = points.min(axis=0), points.max(axis=0)
-    bottom = HEIGHT - 36
-    across, up = Axis(left, right, LEFT, WIDTH - RIGHT, x), Axis(low, high, bottom, TOP, y)
-    dots = []
-    for colour, group in groups:
-        marks = "".join(f"M{across.at(a):.1f},{up.at(b):.1f}h0" for a, b in group)
-        stroke = f'stroke="var({colour})" stroke-width="4" stroke-linecap="round" stroke-opacity=".6"'
-        dots.append(f'<path d="{marks}" {stroke} fill="none"/>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}" class="chart"><title>{title}</title>'
-        f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bottom}" y2="{bottom}"/>{"".join(dots)}'
-        f'<text class="label" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{x}</text>'
-        f'<text class="label" x="11" y="{HEIGHT / 2}" text-anchor="middle" '
-        f'transform="rotate(-90 11 {HEIGHT / 2})">{y}</text></svg>'
-    )
-
-
-def legend(items: Sequence[tuple[str, str]]) -> str:
-    """(CSS colour variable, text) pairs."""
-    return '<p class="legend">' + "".join(f'<i style="background:var({c})"></i>{t}' for c, t in items) + "</p>"
-
-
 def _along(values: Array, anomalous: Array) -> list[tuple[str, Array]]:
     frames = np.arange(len(values))
     both = np.stack([frames, values], axis=1)
@@ -84,7 +71,7 @@ def _along(values: Array, anomalous: Array) -> list[tuple[str, Array]]:
 
 
 def view_section(view: MemoryView) -> str:
-    """The HTML of one memory."""
+    """The HTML of one memory. Both charts of scores have one range, so that they can be compared."""
     support, admitted = projection(view.support, view.admitted)
     wrong = view.anomalous_row.astype(bool)
     space = scatter(
@@ -96,34 +83,34 @@ def view_section(view: MemoryView) -> str:
     colours = [("--good", "support"), ("--s2", "admitted, good frame"), ("--bad", "admitted, anomalous frame")]
     frames = list(range(len(view.rows)))
     kinds = legend([("--good", "good part"), ("--bad", "anomalous part")])
-    counted = Counter(view.reasons)
+    scores = span(view.frozen, view.online)
+
+    def along(values: Array, label: str, title: str, y_span: tuple[float, float] | None = None) -> str:
+        return scatter(_along(values, view.anomalous), "frame", label, title, y_span) + kinds
+
     boxes = [
+        ("Scores with the memory as enrolled", along(view.frozen, "score", "frozen", scores)),
+        ("Scores with the memory as it had become", along(view.online, "score", "online", scores)),
+        ("Distance to the support (what the anchors watch)", along(view.level, "median distance", "drift")),
         ("Memory rows on their principal axes", space + legend(colours)),
-        (
-            "Scores with the memory as enrolled",
-            scatter(_along(view.frozen, view.anomalous), "frame", "score", "frozen") + kinds,
-        ),
-        (
-            "Scores with the calibrated memory",
-            scatter(_along(view.online, view.anomalous), "frame", "score", "online") + kinds,
-        ),
-        (
-            "Distance to the support (what the anchors watch)",
-            scatter(_along(view.level, view.anomalous), "frame", "median distance", "drift") + kinds,
-        ),
         ("Episodic rows", lines({"rows": (frames, [float(v) for v in view.rows])}, "frame", "rows", "episodic rows")),
-        ("What the guard said", table(("reason", "frames"), counted.most_common())),
+        ("What the guard said", table(("reason", "frames"), Counter(view.reasons).most_common())),
     ]
-    figures = tiles([(f"{value:.3f}", name) for name, value in view.figures.items()])
-    return section(view.title, figures, cards(boxes))
+    return section(view.title, note(view.about), tiles(view.figures), cards(boxes))
 
 
-def write_memory_report(path: Path, views: Sequence[MemoryView], rows: Sequence[Sequence[object]]) -> Path:
-    """Write the page: a table (product, shots, method, setting, metric, mean, sd) and a section per view."""
-    header = ("product", "shots", "method", "setting", "metric", "mean", "sd")
-    body = [view_section(view) for view in views]
-    body.append(section("All figures", table(header, rows)))
-    lead = "What a memory of normal holds after a stream of unlabelled frames, and what calibration did to the scores."
+def write_memory_report(
+    path: Path,
+    title: str,
+    lead: str,
+    tables: Sequence[Figures],
+    views: Sequence[MemoryView],
+    provenance: Sequence[tuple[str, str]],
+) -> Path:
+    """Write the page: the tables, a section per view, and what it was made of; returns the path."""
+    body = [section(t.title, note(t.about), table(t.header, t.rows)) for t in tables]
+    body += [view_section(view) for view in views]
+    body.append(section("Provenance", facts(provenance)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page("Memory and few-shot evaluation", lead, body), encoding="utf-8")
+    path.write_text(readable(page(title, lead, body)), encoding="utf-8")
     return path

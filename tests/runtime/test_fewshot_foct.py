@@ -208,7 +208,27 @@ def test_command_prints_writes_records_and_a_page(small, synthetic_data, tmp_pat
     assert {r["shots"] for r in kept} == {1, 2}
     assert all(str(tmp_path) not in r["command"] and r["command"].startswith("andon eval") for r in kept)
     text = page.read_text()
-    assert "<svg" in text and "<script" not in text and "grid, 1 shot" in text
+    assert "<svg" in text and "<script" not in text and "grid: one stream with 20% anomalies" in text
+    for said in ("of the whole test split", "is not the figure of the table above", "were held out of it"):
+        assert said in text, "no figure without the images that it is of"
+    assert "support draw (seed) 0 of 2, order 0 of 1" in text and str(tmp_path) not in kept[0]["command"]
+    provenance = text.partition("Provenance")[2]
+    with Bundle.load(small) as bundle:
+        assert f"{bundle.manifest.name} ({bundle.id})" in provenance
+    for said in (
+        str(synthetic_data),
+        "1 and 2 good training images; seeds 0 to 1",
+        "order 0",
+        f"--bundle {small}",
+        " CPUs, ",
+    ):
+        assert said in provenance, said
+    values = {
+        r["setting"]: f"<td>{r['value']:.3f} ± {r['sd']:.3f}</td>"
+        for r in printed["means"]
+        if "frozen, " in r["setting"]
+    }
+    assert len(values) == 2 and all(value in text for value in values.values())
     assert not any("--on-corrupt" in r["command"] for r in kept) and printed["skipped"] == []
     again = main(["eval", "--data", str(synthetic_data), "--few-shot", "1"])
     assert again == 1 and "needs engines" in capsys.readouterr().err
@@ -230,6 +250,15 @@ def test_an_undecodable_image_is_left_out_on_request(small, synthetic_data, tmp_
     assert all(r["command"].endswith("--on-corrupt skip") for r in result["records"])
 
 
+def test_a_page_has_no_stream_that_nobody_asked_for(small, synthetic_data, tmp_path, capsys):
+    """It was of 10% anomalies, and none of its figures was among the others; one defective image is enough without."""
+    data, page = copied(synthetic_data, tmp_path / "data", 1), tmp_path / "page.html"
+    arguments = ["--few-shot", "1", "--seeds", "1", "--ct-steps", "0", "--foreground", "all", "--threads", "1"]
+    assert main(["eval", "--bundle", str(small), "--data", str(data), *arguments, "--report", str(page)]) == 0
+    text = page.read_text()
+    assert "Memory as enrolled" in text and "seed 0" in text and "stream with" not in text and "Calibrated" not in text
+
+
 def copied(synthetic_data, data, defects):
     """The synthetic set's product with so many defective test images."""
     for split in ("train", "test"):
@@ -245,7 +274,6 @@ def copied(synthetic_data, data, defects):
     [
         (0, (), "0 defective test images where 1 are needed"),
         (1, ("--online", "0,0.1"), "1 defective test images where 2 are needed"),
-        (1, ("--report", "page.html"), "1 defective test images where 2 are needed"),
     ],
 )
 def test_a_product_that_cannot_be_measured_is_refused_before_the_work(
