@@ -134,7 +134,7 @@ def _cache_path(bundle: Bundle, dataset: Dataset) -> Path:
     """Named by all that the features depend on: the stage that makes them, code that reads images, those in order."""
     stage = bundle.manifest.stages[parse_source(memory_of(bundle).candidates).name]
     digest = hashlib.sha256()
-    crops = [str(s.crop) for s in dataset.samples if s.crop is not None]
+    crops = [str(s.crop) for s in dataset.samples] if any(s.crop is not None for s in dataset.samples) else []
     for part in (
         bundle.manifest.files[stage.files["fp32"]].sha256,
         bundle.manifest.preprocess.model_dump_json(),

@@ -16,10 +16,12 @@ from andon.calib.memory import MemoryPolicy
 from andon.cli import main
 from andon.runtime import images
 from andon.runtime.bundle import Bundle
+from andon.runtime.crop import cropped
 from andon.runtime.dataset import open_dataset
 from andon.runtime.engine.select import open_backend
 from andon.runtime.enrolment import fewshot, stream
 from andon.runtime.enrolment.foreground import everything
+from andon.runtime.manifest import Crop
 from andon.runtime.program import Program
 from andon.runtime.results import load_results
 
@@ -44,6 +46,16 @@ def small(tmp_path_factory, synthetic_data):
 def cache(small, synthetic_data):
     with Bundle.load(small) as bundle, open_backend("onnxruntime", threads=1) as backend:
         yield fewshot.FeatureCache(bundle, backend, open_dataset(synthetic_data))
+
+
+def test_features_are_cached_by_what_is_cut_out_of_each_product(small, synthetic_data):
+    """Two products of as many pictures: the region of one is not that of the other."""
+    crop = Crop(roi=(8, 8, 64, 64), picture=(96, 96))
+    whole = open_dataset(synthetic_data)
+    sets = [whole, *(replace(whole, samples=cropped(whole.samples, {p: crop})) for p in whole.products)]
+    with Bundle.load(small) as bundle:
+        paths = {fewshot._cache_path(bundle, dataset) for dataset in sets}
+    assert len(paths) == len(sets) == 4
 
 
 def test_cached_features_are_kept_to_the_limit(small, synthetic_data, tmp_path, monkeypatch, capsys):
