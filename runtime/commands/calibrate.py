@@ -82,8 +82,12 @@ def _calibrate(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
         products = list(dict.fromkeys(args.products or bundle.manifest.classes))
         for product in products:
             bundle.class_index(product)
+        known = options.program_names(bundle)
+        names = args.programs or known
+        if unknown := [n for n in names if n not in known]:
+            raise ConfigError(f"the bundle has no program {unknown[0]}", found=unknown[0], expected=", ".join(known))
         options.say_remarks(dataset)
-        dataset = as_bundle(dataset, bundle, args.roi, products)
+        dataset = as_bundle(dataset, bundle, args.roi, products, names[0])
         unseen = unseen_good(bundle, dataset, products, args.group_by)
         samples, skipped = split_readable(unseen.samples, args.on_corrupt)
         origin = unseen.origin
@@ -101,10 +105,6 @@ def _calibrate(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
             print(unseen.remark)
         options.say_skipped(skipped)
         _require_promise(products, unseen, args)
-        known = options.program_names(bundle)
-        names = args.programs or known
-        if unknown := [n for n in names if n not in known]:
-            raise ConfigError(f"the bundle has no program {unknown[0]}", found=unknown[0], expected=", ".join(known))
         source = f"{origin} of {dataset.spec}, {datetime.now(timezone.utc):%Y-%m-%d}, andon calibrate"
         found: dict[str, dict[str, Threshold]] = {product: {} for product in products}
         with options.progress(len(samples) * len(names), "calibrate") as bar:

@@ -187,6 +187,19 @@ def test_thresholds_of_a_camera_that_sees_the_part_elsewhere(
     assert code == 0 and result["products"]["b"]["false_alarm_rate"] == 1, "whole, where that is asked for"
 
 
+def test_a_program_that_is_calibrated_again_keeps_its_own_crop(
+    make_bundle: MakeBundle, frames: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_bundle(alternatives={"short": [{"run": "encode"}, {"run": "score"}]})
+    calibrate = ("calibrate", "--bundle", root, "--data", frames, "--false-alarm-rate", 0.05, *ENGINE)
+    assert run(capsys, *calibrate, "--roi", "0,0,20,16")[0] == 0
+    for given in (("--roi", ROI), ()):
+        assert run(capsys, *calibrate, "--programs", "short", *given)[0] == 0
+        short, default = (Bundle.load(root).threshold("a", name) for name in ("short", "default"))
+        assert short is not None and default is not None
+        assert short.crop == CROP and default.crop == Crop(roi=(0, 0, 20, 16), picture=(20, 16))
+
+
 def test_pictures_are_read_as_ever_where_nobody_says_anything(make_bundle: MakeBundle, frames: Path) -> None:
     bundle = Bundle.load(make_bundle(report={"fingerprints": {"fitted": contents(frames, 1, 2, "a")}}))
     found = as_bundle(open_dataset(frames), bundle, None)
