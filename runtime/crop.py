@@ -212,6 +212,6 @@ def _other_size(path: Path, size: Size, crop: Crop) -> SourceError:
         found=f"{_pixels(size)} pixels",
         expected=f"{_pixels(crop.picture)}, of which {list(crop.roi)} is cut out, or {_pixels(part_size(crop))}, cut "
         "out already",
-        next_step="leave it out, or give pictures of one camera alone and say with --roi X,Y,WIDTH,HEIGHT what to cut "
-        "out of them (0,0,WIDTH,HEIGHT: all)",
+        next_step="leave it out, or give pictures of one camera alone; of another camera than before say with --roi "
+        "X,Y,WIDTH,HEIGHT (0,0,WIDTH,HEIGHT: all) what train, calibrate, eval or enroll are to cut out of them",
     )
