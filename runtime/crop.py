@@ -185,6 +185,13 @@ def as_bundle(
     return replace(dataset, samples=cropped(dataset.samples, {**known, **crops}))
 
 
+def as_judged(samples: Sequence[Sample], bundle: Bundle, program: str) -> tuple[Sample, ...]:
+    """The samples with what of their pictures another program of the bundle judges: its thresholds may say another."""
+    known = {s.product for s in samples}.intersection(bundle.manifest.classes)
+    crops = {product: crop for product in known if (crop := crop_of(bundle, product, program)) is not None}
+    return cropped(samples, crops)
+
+
 def described(crops: Mapping[str, Crop], why: str) -> list[str]:
     """A line for each crop: what is cut out of the pictures of which products."""
     lines = []

@@ -11,7 +11,7 @@ from typing import Any
 from ..bundle import Bundle
 from ..byparts import part_metrics, part_table
 from ..calibrated import other_engines
-from ..crop import as_bundle
+from ..crop import as_bundle, as_judged
 from ..dataset import Dataset, Sample, open_dataset, split_readable
 from ..detector import Detector
 from ..engine.base import Backend
@@ -108,7 +108,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         results: dict[str, Any] = {}
         for name in names:
             with options.open_detector(bundle, backend, args, program=name) as detector:
-                evaluated = recorded or _run(detector, samples, auto=args.product == "auto")
+                shown = samples if args.roi or name == args.program else as_judged(samples, bundle, name)
+                evaluated = recorded or _run(detector, shown, auto=args.product == "auto")
                 _print(detector, evaluated, whose, auto=args.product == "auto")
                 if whose is None:  # verdicts do not say what engines gave them
                     for other in other_engines(bundle, [name], detector.program.variant, backend.name):

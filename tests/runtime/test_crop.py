@@ -202,6 +202,9 @@ def test_a_program_that_is_calibrated_again_keeps_its_own_crop(
         short, default = (Bundle.load(root).threshold("a", name) for name in ("short", "default"))
         assert short is not None and default is not None
         assert short.crop == CROP and default.crop == Crop(roi=(0, 0, 20, 16), picture=(20, 16))
+    evaluate = ("eval", "--bundle", root, "--data", frames, *ENGINE)
+    alone, both = (run(capsys, *evaluate, *given)[1] for given in (("--program", "short"), ("--samplers",)))
+    assert both["samplers"]["short"]["products"] == alone["products"] != both["products"], "each by its own"
 
 
 def test_pictures_are_read_as_ever_where_nobody_says_anything(make_bundle: MakeBundle, frames: Path) -> None:
