@@ -95,6 +95,7 @@ class _Trainer:
         self.model, self.data, self.device, self.log, self.resume = model, data, device, log, resume
         self.progress = progress and distributed.is_main()
         self.schedule = bounded(model.config.schedule, len(data))
+        model.progress = None
         self.step = 0
         self.seconds = 0.0
         self.last: dict[str, float] = {}
@@ -141,7 +142,8 @@ class _Trainer:
     def _one(self) -> dict[str, Tensor | float]:
         """One optimisation step."""
         factor = lr_factor(self.schedule, self.step, self.seconds)
-        self.model.progress = progress(self.schedule, self.step, self.seconds)
+        # never back: steps that catch up with the clock do not begin a phase again
+        self.model.progress = max(self.model.progress or 0.0, share_done(self.schedule, self.step, self.seconds))
         for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
             for group, peak in zip(optimizer.optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
@@ -222,7 +224,7 @@ def bounded(schedule: Schedule, images: int) -> Schedule:
     return schedule.model_copy(update={"steps": min(schedule.steps, most)})
 
 
-def progress(schedule: Schedule, step: int, seconds: float) -> float:
+def share_done(schedule: Schedule, step: int, seconds: float) -> float:
     """Share of a run that is done: of its steps, or of `max_seconds` while that is well ahead, so that what a method
     does for a share of the run it also does where the limit ends it."""
     done = step / schedule.steps
@@ -243,7 +245,7 @@ def lr_factor(schedule: Schedule, step: int, seconds: float) -> float:
     if step < schedule.warmup:
         return (step + 1) / (schedule.warmup + 1)
     done = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
-    if (share := progress(schedule, step, seconds)) > step / schedule.steps:
+    if (share := share_done(schedule, step, seconds)) > step / schedule.steps:
         done = share
     kind, numbers = parse_decay(schedule.decay)
     if kind == "cosine":

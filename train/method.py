@@ -220,7 +220,7 @@ class AnomalyModel(nn.Module, ABC):
 
     config: MethodConfig
     classes: tuple[str, ...]
-    #: Share of this run that is done, by its steps or by the clock that will end it (loop.progress); set by the loop
+    #: Share of this run that is done, by its steps or by the clock that will end it (loop.share_done); set by the loop
     #: before each step; None in a model that no loop has trained
     progress: float | None = None
 

@@ -23,7 +23,7 @@ from andon.runtime.dataset import open_dataset
 from andon.runtime.errors import ConfigError
 from andon.train.errors import TrainingError
 from andon.train.features import FeatureSet, extract, load_frame
-from andon.train.loop import amp_dtype, fit, lr_factor, progress
+from andon.train.loop import amp_dtype, fit, lr_factor, share_done
 from andon.train.method import AnomalyModel, Schedule
 from andon.train.resume import ResumeFile
 from andon.train.sampler import BalancedSampler
@@ -237,7 +237,7 @@ def test_learning_rate_follows_steps_and_ends_with_the_clock() -> None:
     timed = Schedule(steps=100, decay="cosine", max_seconds=10)
     assert lr_factor(timed, 20, 1.9) == lr_factor(timed, 20, 0), "ahead of the clock: steps rule"
     assert lr_factor(timed, 20, 9.99) < 0.01, "behind the clock: the clock rules"
-    assert (progress(timed, 20, 1.9), progress(timed, 20, 9.0), progress(cosine, 20, 9.0)) == (0.2, 0.9, 0.2)
+    assert (share_done(timed, 20, 1.9), share_done(timed, 20, 9.0), share_done(cosine, 20, 9.0)) == (0.2, 0.9, 0.2)
     inverse = Schedule(steps=100, decay="inverse:10:0.75")
     assert lr_factor(inverse, 0, 0) == 1.0 and lr_factor(inverse, 50, 0) == pytest.approx(6**-0.75)
 
