@@ -54,8 +54,7 @@ def overlay(image: Array, anomaly_map: Array, box: Box, threshold: float | None)
     """The picture with the map over its region of interest, hot above the pixel threshold; uint8 [h, w, 3] RGB."""
     x, y, width, height = box
     drawn = image.copy()
-    area = drawn[y : y + height, x : x + width]
-    area[:] = heatmap.overlay(area, anomaly_map, *heatmap.scale(anomaly_map, threshold))
+    heatmap.draw(drawn[y : y + height, x : x + width], anomaly_map, *heatmap.scale(anomaly_map, threshold))
     return drawn
 
 
