@@ -32,19 +32,21 @@ def find_regions(
     count, labels, stats, _ = cv2.connectedComponentsWithStats(above, connectivity=8)
     if count < 2:
         return ()
-    peaks = np.full(count, -np.inf)
+    peaks = np.full(count, -np.inf, anomaly_map.dtype)  # of another type numpy would convert cell by cell, slowly
     inside = labels > 0
     np.maximum.at(peaks, labels[inside].astype(np.intp), anomaly_map[inside])
     rows, columns = anomaly_map.shape
-    regions = []
-    for index in sorted(range(1, count), key=lambda i: -peaks[i]):
+    regions: list[Region] = []
+    for index in np.argsort(-peaks[1:], kind="stable") + 1:
+        if len(regions) == limit:  # of noise, or in the wrong light, there are thousands of specks
+            break
         left, top, width, height, cells = (int(value) for value in stats[index])
         area = round(cells * box[2] * box[3] / (rows * columns))
         if area >= min_area:  # whole pixels outwards, in integers: floats would step over the edge
             x, y = left * box[2] // columns, top * box[3] // rows
             right, bottom = -(-(left + width) * box[2] // columns), -(-(top + height) * box[3] // rows)
             regions.append(Region((box[0] + x, box[1] + y, right - x, bottom - y), area, float(peaks[index])))
-    return tuple(regions[:limit])
+    return tuple(regions)
 
 
 def clip_roi(roi: Box | None, width: int, height: int) -> Box | None:
