@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from .alarm import Alarm
 from .evidence import overlay
 from .judge import Judgement
+from .regions import Box
 from .source.camera import CameraState
 from .types import Frame, Verdict
 from .verdict import timestamp
@@ -60,7 +61,7 @@ class _Camera:
     source: CameraState
     image: NDArray[Any] | None = None
     map: NDArray[Any] | None = None
-    box: tuple[int, int, int, int] = (0, 0, 0, 0)
+    box: Box = (0, 0, 0, 0)
     pixel: float | None = None
     pictured: Verdict | None = None
     verdict: Verdict | None = None
@@ -220,11 +221,14 @@ class LineState:
             image, anomaly_map, box, pixel = held.image, held.map, held.box, held.pixel
         if image is None:
             return None
-        if heat and anomaly_map is not None:
-            image = overlay(image, anomaly_map, box, pixel)
-        if image.shape[1] > width:
-            height = max(1, round(image.shape[0] * width / image.shape[1]))
-            image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+        anomaly_map = anomaly_map if heat else None
+        shown = _fit(image.shape, box, width)
+        if anomaly_map is not None and (shown[3] < anomaly_map.shape[0] or shown[2] < anomaly_map.shape[1]):
+            # Drawn that small a map would lose cells, and with them a hot one.
+            image, anomaly_map = overlay(image, anomaly_map, box, pixel), None
+        image = _shrink(image, width)
+        if anomaly_map is not None:  # drawing costs by the pixel: those that are shown, not those of the camera
+            image = overlay(image, anomaly_map, shown, pixel)
         encoded = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
         return bytes(encoded[1].tobytes())
 
@@ -259,3 +263,23 @@ class LineState:
             "alarms": [asdict(alarm) for alarm in camera.alarms if alarm.active],
             "history": list(camera.history),
         }
+
+
+def _size(shape: tuple[int, ...], width: int) -> tuple[int, int]:
+    """Height and width of a picture of this shape that is at most `width` pixels wide, in its proportions."""
+    rows, columns = shape[:2]
+    return (rows, columns) if columns <= width else (max(1, round(rows * width / columns)), width)
+
+
+def _shrink(image: NDArray[Any], width: int) -> NDArray[Any]:
+    """The picture uint8 [h, w, 3] at most `width` pixels wide."""
+    size = _size(image.shape, width)
+    return image if size == image.shape[:2] else cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
+
+
+def _fit(shape: tuple[int, ...], box: Box, width: int) -> Box:
+    """Where a box of a picture of this shape lies once it is shrunk: whole pixels outwards, so never empty."""
+    (rows, columns), (high, wide) = shape[:2], _size(shape, width)
+    x, y = box[0] * wide // columns, box[1] * high // rows
+    right, bottom = -(-(box[0] + box[2]) * wide // columns), -(-(box[1] + box[3]) * high // rows)
+    return (x, y, right - x, bottom - y)

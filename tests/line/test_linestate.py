@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from datetime import datetime, timezone
 from types import SimpleNamespace
 from typing import Any
 
+import cv2
 import numpy as np
 import paho.mqtt.client as paho
 import pytest
+from andon.runtime import evidence
 from andon.runtime.broker import EmbeddedBroker
 from andon.runtime.linestate import LineState
 from andon.runtime.types import Frame, Verdict
@@ -40,8 +43,6 @@ def test_evidence_can_be_published(
 
 
 def test_the_state_can_be_looked_at(start_line: Callable[..., RunningLine], consumer: Any) -> None:
-    import cv2
-
     line = start_line({"cam0": {"source": {**LIVE, "pattern": "ball"}, "product": "mono"}})
     consumer.wait_for("verdict", 2)
     state = line.app.state
@@ -102,3 +103,62 @@ def test_a_picture_of_an_earlier_part_is_known_as_one() -> None:
     assert picture("1", frame) == {"current": True, "part_id": "1"}
     assert picture("2", None) == {"current": False, "part_id": "1"}
     assert picture("3", frame)["current"]
+
+
+def looked_at(image: np.ndarray, anomaly_map: np.ndarray, box: tuple[int, int, int, int]) -> LineState:
+    """A line whose one camera has judged this picture, with pixel threshold 0.5, while somebody looks."""
+    state, moment = LineState({"cam0": "mono"}), datetime.now(timezone.utc)
+    verdict = Verdict("id", "cam0", 1, moment, moment, "NG", "score_above_threshold")
+    scored = SimpleNamespace(map=anomaly_map, pixel_threshold=0.5)
+    judgement: Any = SimpleNamespace(verdict=verdict, detail="", scored=scored, box=box)
+    state.picture("cam0")
+    state.record(judgement, Frame("cam0", 1, moment, 0.0, image), 0.0)
+    return state
+
+
+def shown(state: LineState, width: int, *, heat: bool = True) -> np.ndarray:
+    jpeg = state.picture("cam0", width=width, heat=heat, quality=100)
+    assert jpeg is not None
+    return np.asarray(cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)[:, :, ::-1], np.int32)
+
+
+@pytest.mark.parametrize("box", [(0, 0, 1000, 700), (130, 50, 601, 403), (0, 300, 1000, 320)])
+@pytest.mark.parametrize("width", [2000, 1000, 333])
+def test_heat_lies_where_it_would_on_the_cameras_picture(box: tuple[int, int, int, int], width: int) -> None:
+    image = cv2.resize(np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8), (1000, 700))
+    anomaly_map = np.zeros((40, 40), np.float32)
+    anomaly_map[5:12, 8:14] = 1
+    anomaly_map = cv2.GaussianBlur(anomaly_map, (0, 0), 2)
+    small = shown(looked_at(image, anomaly_map, box), width)
+    size = small.shape[1::-1]
+    drawn = evidence.overlay(image, anomaly_map, box, 0.5)
+    expected = cv2.resize(drawn, size, interpolation=cv2.INTER_AREA).astype(np.int32)
+    heat = np.abs(expected - cv2.resize(image, size, interpolation=cv2.INTER_AREA))
+    hot = heat.max(axis=2) > 20
+    off = np.abs(small - expected)
+    assert hot.any() and off[hot].mean() < heat[hot].mean() / 5, "whole pixels allowed for"
+    assert off[~hot].mean() < 2, "JPEG allowed for"
+
+
+def test_a_hot_cell_is_not_lost_in_a_box_that_is_shown_smaller_than_the_map() -> None:
+    image = np.zeros((1000, 2000, 3), np.uint8)
+    for cell in range(20, 25):
+        anomaly_map = np.zeros((64, 64), np.float32)
+        anomaly_map[cell, cell] = 1
+        state = looked_at(image, anomaly_map, (500, 100, 640, 640))
+        assert shown(state, 120, heat=False).max() == 0 and shown(state, 120).max() > 3
+
+
+def test_a_look_at_a_large_picture_takes_memory_for_what_is_shown() -> None:
+    """Of a 12 MP camera each look took 400 MB, and a page looks each second."""
+    image = np.zeros((1500, 2000, 3), np.uint8)
+    anomaly_map = np.zeros((64, 64), np.float32)
+    anomaly_map[20:24, 30:34] = 1
+    state = looked_at(image, anomaly_map, (0, 0, 2000, 1500))
+    tracemalloc.start()
+    try:
+        state.picture("cam0", width=480)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < image.nbytes / 2
