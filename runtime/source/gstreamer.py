@@ -7,6 +7,7 @@ import time
 from datetime import timedelta
 from typing import Any
 
+import cv2
 import numpy as np
 
 from ..errors import SourceError
@@ -14,6 +15,10 @@ from .ages import Ages
 from .base import Array, EndOfSource, Shot, utc_now
 
 SINK = "andon_sink"
+#: What the sink takes. BGRx, as a Jetson's hardware gives it, is turned round while it is copied, and only in frames
+#: that are loaded; videoconvert would do it to every frame of the camera. Two structures, RGB first: of one with both
+#: formats videoconvert chooses BGRx for everything that it has to convert.
+CAPS = "video/x-raw,format=RGB;video/x-raw,format=BGRx"
 APT = (
     "apt-get install gstreamer1.0-plugins-base gstreamer1.0-plugins-good gir1.2-gst-plugins-base-1.0 "
     "gir1.2-gstreamer-1.0 python3-gi python3-gst-1.0, and make gi visible in the environment (see README)"
@@ -71,7 +76,7 @@ def parse(text: str) -> Any:
 
 
 def to_array(modules: Any, sample: Any) -> Array:
-    """The RGB picture of a sample as uint8 [h, w, 3], copied row by row as its stride says.
+    """The RGB picture of a sample of `CAPS` as uint8 [h, w, 3], copied row by row as its stride says.
 
     Raises:
         SourceError: the buffer cannot be read or is smaller than its caps say.
@@ -84,23 +89,25 @@ def to_array(modules: Any, sample: Any) -> Array:
     if not readable:
         raise SourceError("a frame's memory cannot be read", next_step="end the pipeline in system memory (nvvidconv)")
     try:
-        return unpack(mapped.data, info.width, info.height, stride, offset)
+        return unpack(mapped.data, info.width, info.height, stride, offset, bgrx=info.finfo.name == "BGRx")
     finally:
         buffer.unmap(mapped)
 
 
-def unpack(data: Any, width: int, height: int, stride: int, offset: int = 0) -> Array:
-    """Packed RGB rows of `stride` bytes each as a contiguous uint8 [height, width, 3] copy.
+def unpack(data: Any, width: int, height: int, stride: int, offset: int = 0, *, bgrx: bool = False) -> Array:
+    """Packed rows of `stride` bytes each, RGB or BGRx, as a contiguous uint8 [height, width, 3] RGB copy.
 
     Raises:
         SourceError: fewer bytes than width, height and stride ask for (the last row may lack its padding).
     """
-    needed = offset + stride * (height - 1) + 3 * width
-    if stride < 3 * width or len(data) < needed:
+    channels = 4 if bgrx else 3
+    needed = offset + stride * (height - 1) + channels * width
+    if stride < channels * width or len(data) < needed:
         raise SourceError(
             "a frame does not fit its caps", found=f"{len(data)} bytes, stride {stride}", expected=f"{needed} bytes"
         )
-    return np.ndarray((height, width, 3), np.uint8, data, offset, (stride, 3, 1)).copy()
+    rows: Array = np.ndarray((height, width, channels), np.uint8, data, offset, (stride, channels, 1))
+    return cv2.cvtColor(rows, cv2.COLOR_BGRA2RGB) if bgrx else rows.copy()
 
 
 def element_name(element: Any) -> str:
@@ -125,7 +132,7 @@ class Pipeline:
         """
         self._live = live
         self._text = (
-            f"{text} ! videoconvert ! video/x-raw,format=RGB ! appsink name={SINK} max-buffers=2 "
+            f"{text} ! videoconvert ! {CAPS} ! appsink name={SINK} max-buffers=2 "
             f"drop={'false' if keep_all else 'true'} sync={'true' if sync else 'false'} qos=false"
         )
         self._modules: Any = None

@@ -17,7 +17,7 @@ from ..sourceconfig import CsiSource, FileSource, GstreamerSource, PatternSource
 from .gstreamer import GstreamerCamera, has_element
 
 Has = Callable[[str], bool]
-#: From NVMM memory to system memory, in a format that videoconvert turns into RGB cheaply.
+#: From NVMM memory to system memory, in a format that the sink takes as it is.
 FROM_NVMM = "nvvidconv ! video/x-raw,format=BGRx"
 RTSP = "andon_rtsp"
 FILE = "andon_file"

@@ -47,16 +47,46 @@ def test_a_decoder_that_is_missing_is_named_with_what_has_it(video: Path, no_dec
 @settings(deadline=None)
 @given(
     width=st.integers(1, 40), height=st.integers(1, 20), padding=st.integers(0, 9), offset=st.integers(0, 7),
-    short=st.booleans(),
+    short=st.booleans(), bgrx=st.booleans(),
 )  # fmt: skip
-def test_rows_are_unpacked_by_their_stride(width: int, height: int, padding: int, offset: int, short: bool) -> None:
-    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
+def test_rows_are_unpacked_by_their_stride(
+    width: int, height: int, padding: int, offset: int, short: bool, bgrx: bool
+) -> None:
+    channels = 4 if bgrx else 3
+    pixels = np.random.default_rng(width).integers(0, 256, (height, width, channels), np.uint8)
     rows = np.pad(pixels.reshape(height, -1), ((0, 0), (0, padding)), constant_values=7)
     data = bytes(offset) + rows.tobytes()
     data = data[: len(data) - padding] if short else data
-    np.testing.assert_array_equal(unpack(data, width, height, 3 * width + padding, offset), pixels)
+    stride = channels * width + padding
+    unpacked = unpack(data, width, height, stride, offset, bgrx=bgrx)
+    np.testing.assert_array_equal(unpacked, pixels[:, :, [2, 1, 0]] if bgrx else pixels)
+    assert unpacked.flags.c_contiguous and unpacked.flags.owndata, "of memory that a camera fills anew"
     with pytest.raises(SourceError, match="does not fit"):
-        unpack(data[: len(data) - padding - 1 if not short else -1], width, height, 3 * width + padding, offset)
+        unpack(data[: len(data) - padding - 1 if not short else -1], width, height, stride, offset, bgrx=bgrx)
+
+
+@pytest.mark.parametrize("form", ["BGRx", "RGB", "BGR", "RGBx", "BGRA", "I420", "NV12", "YUY2", "GRAY8"])
+@pytest.mark.parametrize("width", [64, 41])
+def test_a_frame_has_the_colours_that_videoconvert_gives_it(form: str, width: int) -> None:
+    """BGRx goes to the sink as it is: nothing is converted of frames that are left out."""
+    modules = gst()
+    text = f"videotestsrc num-buffers=1 pattern=smpte ! video/x-raw,format={form},width={width},height=34"
+    plain = modules.Gst.parse_launch(f"{text} ! videoconvert ! video/x-raw,format=RGB ! appsink name=out")
+    plain.set_state(modules.Gst.State.PLAYING)
+    buffer = plain.get_by_name("out").try_pull_sample(10 * modules.Gst.SECOND).get_buffer()
+    packed = np.frombuffer(buffer.extract_dup(0, buffer.get_size()), np.uint8).reshape(34, -1)
+    plain.set_state(modules.Gst.State.NULL)
+    source = GstreamerCamera(text, live=False, keep_all=True)
+    with closing(source):
+        source.open()
+        shot = source.read(10)
+        assert shot is not None
+        image = shot.load()
+        caps = source._pipeline._sink.get_static_pad("sink").get_current_caps().get_structure(0)
+    if form in ("BGRx", "RGB"):  # anything else becomes what this version of videoconvert chooses, of the same colours
+        assert caps.get_string("format") == form
+    np.testing.assert_array_equal(image, packed[:, : 3 * width].reshape(34, width, 3))
+    assert form == "GRAY8" or len(np.unique(image.reshape(-1, 3), axis=0)) > 6, "a picture of many colours"
 
 
 @pytest.mark.parametrize("through", ["videoconvert", "videoconvert ! queue ! jpegenc quality=100 ! jpegdec"])
