@@ -11,7 +11,9 @@ from andon.export.walk import Walk, torch_call
 from andon.runtime.errors import CalibrationError, ConfigError
 from andon.train.config import load_config
 from andon.train.features import FeatureSet
-from andon.train.methods.knn.model import Knn
+from andon.train.methods.knn.features import EMPTY
+from andon.train.methods.knn.model import BankDistance, Knn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 TINY = ("backbone.weights=random:0", "size=64", "patches.grid=8", "coreset=30", "pool=100", "episodic=5")
 
@@ -102,6 +104,29 @@ def test_the_cut_computes_what_the_model_does(banks):
         values = walk.frame(test[index : index + 1].numpy(), index)
         assert values["score.score"][0] == pytest.approx(float(expected.score[0]), rel=1e-5)
         np.testing.assert_allclose(values["score.map"][0], expected.map.numpy(), rtol=1e-4)
+
+
+def test_distances_are_those_of_the_scaled_bank_and_the_bank_is_not_scaled():
+    """A power of two changes no digit, so it goes to the smaller side."""
+    generator = torch.Generator().manual_seed(0)
+    patches, bank = torch.randn(16, 24, generator=generator), torch.randn(60, 24, generator=generator)
+    valid = (torch.rand(60, generator=generator) < 0.8).float()
+    distance = BankDistance(grid=4, size=32, sigma=1.0)
+    multiplied: list[int] = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function is torch.ops.aten.mul.Tensor:
+                multiplied.append(result.numel())
+            return result
+
+    with Counting():
+        found = distance(patches, bank, valid)[2]
+    far = torch.sum(bank * bank, dim=1) + (1.0 - valid) * EMPTY
+    squared = (far[None, :] + torch.matmul(patches, bank.T * -2.0)).amin(dim=1) + torch.sum(patches * patches, dim=1)
+    assert torch.equal(found, torch.sqrt(torch.clamp(squared, min=0.0)))
+    assert multiplied.count(bank.numel()) == 1, "its norms"
 
 
 def test_there_is_no_training_step():

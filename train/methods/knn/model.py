@@ -29,10 +29,11 @@ class BankDistance(nn.Module):
     def forward(self, patches: Tensor, bank: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """patches [m, d], bank [n, d], valid [n] -> map [1, 1, size, size], score [1], patch_score [m].
 
-        The minimum is taken before the patch's own norm is added: one pass less over the [m, n] matrix.
+        The minimum is taken before the patch's own norm is added: one pass less over the [m, n] matrix. The -2 goes to
+        the patches, which are fewer than the bank's rows: the bits are the same, and engines fuse the transpose.
         """
         far = torch.sum(bank * bank, dim=1) + (1.0 - valid) * EMPTY
-        partial = (far[None, :] + torch.matmul(patches, bank.T * -2.0)).amin(dim=1)
+        partial = (far[None, :] + torch.matmul(patches * -2.0, bank.T)).amin(dim=1)
         squared = partial + torch.sum(patches * patches, dim=1)
         patch_score = torch.sqrt(torch.clamp(squared, min=0.0))
         pixel_map, score = self.score_map(patch_score.reshape(1, 1, self.grid, self.grid))
