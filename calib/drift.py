@@ -83,6 +83,7 @@ class DriftMonitor:
         self._recent: deque[float] = deque(maxlen=policy.window)
         self._warning = False
         self._statistic = 0.0
+        self._known: float | None = None  # what statistic() gives, until a sample changes
         self._of_parts = True
 
     @property
@@ -124,6 +125,7 @@ class DriftMonitor:
         return Drift(self._warning, self._warning != before, self._statistic, self.critical, renewed)
 
     def _count(self, score: float) -> None:
+        self._known = None
         if not self._complete:
             self._reference.append(score)
             self._complete = len(self._reference) >= self.policy.reference
@@ -139,12 +141,18 @@ class DriftMonitor:
         """Whether it is one more score of a scene that stays in view; of its scores one counts."""
         before, self._standing = self._standing, self._complete and self._standstill.add(score)
         if self._standing and not before:  # this was seen by ten of them
+            self._known = None
             for _ in range(min(self._standstill.RUN - 2, len(self._recent))):
                 self._recent.pop()
         return self._standing
 
     def statistic(self) -> float:
         """max_x F_reference(x) - F_recent(x), in 0..1; 0 without both samples."""
+        if self._known is None:
+            self._known = self._compare()
+        return self._known
+
+    def _compare(self) -> float:
         if not self._reference or not self._recent:
             return 0.0
         reference, recent = np.sort(self._reference), np.sort(np.array(self._recent))
@@ -160,6 +168,7 @@ class DriftMonitor:
     def _begin(self) -> None:
         self._reference, self._complete, self._warning, self._statistic = [], False, False, 0.0
         self._recent.clear()
+        self._known = None
 
     def state(self) -> dict[str, Array]:
         """Both samples, the warning and the spacing."""
@@ -180,7 +189,7 @@ class DriftMonitor:
         """
         self._reference = [float(x) for x in state["reference"]][: self.policy.reference]
         self._recent = deque((float(x) for x in state["recent"]), maxlen=self.policy.window)
-        self._warning, self._statistic = bool(state["warning"]), 0.0
+        self._warning, self._statistic, self._known = bool(state["warning"]), 0.0, None
         # Earlier versions did not say so, and took every picture of a camera for a part of its own.
         was_complete = bool(state["complete"]) if "complete" in state else len(self._recent) > 0
         size = len(self._reference)

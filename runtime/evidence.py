@@ -82,7 +82,8 @@ class EvidenceStore:
         self._folder = folder
         self._jobs: queue.Queue[_Job | None] = queue.Queue(WAITING)
         self._thread = threading.Thread(target=self._run, name="evidence", daemon=True)
-        self._files: dict[Path, int] = {}
+        self._files: dict[str, int] = {}  # path -> bytes, oldest first; text, for a large quota holds half a million
+        self._held = 0  # their sum
         self._yielding = False
         self.written = self.skipped = self.failed = self.removed = 0
 
@@ -155,7 +156,7 @@ class EvidenceStore:
             OSError: the folder cannot be made or listed.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        found: dict[Path, int] = {}
+        found: dict[str, int] = {}
         others: list[str] = []
         for day in self._folder.glob("*/*"):
             if not _DAY.fullmatch(day.name):
@@ -164,12 +165,13 @@ class EvidenceStore:
                 others.append(day.parent.name)  # not looked at: it may be closed to us
                 continue
             for path, size in _pictures(day):
-                if path.suffix == ".jpg":
+                if path.endswith(".jpg"):
                     found[path] = size
                 else:
                     with contextlib.suppress(OSError):
-                        path.unlink()
-        self._files = {path: found[path] for path in sorted(found, key=lambda path: path.name)}
+                        Path(path).unlink()
+        self._files = {path: found[path] for path in sorted(found, key=os.path.basename)}
+        self._held = sum(found.values())
         if others:
             names = ", ".join(sorted(set(others)))
             log.warning("%s has pictures of cameras that this line has not (%s): they stay", self._folder, names)
@@ -196,7 +198,8 @@ class EvidenceStore:
         except OSError:
             part.unlink(missing_ok=True)  # what a full disk took of it counts towards no quota
             raise
-        self._files[job.path] = len(encoded)
+        self._files[str(job.path)] = len(encoded)
+        self._held += len(encoded)
         self.written += 1
         if self._config.publish:
             self._published(job.verdict.camera, job.verdict.id, encoded)
@@ -207,9 +210,8 @@ class EvidenceStore:
         Raises:
             OSError: it is, and there are too few to remove.
         """
-        held = sum(self._files.values())
-        while self._files and held + needed > self._config.max_bytes:
-            held -= self._remove_oldest()
+        while self._files and self._held + needed > self._config.max_bytes:
+            self._remove_oldest()
         if not self._leave_free(needed):
             raise OSError(errno.ENOSPC, f"the disk of {self._folder} is nearly full: what is left is for verdicts")
 
@@ -235,15 +237,16 @@ class EvidenceStore:
         """Bytes that it had."""
         oldest = next(iter(self._files))
         size = self._files.pop(oldest)
-        oldest.unlink(missing_ok=True)
+        self._held -= size
+        Path(oldest).unlink(missing_ok=True)
         self.removed += 1
         return size
 
 
-def _pictures(day: Path) -> Iterator[tuple[Path, int]]:
+def _pictures(day: Path) -> Iterator[tuple[str, int]]:
     """The pictures of a day, whole and half, with their bytes; none of a folder that this user may not read."""
     with contextlib.suppress(PermissionError, NotADirectoryError), os.scandir(day) as entries:
         for entry in entries:
             if _PICTURE.fullmatch(entry.name):
                 with contextlib.suppress(FileNotFoundError):  # removed since it was listed
-                    yield Path(entry.path), entry.stat(follow_symlinks=False).st_size
+                    yield entry.path, entry.stat(follow_symlinks=False).st_size

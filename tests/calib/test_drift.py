@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 from andon.calib.drift import DriftMonitor, DriftPolicy
@@ -37,6 +39,36 @@ def test_statistic_equals_scipy():
     feed(monitor, np.concatenate([reference, recent]))
     expected = ks_2samp(reference, recent, alternative="greater")
     assert monitor.statistic() == pytest.approx(expected.statistic)
+
+
+def test_the_statistic_is_that_of_the_samples_whenever_it_is_asked_for_and_taken_once(monkeypatch):
+    """The line asks each second for each camera and product, on the thread that judges."""
+    rng = np.random.default_rng(5)
+    monitor = DriftMonitor(DriftPolicy(reference=20, window=20, alpha=1e-3))
+
+    def expected():
+        reference, recent = (monitor.state()[name] for name in ("reference", "recent"))
+        if not len(reference) or not len(recent):
+            return 0.0
+        points = np.concatenate([reference, recent])
+        return max(0.0, max((reference <= x).mean() - (recent <= x).mean() for x in points))
+
+    for step in range(400):
+        apart = bool(rng.random() < 0.5) if step < 200 else False
+        score = 9.0 if 250 < step < 300 else float(rng.normal(step / 100))  # a scene that stays in view
+        monitor.observe(score, apart)
+        if step % 50 == 49:
+            monitor.restore(monitor.state())
+        if step == 120:
+            monitor.reset()
+        assert monitor.statistic() == pytest.approx(expected())
+    sorts = Mock(wraps=np.sort)
+    monkeypatch.setattr(np, "sort", sorts)
+    monitor.observe(1.0)
+    sorts.reset_mock()
+    for _ in range(10):
+        monitor.statistic()
+    assert sorts.call_count <= 2
 
 
 def test_critical_value_means_alpha():

@@ -337,3 +337,29 @@ def test_a_disk_that_does_not_say_its_size_is_not_full(
             for count in range(2)
         ]
     assert store.failed == 0 and all(path and Path(path).is_file() for path in paths)
+
+
+def test_the_sum_of_sizes_is_kept_not_taken_for_each_picture(
+    make_judge: Callable[..., Judge], tmp_path: Path, eventually: Callable[..., None]
+) -> None:
+    """Of a large quota that was milliseconds in which nothing else runs."""
+
+    class Counting(dict[str, int]):
+        sums = 0
+
+        def values(self) -> Any:
+            Counting.sums += 1
+            return super().values()
+
+    bad = make_judge().judge(frame(picture(250)))
+    early = [picture_file(tmp_path, "cam", "2026-11-20", number, 2**15) for number in range(4)]
+    with EvidenceStore(EvidenceConfig(max_bytes=2**16), tmp_path) as store:
+        for number in range(3):
+            store._files = Counting(store._files)
+            verdict = replace(bad.verdict, id=f"{number + 10:026d}")
+            store.keep(verdict, picture(250), bad.scored.map, bad.box, 0.5)
+            eventually(lambda number=number: store.written == number + 1)
+            left = [path for path in tmp_path.rglob("*.jpg") if path.is_file()]
+            assert store._held == sum(path.stat().st_size for path in left) <= 2**16
+            assert set(store._files) == {str(path) for path in left}
+    assert Counting.sums == 0 and not early[0].exists() and not early[2].exists() and early[3].exists()
