@@ -11,6 +11,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import cv2
 import numpy as np
 
 from ..bundle import Bundle
@@ -18,7 +19,8 @@ from ..engine.base import Array, Backend
 from ..engine.select import open_backend
 from ..errors import AndonError, ConfigError
 from ..evaluation import latency_table, percentiles
-from ..manifest import Variant
+from ..manifest import Preprocess, Variant
+from ..preprocess import resize
 from ..process import resident_memory
 from ..program import Program
 from ..replay import golden_frames
@@ -38,6 +40,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--frames", type=numbers.count, default=100, metavar="N", help="frames to time (100)")
     parser.add_argument("--warmup", type=numbers.natural, default=10, metavar="N", help="frames before them (10)")
+    parser.add_argument(
+        "--camera", type=numbers.size, metavar="WxH", help="also time the preprocessing of frames of this size"
+    )
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="the bundle's checkpoint; default: found by hash"
     )
@@ -83,6 +88,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             "peak_rss_mb": resident,
             "latency_ms": percentiles(latency),
             "stages_apart_ms": percentiles(split),
+            "camera": args.camera,
+            "preprocess_ms": None
+            if args.camera is None
+            else _preprocess(frames, args.camera, bundle.manifest.preprocess, args.frames),
             **_overhead(latency),
             **_against_torch(latency, torch_ms),
         }
@@ -155,6 +164,20 @@ def _split(
         return _measure(program, None, frames, class_ids, args.frames)[0]
 
 
+def _preprocess(frames: Array, size: tuple[int, int], preprocess: Preprocess, count: int) -> dict[str, float]:
+    """What it takes to bring a camera's frame to the network's size: p50 and p95, in milliseconds. The golden frames
+    have that size already."""
+    pictures = [cv2.resize(frame.reshape(frame.shape[-3:]), size) for frame in frames[:4]]
+    out = np.empty((preprocess.height, preprocess.width, 3), np.uint8)
+    taken = np.zeros(count)
+    for i in range(-1, count):  # the first also fetches the pages of what it needs
+        start = perf_counter()
+        resize(pictures[i % len(pictures)], preprocess, out=out)
+        if i >= 0:
+            taken[i] = (perf_counter() - start) * 1e3
+    return percentiles({"preprocess": taken})["preprocess"]
+
+
 def _frame(program: Program, frames: Array, class_ids: Array, i: int) -> dict[str, float]:
     np.copyto(program.frame, frames[i % len(frames)])
     start = perf_counter()
@@ -208,6 +231,10 @@ def _print(result: dict[str, Any], latency: dict[str, Array], split: dict[str, A
     if split:
         print("stage by stage, waiting after each:")
         print(latency_table(split))
+    if result["preprocess_ms"] is not None:
+        width, height = result["camera"]
+        p50 = result["preprocess_ms"]["p50"]
+        print(f"and preprocessing of each frame, from {width}x{height}: {p50:.2f} ms p50, on the thread that judges")
     share, extra = result["executor_overhead"], result["executor_overhead_ms"]
     print(f"executor: {extra * 1e3:.0f} us a frame, {share:.2%} of its stages")
     print(f"opened in {result['open_s']:.2f} s, {result['peak_rss_mb']:.0f} MB resident at most")

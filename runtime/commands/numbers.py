@@ -27,6 +27,14 @@ def share(text: str) -> float:
     return _number(text, lambda value: 0 <= value <= 1, "from 0 to 1")
 
 
+def size(text: str) -> tuple[int, int]:
+    """Width and height, as 1920x1080."""
+    parts = text.split("x")
+    if len(parts) != 2:
+        raise ArgumentTypeError(f"{text!r} is no size, as 1920x1080")
+    return count(parts[0]), count(parts[1])
+
+
 def counts(text: str) -> tuple[int, ...]:
     """Comma-separated whole numbers from 1 on."""
     return tuple(count(part) for part in text.split(","))

@@ -28,6 +28,28 @@ def test_bench_reports_stages_overhead_and_why_there_is_no_torch(
     assert result["torch_ms"] is None and "enrolled without a checkpoint" in text
 
 
+def test_bench_times_the_preprocessing_of_a_cameras_frames(
+    make_bundle: MakeBundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Golden frames have the network's size already, so the rest shows nothing of what a large camera costs."""
+    shapes: list[tuple[int, ...]] = []
+    actual = bench.resize
+
+    def resize(image: Any, *arguments: Any, **named: Any) -> Any:
+        shapes.append(image.shape)
+        return actual(image, *arguments, **named)
+
+    monkeypatch.setattr(bench, "resize", resize)
+    root = make_bundle(npz={"golden/golden.npz": golden([10, 40])})
+    arguments = ("bench", "--bundle", root, "--frames", 5, "--warmup", 0, *ENGINE)
+    code, result, text = run(capsys, *arguments, "--camera", "640x360")
+    assert code == 0 and set(shapes) == {(360, 640, 3)} and len(shapes) >= 5
+    assert result["preprocess_ms"]["p50"] > 0 and "from 640x360" in text
+    assert run(capsys, *arguments)[1]["preprocess_ms"] is None
+    code, _, text = run(capsys, *arguments, "--camera", "640")
+    assert code != 0 and "'640' is no size, as 1920x1080" in text
+
+
 def test_bench_compares_no_other_program_with_torch(
     make_bundle: MakeBundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
