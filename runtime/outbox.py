@@ -77,7 +77,7 @@ class Outbox:
         self._states: dict[str, bytes] = {}
         self._acked: dict[int, int] = {}  # key -> payload bytes, until it is deleted
         self._held = (0, 0, 0)  # the file's count, bytes and last key as of the last transaction, see _take_stock
-        self._listeners: list[Callable[[], None]] = []
+        self._listeners: list[tuple[frozenset[str] | None, Callable[[], None]]] = []
         self._next = 1
         self._committed = 0
         self._last_id = ""
@@ -213,9 +213,10 @@ class Outbox:
 
     # -- the publisher's side --------------------------------------------------------------------------------------
 
-    def listen(self, callback: Callable[[], None]) -> None:
-        """Call back after each commit, from the writer thread; the callback must not block."""
-        self._listeners.append(callback)
+    def listen(self, callback: Callable[[], None], cameras: Iterable[str] | None = None) -> None:
+        """Call back after each commit of messages of these cameras (None: of any), and again and again while the disk
+        refuses; from the writer thread, so the callback must not block."""
+        self._listeners.append((None if cameras is None else frozenset(cameras), callback))
 
     @property
     def next_key(self) -> int:
@@ -423,7 +424,7 @@ class Outbox:
             self._lock.notify_all()
         self._say_dropped()
         if batch:
-            self._tell()
+            self._tell({message.camera for message in batch})
 
     def _say_dropped(self, now: bool = False) -> None:
         dropped = self._file.dropped + self._tail_dropped
@@ -436,9 +437,11 @@ class Outbox:
         with self._lock:
             self._lock.wait_for(lambda: self._stopping, _RETRY)
 
-    def _tell(self) -> None:
-        for listener in self._listeners:
-            listener()
+    def _tell(self, cameras: set[str] | None = None) -> None:
+        """Whoever waits for messages of these cameras; None: everybody."""
+        for waits_for, listener in self._listeners:
+            if cameras is None or waits_for is None or waits_for & cameras:
+                listener()
 
     def _forget(self, key: int) -> None:
         self._tail_bytes -= len(self._tail.pop(key).payload)

@@ -127,7 +127,7 @@ class Publisher:
         if self._thread is not None:
             raise DeliveryError("the publisher is already running", found=self._client_id)
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._outbox.listen(self.wake)
+        self._outbox.listen(self.wake, self._cameras)
         self._thread = threading.Thread(target=self._run, name=f"andon-mqtt-{self._cameras[0]}", daemon=True)
         self._thread.start()
 

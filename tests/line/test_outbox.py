@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 from andon.runtime.errors import DeliveryError
@@ -37,6 +37,32 @@ def test_committed_before_it_is_offered(tmp_path: Path) -> None:
             key = outbox.put("cam0", "verdict", Ids().next(), b"{}")
             assert not outbox.wait(key, 0.2) and waiting(outbox) == []
         assert outbox.wait(key, 5) and [m.key for m in waiting(outbox)] == [key]
+
+
+def test_only_who_waits_for_a_camera_is_woken_by_its_messages(tmp_path: Path) -> None:
+    """Each camera has a connection of its own: woken by every message they would all ask the file each time."""
+    woken: list[str] = []
+    with Outbox(tmp_path / "o.db") as outbox:
+        for name, cameras in (("cam0", ["cam0"]), ("both", ["cam0", "cam1"]), ("any", None)):
+            outbox.listen(lambda name=name: woken.append(name), cameras)
+        for camera in ("cam0", "cam1", "cam2"):
+            assert outbox.wait(outbox.put(camera, "verdict", Ids().next(), b"{}"), 5)
+    assert woken == ["cam0", "both", "any", "both", "any", "any"]
+
+
+def test_whoever_waits_is_woken_while_the_disk_refuses(
+    tmp_path: Path, eventually: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in memory only is sent from there."""
+    woken = threading.Event()
+    with Outbox(tmp_path / "o.db") as outbox:
+        outbox.listen(woken.set, ["cam1"])
+        with monkeypatch.context() as full:
+            full.setattr(outbox._file, "commit", Mock(side_effect=sqlite3.OperationalError("disk is full")))
+            outbox.put("cam0", "verdict", Ids().next(), b"{}")
+            outbox.put("cam1", "verdict", Ids().next(), b"{}")
+            eventually(woken.is_set)
+            assert len(outbox.fetch(["cam1"], "verdict", 0, 10)) == 1
 
 
 def test_kept_over_a_restart_until_acknowledged(tmp_path: Path) -> None:
