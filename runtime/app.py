@@ -27,7 +27,8 @@ from .engine.select import open_backend
 from .errors import AndonError
 from .evidence import EvidenceStore
 from .handlers import Handlers
-from .judge import Judge, Judgement, OnlineMemory
+from .judge import Judge
+from .judgement import Judgement, OnlineMemory
 from .lineconfig import CameraConfig
 from .linecrop import log_crops
 from .linestate import LineState

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from .errors import EngineError
-from .judge import Judgement
+from .judgement import Judgement
 
 #: So many frames in a row, and nothing else for so many seconds. Not sooner: a frame that is UNKNOWN is better than one
 #: that nobody judges, which is what a restart costs.

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from .alarm import Alarm
 from .evidence import overlay
-from .judge import Judgement
+from .judgement import Judgement
 from .regions import Box
 from .source.camera import CameraState
 from .types import Frame, Verdict

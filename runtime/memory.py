@@ -25,7 +25,7 @@ from .detector import Detector
 from .detector import Judgement as Scored
 from .driftwatch import DriftWatch
 from .errors import CalibrationError, ConfigError
-from .judge import Judgement
+from .judgement import Judgement
 from .lineconfig import LineConfig
 from .memorybanks import MemoryBanks, learnt_rows
 from .memoryconfig import MemoryConfig

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 
 from .detector import AUTO
-from .judge import Judgement
+from .judgement import Judgement
 from .slot import Missed, missed
 from .types import Frame, Verdict
 

@@ -19,7 +19,8 @@ from .bundle import Bundle
 from .enginewatch import EngineWatch
 from .errors import AndonError, EngineError, NotNowError
 from .evidence import EvidenceStore
-from .judge import Judge, Judgement, OnlineMemory, with_evidence
+from .judge import Judge
+from .judgement import Judgement, OnlineMemory, with_evidence
 from .linestate import LineState
 from .mqtt.delivery import Delivery
 from .slot import Missed, Slots

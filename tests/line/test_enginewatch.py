@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from andon.runtime.detector import Judgement as Scored
 from andon.runtime.enginewatch import EngineWatch
-from andon.runtime.judge import Judgement
+from andon.runtime.judgement import Judgement
 from andon.runtime.types import Verdict
 
 

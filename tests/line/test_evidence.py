@@ -14,7 +14,8 @@ import cv2
 import numpy as np
 import pytest
 from andon.runtime.evidence import WAITING, EvidenceStore, overlay
-from andon.runtime.judge import Judge, Judgement
+from andon.runtime.judge import Judge
+from andon.runtime.judgement import Judgement
 from andon.runtime.lineconfig import EvidenceConfig
 
 from .judging import frame, picture

@@ -8,7 +8,7 @@ import numpy as np
 from andon.runtime.bundle import Bundle
 from andon.runtime.detector import Detector
 from andon.runtime.engine.select import open_backend
-from andon.runtime.judge import Judgement
+from andon.runtime.judgement import Judgement
 from andon.runtime.manifest import Threshold
 from andon.runtime.memory import LineMemory
 from andon.runtime.memoryconfig import DriftConfig, GuardConfig, MemoryConfig

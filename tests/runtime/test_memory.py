@@ -7,7 +7,7 @@ from datetime import datetime, timezone
 
 import numpy as np
 from andon.runtime.errors import EngineError
-from andon.runtime.judge import Judgement
+from andon.runtime.judgement import Judgement
 from andon.runtime.types import Frame, Verdict
 
 from .memorystation import Station
