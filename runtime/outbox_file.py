@@ -138,7 +138,8 @@ class OutboxFile:
             raise sqlite3.DatabaseError("a message has not the size or the time that it was stored with")
         dropped, last_id = int(self._state("dropped") or 0), (self._state("last_id") or b"").decode()
         row = self._writer.execute("SELECT COUNT(*), COALESCE(SUM(size), 0), COALESCE(MAX(key), 0) FROM message")
-        self.count, self.bytes, self.last_key = row.fetchone()
+        self.count, self.bytes, last_key = row.fetchone()
+        self.last_key = max(self.last_key, last_key)
         youngest = self._writer.execute("SELECT stored FROM message ORDER BY key DESC LIMIT 1").fetchone()
         if youngest is not None:
             self._base = (youngest[0], self._monotonic())
@@ -173,7 +174,8 @@ class OutboxFile:
             sqlite3.OperationalError: the disk refuses; nothing was changed.
             sqlite3.DatabaseError: the file is damaged.
         """
-        if self._writer is None:
+        if self._reader is None:  # made last: opening may have failed half way, and nothing would be read
+            self._disconnect()
             self.open()
         writer = self._writer
         assert writer is not None  # open() connected or raised
@@ -369,9 +371,7 @@ class OutboxFile:
         self.damaged += lost
         number = lost if saved.certain or not lost else f"about {lost}"
         self.set_aside = f"{target} (damaged; {len(saved.rows)} waiting messages were saved from it, {number} lost)"
-        before = self.last_key
         self._open()
-        self.last_key = max(self.last_key, before)
 
     def _disconnect(self) -> None:
         with self._read_lock:

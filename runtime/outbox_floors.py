@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import zlib
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
 from .verdict import decode_id, encode_id
@@ -36,6 +36,12 @@ class Floors:
     version: int = 0
     dropped: int = 0
     waiting: int = 0
+
+    def above(self, other: Floors) -> Floors:
+        """The same, with nothing that only grows below the other's."""
+        return Floors(
+            max(self.id, other.id), max(self.version, other.version), max(self.dropped, other.dropped), self.waiting
+        )
 
     def beyond(self) -> Floors:
         """The same, past all that may have been given since they were written."""
@@ -73,8 +79,13 @@ class FloorsFile:
             return floors
 
     def write(self, floors: Floors, sync: bool) -> None:
-        """Overwrite the older copy. sync: it is on the disk when this returns, if the disk takes it."""
+        """Overwrite the older copy. sync: it is on the disk when this returns, if the disk takes it.
+
+        Several threads do: what one of them took down before another has written sets nothing back.
+        """
         with self._lock:
+            if self._written:
+                floors = floors.above(self._written[0])
             if self._written in ((floors, sync), (floors, True)):
                 return
             try:
@@ -113,4 +124,4 @@ def _decode(content: bytes) -> tuple[int, Floors] | None:
     if check != b"%08x" % zlib.crc32(body):
         return None
     serial, *floors = json.loads(body)
-    return serial, Floors(*floors)
+    return serial, Floors(*floors[: len(fields(Floors))])  # a newer version may keep more

@@ -115,7 +115,8 @@ def _messages(connection: sqlite3.Connection, saved: Salvaged, gone: frozenset[i
             saved.rows[key] = row
             seen.add(row[3])
     known = {*listed, *rows}
-    known = {key for key in (*known, *(key for key in unread if key < max(known, default=0))) if key not in gone}
+    greatest = max(known, default=0)
+    known = {*known, *(key for key in unread if key < greatest)} - gone
     saved.lost, saved.certain = len(known - saved.rows.keys()), complete
 
 

@@ -6,11 +6,13 @@ import json
 import shutil
 import sqlite3
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from andon.runtime import outbox_salvage
 from andon.runtime.alarm import AlarmBoard, AlarmRule
 from andon.runtime.mqtt.delivery import Delivery, published_version
 from andon.runtime.outbox import Outbox
@@ -315,3 +317,61 @@ def test_of_two_copies_of_the_floors_one_is_whole_whatever_happens_to_the_other(
         path.with_name("damaged").write_bytes(content)
         assert FloorsFile(path.with_name("damaged")).read() in (first, second)
     assert FloorsFile(tmp_path / "none").read() == Floors()
+
+
+def test_floors_that_a_slower_thread_writes_do_not_set_back_what_another_has_sent(tmp_path: Path) -> None:
+    ids = Ids()
+    early, late = Floors(ids.next(), 7, 1, 9), Floors(ids.next(), 8, 2, 3)
+    floors = FloorsFile(tmp_path / "floors")
+    floors.write(late, sync=True)
+    floors.write(early, sync=False)  # of before, by a thread that was held up
+    assert FloorsFile(tmp_path / "floors").read() == Floors(late.id, 8, 2, 9)
+
+
+def test_floors_of_a_version_that_keeps_more_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "floors"
+    body = json.dumps([3, "01ARZ3NDEKTSV4RRFFQ69G5FAV", 7, 1, 2, "more"]).encode()
+    path.write_bytes(b"%08x %s\n" % (zlib.crc32(body), body))
+    assert FloorsFile(path).read() == Floors("01ARZ3NDEKTSV4RRFFQ69G5FAV", 7, 1, 2)
+
+
+def test_a_new_file_that_cannot_be_opened_at_once_is_opened_later(
+    tmp_path: Path, eventually: Callable[..., None]
+) -> None:
+    path = tmp_path / "o.db"
+    with Outbox(path) as outbox:
+        fill(outbox, 20)
+        file = outbox._file
+        connect, commit, refusals = file._connect, file.commit, []
+
+        def refuses() -> sqlite3.Connection:
+            if file._writer is not None and not refusals:  # the second connection, which reads
+                refusals.append("disk I/O error")
+                raise sqlite3.OperationalError(refusals[0])
+            return connect()
+
+        def meets_it(*args: Any) -> None:
+            file.commit = commit  # type: ignore[method-assign]
+            raise sqlite3.DatabaseError("database disk image is malformed")
+
+        file._connect, file.commit = refuses, meets_it  # type: ignore[method-assign]
+        fill(outbox, 1)
+        assert refusals
+        eventually(lambda: len(waiting(outbox)) == 21)
+
+
+def test_what_is_lost_is_counted_in_one_pass_over_the_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, passes = tmp_path / "o.db", []
+    with Outbox(path) as outbox:
+        fill(outbox, 200, size=700)
+        early = waiting(outbox)[60].id
+    damage(path, page_of(path.read_bytes(), b'"id":"%s"' % early.encode()), bytes(8))
+    damage(path, root(path, "message_order"), bytes(SECTOR))
+
+    def counted(*values: Any, **options: Any) -> Any:
+        passes.extend(value for value in values if isinstance(value, set))
+        return max(*values, **options)
+
+    monkeypatch.setattr(outbox_salvage, "max", counted, raising=False)
+    saved = outbox_salvage.salvage(path)
+    assert 0 < saved.lost < 20 and len(passes) <= 2
