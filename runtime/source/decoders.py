@@ -14,8 +14,10 @@ ENCODINGS = {
     "H264": ("H.264", "video/x-h264"),
     "H265": ("H.265", "video/x-h265"),
     "JPEG": ("MJPEG", "image/jpeg"),
-    "MP4V-ES": ("MPEG-4", "video/mpeg"),
+    "MP4V-ES": ("MPEG-4", "video/mpeg, mpegversion=4"),
 }
+#: Payload types that are one encoding's for all time (RFC 3551), which a camera then need not name.
+_STATIC = {26: "JPEG"}
 #: Seconds for the first frame of a file, and for a camera's answer.
 PATIENCE = 10.0
 
@@ -63,7 +65,8 @@ def require_stream(pipeline: str, properties: dict[str, dict[str, Any]]) -> str:
     def select(_element: Any, _number: int, caps: Any) -> bool:
         stream = caps.get_structure(0)
         if stream.get_string("media") == "video":
-            sent.append(str(stream.get_string("encoding-name")))
+            kind = stream.get_int("payload")[1]
+            sent.append(stream.get_string("encoding-name") or _STATIC.get(kind, f"RTP payload type {kind}"))
         return False  # so no stream is set up, and it ends with an error
 
     for values in properties.values():
@@ -83,7 +86,7 @@ def require_stream(pipeline: str, properties: dict[str, dict[str, Any]]) -> str:
             f"{element_name(element)}: {error.message if error else f'no answer within {PATIENCE:g} s'}",
             found=(debug or "").strip() or None,
             expected="a stream with video",
-            next_step="check the path of the url, user and password",
+            next_step="check the path of the url, user and password; if it takes one client alone, stop the line first",
         )
     names = [ENCODINGS.get(each, (each, "")) for each in sent]
     unusable = [name for name, media in names if media and not decoders(media)]

@@ -5,19 +5,26 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from andon.runtime.commands.check import Finding, _camera, _guard
+from andon.runtime.errors import SourceError
 from andon.runtime.lineconfig import CameraConfig
 from andon.runtime.slot import LanePolicy, Missed, Slots
 from andon.runtime.source import make_source
 from andon.runtime.source.camera import Camera, CameraState
+from andon.runtime.source.decoders import require_stream
+from andon.runtime.source.pipelines import rtsp_element
+from andon.runtime.sourceconfig import RtspSource
 from andon.runtime.types import Frame
 
 #: How often the server is killed and started again; `make soak` and evidence runs raise it.
@@ -162,3 +169,48 @@ def test_check_asks_the_camera_what_it_sends(server: Server, no_decoder: Callabl
     found = look("cam")
     assert not found.ok and "missing decoder: MJPEG, which the camera sends" in found.found
     assert "gstreamer1.0-libav" in found.found
+
+
+@contextmanager
+def describing(answer: bytes) -> Iterator[int]:
+    """A camera that answers every DESCRIBE alike; its port."""
+
+    class Answers(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            method, number = b"", b""
+            for line in self.rfile:
+                if not line.strip():
+                    status, _, rest = (answer if method == b"DESCRIBE" else b"200 OK\r\n\r\n").partition(b"\r\n")
+                    self.wfile.write(b"RTSP/1.0 %b\r\n%b\r\n%b" % (status, number, rest))
+                    method = b""
+                elif not method:
+                    method = line.split()[0]
+                elif line.lower().startswith(b"cseq:"):
+                    number = line.strip()
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Answers) as camera:
+        threading.Thread(target=camera.serve_forever, daemon=True).start()
+        yield camera.server_address[1]
+        camera.shutdown()
+
+
+def asked(answer: bytes) -> str:
+    with describing(answer) as port:
+        url = f"rtsp://127.0.0.1:{port}/cam"
+        return require_stream(rtsp_element(RtspSource.model_validate({"kind": "rtsp", "url": url})), {})
+
+
+@pytest.mark.parametrize(
+    ("media", "name"),
+    [(b"26", "MJPEG"), (b"96\r\na=rtpmap:96 H264/90000", "H.264"), (b"28", "RTP payload type 28")],
+)
+def test_a_stream_that_the_camera_need_not_name_has_a_name(media: bytes, name: str) -> None:
+    """JPEG is payload type 26 without a word more, of which check said that the camera sends None."""
+    text = b"v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=x\r\nt=0 0\r\nm=video 0 RTP/AVP %b\r\na=control:a\r\n" % media
+    head = b"200 OK\r\nContent-Type: application/sdp\r\nContent-Length: %d\r\n\r\n" % len(text)
+    assert asked(head + text) == name
+
+
+def test_a_camera_that_serves_another_client_is_no_wrong_password() -> None:
+    with pytest.raises(SourceError, match=r"Not Enough Bandwidth(.|\n)*stop the line first"):
+        asked(b"453 Not Enough Bandwidth\r\n\r\n")
