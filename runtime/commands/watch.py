@@ -134,7 +134,8 @@ class Watch:
             self._alarm(camera, document, retained)
         elif schema == "andon.status/1":
             note = " (as of before)" if retained else ""
-            waiting = document["outbox"]["messages"]
+            # What the will says of the outbox was so when the connection was set up.
+            waiting = document["outbox"]["messages"] if document["state"] != "offline" else 0
             backlog = f", {waiting} waiting in its outbox" if waiting else ""
             overrides = document.get("threshold_overrides", {}).items()
             overridden = "".join(f", threshold of {product} by command: {value:g}" for product, value in overrides)

@@ -104,6 +104,15 @@ def test_a_status_says_which_thresholds_commands_have_set() -> None:
     assert [line.strip() for line in lines] == [plain, plain, f"{plain}, threshold of mono by command: 0.6"]
 
 
+def test_what_waits_in_the_outbox_is_not_said_of_a_station_that_has_died() -> None:
+    lines: list[str] = []
+    watch = Watch(colour=False, quiet=False, out=lines.append)
+    for state in ("stopped", "offline"):
+        status = {"schema": "andon.status/1", "state": state, "outbox": {"messages": 3}}
+        watch.take(f"{TOPIC}/status", json.dumps(status).encode(), False)
+    assert lines == ["-- cam0 is stopped, 3 waiting in its outbox", "-- cam0 is offline"], "the will is of the connect"
+
+
 def test_messages_cannot_steer_the_terminal() -> None:
     lines: list[str] = []
     watch = Watch(colour=False, quiet=False, out=lines.append)
