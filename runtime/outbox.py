@@ -85,6 +85,7 @@ class Outbox:
         self._degraded: str | None = None
         self._tail_dropped = self._given_up = self._damaged = 0
         self._said_dropped = 0
+        self._said_aside: str | None = None
         self._said_at = -_SAID_AGAIN
         self._stopping = False
         self._due_at = 0.0
@@ -108,8 +109,6 @@ class Outbox:
         except BaseException:
             self._file.close()
             raise
-        if self._file.set_aside:
-            self._say("set_aside", self._file.set_aside)
         self._next = self._file.last_key + 1
         self._committed = self._file.last_key
         self._last_id = max(self._file.last_id, (self._file.load_state(_USED) or b"").decode())
@@ -118,7 +117,8 @@ class Outbox:
         if floor > stored:  # a full disk did not take it
             self._states[MEMORY_VERSION] = b"%d" % floor
         self._take_stock()
-        self._said_dropped = self._file.dropped
+        self._said_dropped = self._file.dropped - self._file.damaged
+        self._say_losses()
         self._stopping = False
         self._keep_floors(sync=False)  # makes their file, while there may be room
         self._thread = threading.Thread(target=self._write, name="andon-outbox", daemon=True)
@@ -137,7 +137,7 @@ class Outbox:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self._say_dropped(now=True)
+        self._say_losses(now=True)
         if lost := len(self._tail):
             self._say("dropped", f"{lost} messages were never stored: {self._degraded}")
             self._file.count_lost(lost)
@@ -389,7 +389,6 @@ class Outbox:
 
     def _replace(self, damage: sqlite3.DatabaseError, acked: set[int]) -> None:
         log.error("the outbox file is damaged: %s", damage)
-        before = self._file.damaged
         try:
             self._file.replace_damaged(acked, self.next_key)
         except (sqlite3.DatabaseError, OSError) as error:
@@ -400,8 +399,7 @@ class Outbox:
                 if self._version:  # what the file may have lost is known here
                     self._states.setdefault(MEMORY_VERSION, b"%d" % self._version)
                 self._states[_USED] = self._last_id.encode()
-            self._said_dropped += self._file.damaged - before
-            self._say("set_aside", str(self._file.set_aside))
+            self._say_losses()
 
     def _take_stock(self) -> None:
         """What the file holds, together with what waits beside it: counted at one moment, or sums would not agree."""
@@ -422,12 +420,15 @@ class Outbox:
                 del self._acked[key]
             self._take_stock()
             self._lock.notify_all()
-        self._say_dropped()
+        self._say_losses()
         if batch:
             self._tell({message.camera for message in batch})
 
-    def _say_dropped(self, now: bool = False) -> None:
-        dropped = self._file.dropped + self._tail_dropped
+    def _say_losses(self, now: bool = False) -> None:
+        if self._file.set_aside not in (None, self._said_aside):  # by a commit, too, which opens the file anew
+            self._said_aside = self._file.set_aside
+            self._say("set_aside", str(self._said_aside))
+        dropped = self._file.dropped - self._file.damaged + self._tail_dropped
         if dropped > self._said_dropped and (now or time.monotonic() >= self._said_at + _SAID_AGAIN):
             self._say("dropped", f"{dropped - self._said_dropped} oldest messages dropped by the outbox caps")
             self._said_dropped, self._said_at = dropped, time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sqlite3
@@ -375,3 +376,29 @@ def test_what_is_lost_is_counted_in_one_pass_over_the_keys(tmp_path: Path, monke
     monkeypatch.setattr(outbox_salvage, "max", counted, raising=False)
     saved = outbox_salvage.salvage(path)
     assert 0 < saved.lost < 20 and len(passes) <= 2
+
+
+def test_what_damage_took_is_not_said_to_be_the_caps_where_the_file_is_replaced_at_the_second_try(
+    tmp_path: Path, eventually: Callable[..., None]
+) -> None:
+    path, events = tmp_path / "o.db", []
+    with Outbox(path, event=lambda *e: events.append(e)) as outbox:
+        fill(outbox, 100, size=700)
+        file = outbox._file
+        file.fold()
+        damage(path, page_of(path.read_bytes(), b'"id":"%s"' % waiting(outbox)[40].id.encode()), bytes(8))
+        move, commit = file._replacement.put_in_place, file.commit
+
+        def refuses() -> Path:
+            file._replacement.put_in_place = move  # type: ignore[method-assign]
+            raise OSError(errno.ENOSPC, "no space")
+
+        def meets_it(*args: Any) -> None:
+            file.commit = commit  # type: ignore[method-assign]
+            raise sqlite3.DatabaseError("database disk image is malformed")
+
+        file._replacement.put_in_place, file.commit = refuses, meets_it  # type: ignore[method-assign]
+        fill(outbox, 1)
+        eventually(lambda: len(events) == 3)
+        assert outbox.stats().damaged == 101 - len(waiting(outbox)) > 0
+    assert sorted(what for what, _ in events) == ["degraded", "recovered", "set_aside"], "set aside, not dropped"
