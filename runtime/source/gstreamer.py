@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import time
 from datetime import timedelta
 from typing import Any
@@ -71,8 +72,13 @@ def parse(text: str) -> Any:
             f"GStreamer refuses the pipeline: {error.message}",
             found=text,
             expected="elements that exist and link, ending in raw video",
-            next_step=f"try it by hand: gst-launch-1.0 {text.replace(SINK, 's')}",
+            next_step=f"try it by hand: gst-launch-1.0 {_in_a_shell(text.replace(SINK, 's'))}",
         ) from error
+
+
+def _in_a_shell(text: str) -> str:
+    """Pipeline text as arguments of gst-launch-1.0, whose parentheses, quotes and semicolons the shell leaves alone."""
+    return " ".join(word if word == "!" else shlex.quote(word) for word in text.split())
 
 
 def to_array(modules: Any, sample: Any) -> Array:

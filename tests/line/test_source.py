@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from andon.runtime.errors import ConfigError, SourceError
 from andon.runtime.source import EndOfSource, make_source
-from andon.runtime.source.gstreamer import GstreamerCamera, gst, unpack
+from andon.runtime.source.gstreamer import CAPS, GstreamerCamera, gst, unpack
 from andon.runtime.source.pipelines import csi, rtsp, usb
 from andon.runtime.sourceconfig import CsiSource, UsbSource
 from hypothesis import given, settings
@@ -174,6 +175,17 @@ def test_a_refused_pipeline_carries_gstreamers_words(pipeline: str, told: str) -
     with pytest.raises(SourceError, match="GStreamer refuses") as error:
         make_source("cam", camera({"kind": "gstreamer", "pipeline": pipeline})).check()
     assert told in str(error.value)
+
+
+def test_the_command_to_try_a_refused_pipeline_by_hand_is_one_command() -> None:
+    """The formats of the sink have a semicolon between them, and a shell would end the command there."""
+    pipeline = 'v4l2src device="/dev/my cam" !\n video/x-raw(memory:NVMM),width=64 ! nosuchelement'
+    with pytest.raises(SourceError, match="nosuchelement") as error:
+        make_source("cam", camera({"kind": "gstreamer", "pipeline": pipeline})).check()
+    command = str(error.value.next_step).partition("gst-launch-1.0 ")[2]
+    said = subprocess.run(["sh", "-c", f"printf '%s ' {command}"], capture_output=True, text=True, check=False)
+    assert said.stderr == "" and said.stdout.startswith(" ".join(pipeline.split()))
+    assert f"! videoconvert ! {CAPS} ! appsink name=s " in said.stdout
 
 
 def test_what_can_never_be_opened_is_refused_by_name(tmp_path: Path) -> None:
