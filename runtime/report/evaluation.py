@@ -117,9 +117,13 @@ def _cell(name: str, value: float | None) -> float | str | None:
     words = set(name.split("_"))
     if value is not None and "threshold" not in words and words & {"AUROC", "AUPRO", "F1", "accuracy"}:
         return f"{value:.3f}"
+    if value is not None and name == "calibration_samples":
+        return f"{value:.0f}"
     if value is None or "rate" not in words:
         return value
-    return f"{'≤ ' if name.startswith('promised') else ''}{value:.1%}"
+    # What thousands of parts promise is less than a tenth of a percent: rounded to one it would be nothing.
+    shown = f"{100 * value:.2g}%" if 0 < value < 0.001 else f"{value:.1%}"
+    return f"{'≤ ' if name.startswith('promised') else ''}{shown}"
 
 
 def choose(parts: Sequence[Part], threshold: float, each: int = 4) -> list[tuple[str, Part]]:

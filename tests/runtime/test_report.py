@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from andon.runtime.quality import summarize
 from andon.runtime.report import charts, gallery
-from andon.runtime.report.evaluation import Evaluation, Part, choose, confusion, write
+from andon.runtime.report.evaluation import Evaluation, Part, choose, confusion, render, write
 from sklearn.metrics import roc_auc_score
 
 VOID = {"meta", "img", "br", "line", "rect", "circle", "path", "i"}
@@ -97,6 +97,24 @@ def test_a_rate_is_a_percentage_and_stands_beside_what_was_promised_by_how_many(
     text = write(report, tmp_path / "report.html").read_text()
     assert "<td>26.3</td><td>40.0%</td><td>≤ 25.0%</td><td>7</td>" in text and "<td>0.700</td>" in text
     assert "<th>calibration samples</th>" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("promised_false_alarm_rate", 1 / 3001, "≤ 0.033%"),
+        ("promised_false_alarm_rate", 0.0164, "≤ 1.6%"),
+        ("false_alarm_rate", 0.0004, "0.04%"),
+        ("false_alarm_rate", 1e-5, "0.001%"),
+        ("false_alarm_rate", 0.0, "0.0%"),
+        ("miss_rate", 1.0, "100.0%"),
+        ("calibration_samples", 12345.0, "12345"),
+    ],
+)
+def test_a_small_rate_is_not_shown_as_none(name: str, value: float, shown: str) -> None:
+    """Thousands of good parts promise less than a tenth of a percent: rounded to one, nothing was ever allowed."""
+    page = render(Evaluation("t", "l", _parts(), {"tile": {name: value}}, {}))
+    assert f"<td>{shown}</td>" in page
 
 
 def test_a_dark_part_and_its_map_do_not_run_together(monkeypatch) -> None:
