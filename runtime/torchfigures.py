@@ -31,7 +31,7 @@ class TorchFigures:
         """
         if split != "test":
             return f"torch's figure is of the test split, this of {split}"
-        if self.data and Path(self.data).name != readable(Path(dataset.spec).resolve().name):
+        if self.data and not _names(self.data) & _names(dataset.spec):
             return f"torch's figure is of {self.data}"
         recorded, kinds = self.products.get(product, {}), ("good", "defective")
         if any(recorded.get(kind) not in (None, metrics.get(kind)) for kind in kinds):
@@ -40,6 +40,11 @@ class TorchFigures:
             )
             return f"torch's figure is of {theirs} images, this of {ours}"
         return ""
+
+
+def _names(data: str) -> set[str]:
+    """What a set is called: its folder's name, and that of the folder which it is a link to."""
+    return {readable(path.name) for path in (Path(data).absolute(), Path(data).resolve())}
 
 
 def torch_figures(checkpoint: Path, bundle: Bundle) -> TorchFigures:

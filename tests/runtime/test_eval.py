@@ -228,6 +228,13 @@ def test_eval_puts_the_figures_of_its_own_checkpoint_beside_and_refuses_another_
     for more in ((), ("--limit", 12), ("--products", "a")):
         code, result, text = run(capsys, *arguments, *more, "--bundle", root)
         assert code == 0 and result["torch"]["a"] == 0.5 and result["not_beside_torch"] == {}, more
+    link = tmp_path / "current"
+    link.symlink_to(data)
+    for trained, judged in ((link, link), (link, data), (data, link)):
+        (tmp_path / "provenance.json").write_text(json.dumps({**record, "data_path": str(trained)}))
+        code, result, text = run(capsys, *arguments, "--data", judged, "--bundle", root)
+        assert code == 0 and result["not_beside_torch"] == {}, (trained, judged)
+    (tmp_path / "provenance.json").write_text(json.dumps(record))
     for more, why in (
         (("--limit", 4), "torch's figure is of 8 good and 4 defective images, this of 2 good and 2 defective"),
         (("--split", "all"), "torch's figure is of the test split, this of all"),
