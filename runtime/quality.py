@@ -199,6 +199,12 @@ def mean_metrics(products: Mapping[str, Metrics]) -> Metrics:
     return result
 
 
+def percent(rate: float) -> str:
+    """A rate in words. What thousands of parts promise is less than a tenth of a percent: rounded to one it would be
+    nothing."""
+    return f"{100 * rate:.2g}%" if 0 < rate < 0.001 else f"{rate:.1%}"
+
+
 def map_at(score_map: ArrayLike, size: tuple[int, int]) -> Array:
     """A score map [h, w] enlarged (bilinear) or reduced to `size` (H, W), float32."""
     array = np.asarray(score_map, np.float32)

@@ -21,6 +21,7 @@ from .detector import Detector
 from .evaluation import Judged
 from .fingerprint import unpack
 from .manifest import Loop, Threshold
+from .quality import percent
 from .wiring import programs
 
 _UNLIKE = 1e-3  # probability below which bad luck is no explanation
@@ -102,7 +103,7 @@ def unlike_calibration(detector: Detector, judged: Sequence[Judged], parts: Part
     keep something from frame to frame, whose scores depend on what came before.
     """
     return {
-        product: f"{h}{_each_once(h)} where {h.promise:.1%} were promised; good parts like the {h.samples} of the "
+        product: f"{h}{_each_once(h)} where {percent(h.promise)} were promised; good parts like the {h.samples} of the "
         f"calibration would do that with probability {_shown(h)}. These are unlike them (light, lens, batch?), and the "
         "figures say as much about that as about defects. Or the calibration's are pictures of parts that were trained "
         "on (andon train --group-by)"
@@ -118,8 +119,8 @@ def over_promise(detector: Detector, judged: Sequence[Judged], parts: Parts = No
 
 def beside(found: Held) -> str:
     """The rate beside the promise in words, and where it is above it how likely that is."""
-    rate = _each_once(found) or f", {found.rate:.1%},"
-    text = f"{found}{rate} where at most {found.promise:.1%} were promised"
+    rate = _each_once(found) or f", {percent(found.rate)},"
+    text = f"{found}{rate} where at most {percent(found.promise)} were promised"
     if found.over and found.chance is not None and found.chance < 1:
         text += f"; good parts like the {found.samples} of the calibration do that with probability {_shown(found)}"
     return text
@@ -130,16 +131,17 @@ def not_compared(detector: Detector, judged: Sequence[Judged], parts: Parts = No
     said = {}
     for product, (threshold, good) in _promised(detector, judged).items():
         others = [j.threshold for j in good if not _by(threshold, j) and j.threshold is not None]
+        promised = f"at most {percent(threshold.false_alarm_rate)}"
         if others:
             said[product] = (
                 f"{len(others)} of {len(good)} good images were judged with the threshold {_values(others)}, not with "
-                f"{threshold.value!r}, which calibration set and promised at most {threshold.false_alarm_rate:.1%} "
-                "false alarms for: the promise is not held against them. Next: record verdicts of a line that has the "
+                f"{threshold.value!r}, which calibration set and promised {promised} false alarms "
+                "for: the promise is not held against them. Next: record verdicts of a line that has the "
                 "bundle's thresholds, or leave --verdicts out to judge the images with them"
             )
         elif parts is None and _counts_parts(threshold):
             said[product] = (
-                f"at most {threshold.false_alarm_rate:.1%} false alarms were promised of parts (the calibration's "
+                f"{promised} false alarms were promised of parts (the calibration's "
                 f"{len(unpack(threshold.images))} images show {threshold.samples}), and it is not known which part "
                 f"each of the {len(good)} good images here shows: the promise is not held against their rate. Next: "
                 "say it with --group-by"
@@ -184,7 +186,7 @@ def _values(thresholds: Iterable[float]) -> str:
 
 
 def _each_once(found: Held) -> str:
-    return f", {found.rate:.1%} with each part counted once," if found.grouped else ""
+    return f", {percent(found.rate)} with each part counted once," if found.grouped else ""
 
 
 def _shown(found: Held) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..quality import percent
 from ..verdict import readable
 from . import charts, page
 from .gallery import pair
@@ -121,9 +122,7 @@ def _cell(name: str, value: float | None) -> float | str | None:
         return f"{value:.0f}"
     if value is None or "rate" not in words:
         return value
-    # What thousands of parts promise is less than a tenth of a percent: rounded to one it would be nothing.
-    shown = f"{100 * value:.2g}%" if 0 < value < 0.001 else f"{value:.1%}"
-    return f"{'≤ ' if name.startswith('promised') else ''}{shown}"
+    return f"{'≤ ' if name.startswith('promised') else ''}{percent(value)}"
 
 
 def choose(parts: Sequence[Part], threshold: float, each: int = 4) -> list[tuple[str, Part]]:

@@ -47,6 +47,8 @@ def test_a_rate_above_the_promise_stands_beside_it(detector: Detector) -> None:
     assert said.endswith("probability 0.1")
     assert not over_promise(detector, judged("N" + "O" * 19)), "just what was promised"
     assert not over_promise(detector, judged("N" * 8 + "O" * 2)) and not over_promise(detector, judged("U" * 9))
+    detector.set_threshold("a", PROMISE.model_copy(update={"samples": 3000, "false_alarm_rate": 1 / 3001}))
+    assert "0.08%, where at most 0.033% were promised" in over_promise(detector, judged("N" + "O" * 1249))["a"]
     detector.set_threshold("a", PROMISE.model_copy(update={"source": "provisional, from 1 support image"}))
     assert over_promise(detector, judged("N" * 9))["a"].endswith("were promised"), "the chance is not known"
     detector.set_threshold("a", PROMISE.model_copy(update={"samples": 0, "false_alarm_rate": 1.0}))
