@@ -86,9 +86,7 @@ def _remarks(
         yield from described(crops, "as the bundle says")
         return
     sizes: dict[str, tuple[int, int]] = {}
-    with suppress(
-        OSError, ValueError
-    ):  # of a bundle that was removed while its line runs: then there is nothing to say
+    with suppress(OSError, ValueError):  # of a bundle that was removed while its line runs: nothing is to be said then
         sizes = read_report(bundle).get("pictures", {})
     for each in products:
         crop, size = crops.get(each), sizes.get(each)
