@@ -95,7 +95,7 @@ def held(detector: Detector, judged: Sequence[Judged], parts: Parts = None) -> d
     return found
 
 
-def unlike_calibration(detector: Detector, judged: Sequence[Judged], parts: Parts = None) -> dict[str, str]:
+def unlike_calibration(promises: Mapping[str, Held]) -> dict[str, str]:
     """What to say of each product whose good images raise more alarms than parts like the calibration's would.
 
     Images that were judged as another product or could not be judged do not count: they are no matter of the light.
@@ -107,14 +107,14 @@ def unlike_calibration(detector: Detector, judged: Sequence[Judged], parts: Part
         f"calibration would do that with probability {_shown(h)}. These are unlike them (light, lens, batch?), and the "
         "figures say as much about that as about defects. Or the calibration's are pictures of parts that were trained "
         "on (andon train --group-by)"
-        for product, h in held(detector, judged, parts).items()
+        for product, h in promises.items()
         if h.unlike
     }
 
 
-def over_promise(detector: Detector, judged: Sequence[Judged], parts: Parts = None) -> dict[str, str]:
+def over_promise(promises: Mapping[str, Held]) -> dict[str, str]:
     """Rate beside promise, of each product whose good images raise more alarms than promised, but are not `unlike`."""
-    return {product: beside(h) for product, h in held(detector, judged, parts).items() if h.over and not h.unlike}
+    return {product: beside(h) for product, h in promises.items() if h.over and not h.unlike}
 
 
 def beside(found: Held) -> str:

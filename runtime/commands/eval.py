@@ -117,8 +117,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                 by_part = part_metrics(evaluated.judged, parts) if parts is not None and grouped else {}
                 _print_parts(by_part)
                 promises = held(detector, evaluated.judged, parts)
-                unlike = unlike_calibration(detector, evaluated.judged, parts)
-                over = over_promise(detector, evaluated.judged, parts)
+                unlike, over = unlike_calibration(promises), over_promise(promises)
                 apart = not_compared(detector, evaluated.judged, parts)
                 _print_promises(detector, promises, unlike, apart)
                 results[name] = as_dict(evaluated) | {
