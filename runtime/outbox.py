@@ -21,6 +21,7 @@ from pathlib import Path
 from .errors import DeliveryError
 from .outbox_file import OutboxFile, refused
 from .outbox_floors import Floors
+from .outbox_news import Event, News
 from .stored import MEMORY_VERSION, OutboxStats, Stored
 
 log = logging.getLogger("andon.outbox")
@@ -33,13 +34,8 @@ _ACK_BATCH = 256
 _ACK_DELAY = 0.2
 _RETRY = 1.0
 _HOUSEKEEPING = 5.0
-#: Seconds between two words about messages that the caps drop, which may be every one that comes.
-_SAID_AGAIN = 60.0
 #: State of the file: the greatest identifier as of the last :meth:`Outbox.used`.
 _USED = "used_id"
-
-
-Event = Callable[[str, str], None]
 
 
 class Outbox:
@@ -69,7 +65,7 @@ class Outbox:
         self.path = Path(path)
         self._caps = (max_bytes, max_age)
         self._memory_bytes = memory_bytes
-        self._event = event or (lambda what, text: None)
+        self._news = News(event)
         self._file = OutboxFile(self.path, wall, monotonic)
         self._lock = threading.Condition()
         self._tail: dict[int, Stored] = {}
@@ -84,9 +80,6 @@ class Outbox:
         self._version = 0  # the greatest of the memory's that a message carried
         self._degraded: str | None = None
         self._tail_dropped = self._given_up = self._damaged = 0
-        self._said_dropped = 0
-        self._said_aside: str | None = None
-        self._said_at = -_SAID_AGAIN
         self._stopping = False
         self._due_at = 0.0
         self._thread: threading.Thread | None = None
@@ -117,7 +110,7 @@ class Outbox:
         if floor > stored:  # a full disk did not take it
             self._states[MEMORY_VERSION] = b"%d" % floor
         self._take_stock()
-        self._said_dropped = self._file.dropped - self._file.damaged
+        self._news.dropped = self._file.dropped - self._file.damaged
         self._say_losses()
         self._stopping = False
         self._keep_floors(sync=False)  # makes their file, while there may be room
@@ -139,7 +132,7 @@ class Outbox:
             self._thread = None
         self._say_losses(now=True)
         if lost := len(self._tail):
-            self._say("dropped", f"{lost} messages were never stored: {self._degraded}")
+            self._news.say("dropped", f"{lost} messages were never stored: {self._degraded}")
             self._file.count_lost(lost)
             with self._lock:
                 for key in list(self._tail):
@@ -384,7 +377,7 @@ class Outbox:
             self._file.fold()
             if len(batch) == len(self._tail):
                 self._degraded = None
-                self._say("recovered", "the outbox stores again; nothing waits in memory")
+                self._news.say("recovered", "the outbox stores again; nothing waits in memory")
         return True
 
     def _replace(self, damage: sqlite3.DatabaseError, acked: set[int]) -> None:
@@ -425,13 +418,9 @@ class Outbox:
             self._tell({message.camera for message in batch})
 
     def _say_losses(self, now: bool = False) -> None:
-        if self._file.set_aside not in (None, self._said_aside):  # by a commit, too, which opens the file anew
-            self._said_aside = self._file.set_aside
-            self._say("set_aside", str(self._said_aside))
+        # A commit may have set a file aside, too: it opens the file anew where there is none.
         dropped = self._file.dropped - self._file.damaged + self._tail_dropped
-        if dropped > self._said_dropped and (now or time.monotonic() >= self._said_at + _SAID_AGAIN):
-            self._say("dropped", f"{dropped - self._said_dropped} oldest messages dropped by the outbox caps")
-            self._said_dropped, self._said_at = dropped, time.monotonic()
+        self._news.losses(self._file.set_aside, dropped, now)
 
     def _pause(self) -> None:
         self._tell()
@@ -449,9 +438,5 @@ class Outbox:
 
     def _set_degraded(self, reason: str) -> None:
         if self._degraded != reason:
-            self._say("degraded", f"{self.path}: {reason}; messages wait in memory")
+            self._news.say("degraded", f"{self.path}: {reason}; messages wait in memory")
         self._degraded = reason
-
-    def _say(self, what: str, text: str) -> None:
-        (log.info if what == "recovered" else log.error)("outbox %s: %s", what, text)
-        self._event(what, text)
