@@ -283,7 +283,7 @@ class LineApp:
             products=list(manifest.classes),
         )
         self.say_thresholds(judge)
-        in_force = {product: judge.threshold(product) for product in manifest.classes}
+        in_force = {product: judge.threshold(product) for product in manifest.classes if judge.expects(product)}
         for other in other_engines(bundle, [self.config.program], variant, backend.name, in_force):
             log.warning("%s", str(other).replace("\n", "; "))
         log_crops(self.config, bundle, self.overrides.products)

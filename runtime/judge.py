@@ -169,6 +169,10 @@ class Judge:
         bundle, program = self.detector.bundle, self.detector.program.name
         return threshold_in_force(product, bundle, program, self._settings, self._overrides.stored)
 
+    def expects(self, product: str) -> bool:
+        """Whether some camera is judged as this product, or may be: `auto` is any."""
+        return any(self.product_of(camera) in (product, AUTO) for camera in self._cameras)
+
     def require_thresholds(self, bundle: Bundle) -> None:
         """Refuse a bundle in whose place products that can be judged now could not be, for want of a threshold.
 
@@ -178,11 +182,10 @@ class Judge:
             BundleError: it has none for a product that has one now; names them.
         """
         program, commanded = self.detector.program.name, self._overrides.stored
-        expected = {self.product_of(camera) for camera in self._cameras}
         lost = [
             product
             for product in bundle.manifest.classes
-            if expected & {product, AUTO}
+            if self.expects(product)
             and threshold_in_force(product, bundle, program, self._settings, commanded) is None
             and self.threshold(product) is not None
         ]

@@ -278,6 +278,7 @@ def test_thresholds_of_engines_that_may_decide_otherwise_are_said_by_check_and_a
     first, *more = said.splitlines()
     assert first == "mono 0.5" and more[0].startswith("warning: thresholds of mono (program default) were calibrated")
     assert [line.split(":")[0].strip() for line in more[1:]] == ["found", "expected", "next"]
+    assert "thresholds of mono (program default)" in logged, "no camera is judged as poly"
     assert "to run in fp16 on onnxruntime" in logged and "andon calibrate --bundle" in logged and "\n" not in logged
     by_hand = {"mono": 0.4, "poly": 0.4}
     assert looked(judge={"thresholds": by_hand}) == ("mono 0.4", []), "set by who saw what runs: nothing was promised"
