@@ -242,6 +242,20 @@ def test_learning_rate_follows_steps_and_ends_with_the_clock() -> None:
     assert lr_factor(inverse, 0, 0) == 1.0 and lr_factor(inverse, 50, 0) == pytest.approx(6**-0.75)
 
 
+def test_the_share_that_a_model_sees_never_falls_back(
+    toy: ModuleType, trainset: FeatureSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was behind the clock and catches up goes by its steps again, which are a smaller share."""
+    model, shares, seen = toy.build(), iter([0.5, 0.1, 0.6]), []
+    monkeypatch.setattr("andon.train.loop.share_done", lambda *_: next(shares, 0.7))
+    step = model.training_step
+    monkeypatch.setattr(model, "training_step", lambda *a: (seen.append(model.progress), step(*a))[1])
+    monkeypatch.setattr("andon.train.loop.lr_factor", lambda *_: 1.0)
+    model.progress = 0.9  # of a run before
+    run(model, trainset)
+    assert seen[:4] == [0.5, 0.5, 0.6, 0.7]
+
+
 def test_amp_choice() -> None:
     assert amp_dtype("off", CPU) is None and amp_dtype("bf16", CPU) == torch.bfloat16
     assert amp_dtype("auto", CPU) in (None, torch.bfloat16)
