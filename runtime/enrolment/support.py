@@ -85,7 +85,10 @@ def read_part(path: Path, crop: Crop | None, foreground: Foreground) -> tuple[Ar
     Raises:
         SourceError: the image or its mask cannot be read, or is of a size of which the crop does not say what to take.
     """
-    whole = read_rgb(path)
+    return _part(read_rgb(path), path, crop, foreground)
+
+
+def _part(whole: Array, path: Path, crop: Crop | None, foreground: Foreground) -> tuple[Array, Array | None]:
     image = cut(whole, crop, path)
     if isinstance(foreground, UserMask):
         return image, cut(foreground(whole, path), crop, path)
@@ -108,10 +111,12 @@ def read_support(
         SourceError: an image or mask cannot be read, or is of a size of which the crop does not say what to take.
     """
     paths = support_paths(folder, shots, seed)
-    frames, masks, sizes = [], [], picture_sizes(paths)
+    frames, masks, sizes = [], [], set()
     for path in paths:
-        image, mask = read_part(path, crop, foreground)
+        whole = read_rgb(path)
+        sizes.add((whole.shape[1], whole.shape[0]))
+        image, mask = _part(whole, path, crop, foreground)
         frames.append(resize(image, preprocess))
         masks.append(to_grid(mask, grid))
-    picture = next(iter(sizes)) if len(sizes) == 1 else None
+    picture = sizes.pop() if len(sizes) == 1 else None
     return Support(tuple(paths), np.stack(frames), np.stack(masks), crop, picture)
