@@ -182,7 +182,6 @@ class Threshold(Model):
     crop: Crop | None = Field(
         default=None, description="What was cut out of these images (andon calibrate --roi); null: the model's crop"
     )
-
     set_at: str = Field(default="", description="UTC time of the calibration that set it, RFC 3339; empty: of none")
 
     @model_serializer(mode="wrap")
