@@ -7,8 +7,8 @@ already; any other is of another camera or resolution, and refused, since nobody
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from .regions import Box, clip_roi, cut_out
 
 Array = NDArray[Any]
 Size = tuple[int, int]
+#: Opens a progress bar, of so many pictures and what is done with them; it has `update`.
+Bar = Callable[[int, str], AbstractContextManager[Any]]
 #: What --roi gives: a product and its region of interest, or no product and that of all which have none of their own.
 Given = Sequence[tuple[str, Roi]]
 
@@ -109,8 +111,9 @@ def rois_by_product(given: Given, products: Sequence[str]) -> dict[str, Roi]:
     return {p: rois[p if p in rois else ""] for p in products if p in rois or "" in rois}
 
 
-def measured(samples: Iterable[Sample], rois: Mapping[str, Roi]) -> dict[str, Crop]:
-    """The crop of each product that has a region of interest, by the sizes of its pictures. All of them are read.
+def measured(samples: Iterable[Sample], rois: Mapping[str, Roi], bar: Bar) -> dict[str, Crop]:
+    """The crop of each product that has a region of interest, by the sizes of its pictures. All of them are read: one
+    of another size is refused now, and not after the training.
 
     What cannot be decoded is passed over: whoever uses it says so.
 
@@ -119,11 +122,14 @@ def measured(samples: Iterable[Sample], rois: Mapping[str, Roi]) -> dict[str, Cr
             which nobody said what to take.
     """
     sizes: dict[str, dict[Size, Path]] = {product: {} for product in rois}
-    for sample in samples:
-        if sample.product in sizes:
-            with suppress(SourceError):
-                height, width = read_rgb(sample.path).shape[:2]
-                sizes[sample.product].setdefault((width, height), sample.path)
+    mine = [sample for sample in samples if sample.product in sizes]
+    if mine:
+        with bar(len(mine), "sizes of pictures") as shown:
+            for sample in mine:
+                with suppress(SourceError):
+                    height, width = read_rgb(sample.path).shape[:2]
+                    sizes[sample.product].setdefault((width, height), sample.path)
+                shown.update()
     return {product: crop_for(rois[product], found, product) for product, found in sizes.items() if found}
 
 
@@ -164,7 +170,12 @@ def crop_of(bundle: Bundle, product: str, program: str = "default") -> Crop | No
 
 
 def as_bundle(
-    dataset: Dataset, bundle: Bundle, given: Given | None, only: Sequence[str] | None = None, program: str = "default"
+    dataset: Dataset,
+    bundle: Bundle,
+    given: Given | None,
+    bar: Bar,
+    only: Sequence[str] | None = None,
+    program: str = "default",
 ) -> Dataset:
     """The set with what of its pictures the bundle judges, or what --roi says; it is printed.
 
@@ -175,7 +186,7 @@ def as_bundle(
     """
     used = [p for p in dataset.products if only is None or p in only]
     rois = rois_by_product(given or (), used)
-    crops = measured(dataset.samples, rois)
+    crops = measured(dataset.samples, rois, bar)
     for text in described(crops, "as --roi says"):
         print(text)
     own = {p: crop_of(bundle, p, program) for p in used if p in bundle.manifest.classes and p not in crops}

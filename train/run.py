@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from .. import __version__
 from ..runtime.crop import cropped, described, measured, read_image, read_pair
@@ -42,7 +43,7 @@ from .checkpoint import (
 from .config import differences, dump_config, load_config
 from .errors import TrainingError, no_constants
 from .evaluate import evaluate, unseen
-from .features import extract
+from .features import bar_settings, extract
 from .holdout import HOLD_OUT, Split, group_remarks, not_held_out, split_good
 from .loop import Fitted, fit
 from .method import AnomalyModel
@@ -61,7 +62,7 @@ def train(request: Request) -> dict[str, Any]:
     whole = open_dataset(request.data_path or request.data)
     data = whole.select(products=request.products)
     decodable, skipped = split_readable(data.samples, request.on_corrupt)
-    crops = measured(decodable, request.rois)
+    crops = measured(decodable, request.rois, _bar)
     kept = cropped(decodable, crops)
     _check_masks(kept)
     good = [s for s in kept if s.split == "train" and s.good]
@@ -287,6 +288,10 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue  # opencv has several distributions; only what is installed is recorded
     return found
+
+
+def _bar(total: int, what: str) -> Any:
+    return tqdm(total=total, desc=what, unit="img", disable=not distributed.is_main(), **bar_settings())
 
 
 def _say(text: str) -> None:

@@ -87,7 +87,7 @@ def _calibrate(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
         if unknown := [n for n in names if n not in known]:
             raise ConfigError(f"the bundle has no program {unknown[0]}", found=unknown[0], expected=", ".join(known))
         options.say_remarks(dataset)
-        dataset = as_bundle(dataset, bundle, args.roi, products, names[0])
+        dataset = as_bundle(dataset, bundle, args.roi, options.progress, products, names[0])
         unseen = unseen_good(bundle, dataset, products, args.group_by)
         samples, skipped = split_readable(unseen.samples, args.on_corrupt)
         origin = unseen.origin

@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         torch = None if args.checkpoint is None else torch_figures(args.checkpoint, bundle)  # refused before the work
         dataset = open_dataset(args.data)
         options.say_remarks(dataset)
-        dataset = as_bundle(dataset, bundle, args.roi, args.products, args.program)
+        dataset = as_bundle(dataset, bundle, args.roi, options.progress, args.products, args.program)
         chosen = choose(dataset, args.split, args.products, args.limit)
         samples, skipped = split_readable(chosen, args.on_corrupt)
         options.say_skipped(skipped)

@@ -79,7 +79,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     with Bundle.load(args.bundle) as bundle, open_backend("onnxruntime", threads=args.threads) as backend:
         dataset = open_dataset(args.data)
         options.say_remarks(dataset)
-        dataset = as_bundle(dataset, bundle, args.roi, args.products)
+        dataset = as_bundle(dataset, bundle, args.roi, options.progress, args.products)
         samples, skipped = split_readable(dataset.samples, args.on_corrupt)
         options.say_skipped(skipped)
         dataset = replace(dataset, samples=tuple(samples))

@@ -13,12 +13,14 @@ import cv2
 import numpy as np
 import pytest
 from andon.cli import main
+from andon.runtime.commands.options import progress
 from andon.runtime.crop import measured, read_image
 from andon.runtime.dataset import Sample
 from andon.runtime.errors import ConfigError
 from andon.runtime.judge import Judge
 from andon.runtime.lineconfig import CameraConfig, JudgeConfig
 from andon.runtime.startup import Options, effective, open_bundle
+from andon.train.features import load_frame
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -53,16 +55,13 @@ def test_training_sees_the_pixels_that_the_line_sees(judge: Judge, shape: Any, s
     """The line by its camera's roi, the line by the bundle's crop, and a file as training, calibrate and eval read it:
     what goes into the network is the same to the last bit.
     """
-    pytest.importorskip("torch")
-    from andon.train.features import load_frame
-
     (width, height, roi), plain = shape, judge.detector.bundle.manifest
     image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "frame.png"
         assert cv2.imwrite(str(path), image[..., ::-1])
         sample = Sample(path, "frame.png", "mono", "good", "train")
-        crop = measured([sample], {"mono": roi})["mono"]
+        crop = measured([sample], {"mono": roi}, progress)["mono"]
         sample = Sample(path, "frame.png", "mono", "good", "train", crop=crop)
         expected, cut = load_frame(sample, judge.detector.bundle.manifest.preprocess), read_image(sample)
     for own, crops in ((None, {"mono": crop}), (roi, {})):

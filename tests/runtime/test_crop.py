@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from andon.runtime.bundle import MANIFEST, Bundle
 from andon.runtime.commands.numbers import product_roi, roi
+from andon.runtime.commands.options import progress
 from andon.runtime.crop import as_bundle, box_in, crop_for, cropped, measured, read_image, read_pair, rois_by_product
 from andon.runtime.dataset import open_dataset
 from andon.runtime.errors import AndonError, BundleError, ConfigError, ProductError, SourceError
@@ -89,7 +90,7 @@ def test_the_option_and_what_it_may_say() -> None:
 
 def test_images_and_masks_are_cut_alike(frames: Path, data: Path) -> None:
     whole, parts = open_dataset(frames), open_dataset(data)
-    crops = measured(whole.samples, {"a": (9, 5, 8, 8)})
+    crops = measured(whole.samples, {"a": (9, 5, 8, 8)}, progress)
     assert crops == {"a": CROP}
     masks = 0
     for sample, part in zip(cropped(whole.samples, crops), parts.samples, strict=True):
@@ -101,6 +102,19 @@ def test_images_and_masks_are_cut_alike(frames: Path, data: Path) -> None:
         else:
             assert read_image(sample).shape == (16, 20, 3)
     assert masks == 4
+
+
+def test_reading_all_pictures_for_their_size_shows_progress_and_is_done_only_where_it_has_to_be(frames: Path) -> None:
+    samples, opened = open_dataset(frames).samples, []
+
+    def bar(total: int, what: str) -> Any:
+        opened.append(progress(total, what))
+        return opened[-1]
+
+    assert measured(samples, {}, bar) == {} and not opened
+    assert measured(samples, {"a": (9, 5, 8, 8)}, bar) == {"a": CROP}
+    (shown,) = opened
+    assert shown.n == shown.total == sum(s.product == "a" for s in samples)
 
 
 def test_a_manifest_says_it_only_where_there_is_something_to_say(make_bundle: MakeBundle) -> None:
@@ -209,8 +223,8 @@ def test_a_program_that_is_calibrated_again_keeps_its_own_crop(
 
 def test_pictures_are_read_as_ever_where_nobody_says_anything(make_bundle: MakeBundle, frames: Path) -> None:
     bundle = Bundle.load(make_bundle(report={"fingerprints": {"fitted": contents(frames, 1, 2, "a")}}))
-    found = as_bundle(open_dataset(frames), bundle, None)
+    found = as_bundle(open_dataset(frames), bundle, None, progress)
     assert found == open_dataset(frames)
     with pytest.raises(AndonError):
-        as_bundle(open_dataset(frames), bundle, [("z", (1, 1, 1, 1))])
+        as_bundle(open_dataset(frames), bundle, [("z", (1, 1, 1, 1))], progress)
     assert level(9, "a").shape == (8, 8, 3), "what CROP means"
