@@ -85,7 +85,12 @@ def _calibrate(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
         known = options.program_names(bundle)
         names = args.programs or known
         if unknown := [n for n in names if n not in known]:
-            raise ConfigError(f"the bundle has no program {unknown[0]}", found=unknown[0], expected=", ".join(known))
+            raise ConfigError(
+                f"the bundle has no program {unknown[0]}",
+                found=unknown[0],
+                expected=", ".join(known),
+                next_step="name some of these with --programs, or leave it out: thresholds for all",
+            )
         options.say_remarks(dataset)
         dataset = as_bundle(dataset, bundle, args.roi, options.progress, products, names[0])
         unseen = unseen_good(bundle, dataset, products, args.group_by)

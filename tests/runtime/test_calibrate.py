@@ -304,3 +304,15 @@ def test_pictures_of_parts_that_were_trained_on_promise_nothing(
     assert code == 1 and "has seen every part of a" in result["error"] and "--group-by good" in result["next"]
     code, result, text = run(capsys, *calibrate)
     assert code == 0 and (result["images"], result["parts"]) == (50, 50), "nothing is known of parts"
+
+
+def test_an_unknown_program_is_refused_before_images_are_read_and_the_next_step_is_named(
+    make_bundle: MakeBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, data = make_bundle(report={"holdout": held()}), tmp_path / "set"
+    (data / "a/good").mkdir(parents=True)
+    for name in ("0.png", "1.png"):
+        (data / "a/good" / name).write_bytes(b"no picture")
+    code, result, text = run(capsys, "calibrate", "--bundle", root, "--data", data, "--programs", "nope", *ENGINE)
+    assert code == 1 and "no program nope" in result["error"], result
+    assert "next:" in text and "--programs" in text.split("next:")[1]
