@@ -142,7 +142,7 @@ def test_caps_that_drop_every_message_are_said_once_a_minute(
         for _ in range(30):
             fill(outbox, 1)
         assert len(events) == 1
-        monkeypatch.setattr("andon.runtime.outbox._SAID_AGAIN", 0.0)
+        monkeypatch.setattr("andon.runtime.outbox_news._AGAIN", 0.0)
         fill(outbox, 1)
         eventually(lambda: len(events) == 2)
         assert sum(int(text.split()[0]) for _, text in events) == outbox.stats().dropped
