@@ -28,6 +28,17 @@ def test_raised_at_exactly_k_of_n() -> None:
     assert feed(board, "n") == [("defect", "cleared", "raised")]
 
 
+def test_the_alarm_names_the_last_part_where_it_has_a_name() -> None:
+    board = AlarmBoard("cam0", AlarmRule(k=1, n=2))
+    for part_id, detail in (
+        ("A-7", "1 NG of the last 1 verdicts, last part A-7"),
+        (None, "2 NG of the last 2 verdicts"),
+    ):
+        (event,) = board.verdict("NG", part_id=part_id)
+        assert event.alarm.detail == detail
+        board.condition("defect", False)
+
+
 def test_hysteresis_holds_between_clear_and_k() -> None:
     board = AlarmBoard("cam0", AlarmRule(k=3, n=4, clear=1, latch=False))
     feed(board, "nnn")
