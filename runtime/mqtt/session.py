@@ -176,8 +176,7 @@ class Session:
         self._offer()
         while pictures and not self._client.want_write():
             self.send(pictures.popleft())
-        waits = [wait for stream in self._streams.values() if (wait := stream.wait) is not None]
-        self._turn(min([timeout, *waits]))
+        self._turn(timeout)
         if self._acked:
             acked, self._acked = self._acked, []
             self._outbox.done(acked)

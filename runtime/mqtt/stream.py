@@ -67,7 +67,8 @@ class Stream:
         again = time.monotonic() >= self._hold_until
         self.refusal = reason
         self._cursor = min(self._cursor, message.key - 1)
-        self._replay_below = max(self._replay_below, message.key + 1, *(key + 1 for key in self.inflight), 0)
+        # Of those in flight behind it, the ones that will come again come through here themselves.
+        self._replay_below = max(self._replay_below, message.key + 1)
         self._buffer.clear()
         if again:
             self._hold_until = time.monotonic() + self._hold
@@ -77,8 +78,3 @@ class Stream:
     def given_up(self, message: Stored) -> None:
         """It is not offered after all, nor again: its owner has taken it out of the outbox."""
         self.inflight.pop(message.key, None)
-
-    @property
-    def wait(self) -> float | None:
-        """Seconds until a hold ends; None when there is none."""
-        return max(0.0, self._hold_until - time.monotonic()) if self.refusal else None

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from andon.runtime.broker import EmbeddedBroker
 from andon.runtime.lineconfig import BrokerConfig
-from andon.runtime.mqtt import publisher, session
+from andon.runtime.mqtt import publisher, session, stream
 from andon.runtime.mqtt.hooks import Direct, Hooks
 from andon.runtime.mqtt.packets import packet_size
 from andon.runtime.outbox import Outbox
@@ -23,6 +23,7 @@ from andon.runtime.types import Region, Verdict
 from andon.runtime.verdict import Ids
 
 from .connection import verdict
+from .outboxes import fill, waiting
 
 
 def wordy(ids: Ids) -> Verdict:
@@ -235,6 +236,43 @@ def test_what_a_broker_has_taken_is_not_suspected(tmp_path: Path, broker: Embedd
             pictures.append(Direct("evidence", bytes(size), qos=0))
             eventually(sent)
             assert (connection.unproved is not None) is suspect
+        connection.close()
+    os.close(wake)
+    os.close(other)
+
+
+def test_a_refused_verdict_that_the_caps_have_dropped_keeps_no_thread_busy(
+    tmp_path: Path, eventually: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is left to try again with when the hold is over; a processor that turns for nothing is the judge's."""
+    monkeypatch.setattr(stream, "_FIRST_HOLD", 0.0)
+    (tmp_path / "acl").write_text("topic read #\n")
+    refusals: list[str] = []
+    hooks = Hooks(lambda state: b"{}", lambda: None, *[lambda *_: None] * 4)
+    hooks = replace(hooks, refused=lambda topic, reason: refusals.append(topic.rsplit("/", 1)[1]))
+    wake, other = os.pipe()
+    with (
+        EmbeddedBroker(settings=[f"acl_file {tmp_path / 'acl'}"]) as broker,
+        Outbox(tmp_path / "outbox.db") as outbox,
+    ):
+        connection = session.Session(
+            BrokerConfig(port=broker.port), "a", "andon/v1/a/b/c", ["cam0"], outbox, 8, hooks, wake
+        )
+        connection.open(lambda: False)
+        fill(outbox, 1)
+        (refused,) = waiting(outbox)
+
+        def turn() -> None:
+            connection.step(1.0, deque(), deque())
+
+        eventually(lambda: (turn(), "verdict" in refusals)[1])
+        outbox.done([refused])
+        eventually(lambda: (turn(), not waiting(outbox) and not connection.inflight)[1])
+        select, waits = connection._selector.select, []
+        monkeypatch.setattr(connection._selector, "select", lambda wait: (waits.append(wait), select(wait))[1])
+        for _ in range(3):
+            turn()
+        assert min(waits) > 0
         connection.close()
     os.close(wake)
     os.close(other)

@@ -34,6 +34,11 @@ def test_in_order_up_to_the_window() -> None:
     assert stream.replayed(first[0]) and not stream.replayed(Stored(3, "cam0", "verdict", "3", b""))
 
 
+def test_a_window_larger_than_one_reading_is_filled() -> None:
+    stream = Stream("verdict", Box(100).fetch, boundary=1)
+    assert [message and message.key for message in (stream.next(1) for _ in range(101))] == [*range(1, 101), None]
+
+
 def test_refusal_holds_probes_and_goes_on(clock: list[float]) -> None:
     box = Box(4)
     stream = Stream("verdict", box.fetch, boundary=1)
@@ -41,7 +46,7 @@ def test_refusal_holds_probes_and_goes_on(clock: list[float]) -> None:
     assert stream.refused(one, "Not authorized") and not stream.refused(two, "Not authorized")
     assert stream.next(9) is None, "the third is still on its way"
     stream.refused(three, "Not authorized")
-    assert stream.next(9) is None and stream.wait == 1.0
+    assert stream.next(9) is None, "on hold"
     clock[0] = 1.0
     probe = stream.next(9)
     assert probe.key == 1 and stream.replayed(probe) and stream.next(9) is None, "one probe at a time"
@@ -51,10 +56,19 @@ def test_refusal_holds_probes_and_goes_on(clock: list[float]) -> None:
     clock[0] = 3.0
     probe = stream.next(9)
     del box.left[probe.key]
-    assert stream.acknowledged(probe) and stream.wait is None
+    assert stream.acknowledged(probe)
     rest = [stream.next(9) for _ in range(4)]
     assert [m and m.key for m in rest] == [2, 3, 4, None]
     assert [stream.replayed(m) for m in rest[:3]] == [True, True, False]
+    stream.refused(rest[2], "Not authorized")
+    for message in rest[:2]:
+        stream.given_up(message)
+    clock[0] = 3.9
+    assert stream.next(9) is None
+    clock[0] = 4.0
+    probe = stream.next(9)
+    assert probe.key == 4, "a hold is short again after an answer, and what was given up is not waited for"
+    assert stream.replayed(probe), "what comes again is told from what is new, be it the last"
 
 
 @given(count=st.integers(1, 30), answers=st.lists(st.booleans(), max_size=80), window=st.integers(1, 8))
@@ -72,7 +86,7 @@ def test_everything_is_taken_once_whatever_is_refused(count: int, answers: list[
             if not flying:
                 if not box.left:
                     break
-                now[0] += stream.wait or 1.0
+                now[0] += 1.0
                 continue
             message = flying.pop(0)
             if next(pending, True):
