@@ -268,7 +268,10 @@ def test_damage_while_running_loses_nothing_that_can_be_read(tmp_path: Path) -> 
         assert [what for what, _ in events] == ["set_aside"] and len(waiting(outbox)) == 23
 
 
-def test_defect_of_the_writer_is_said_and_survived(tmp_path: Path, eventually: Callable[..., None]) -> None:
+def test_defect_of_the_writer_is_said_and_survived(
+    tmp_path: Path, eventually: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     with Outbox(tmp_path / "o.db") as outbox:
         commit = outbox._file.commit
 
@@ -281,6 +284,11 @@ def test_defect_of_the_writer_is_said_and_survived(tmp_path: Path, eventually: C
         assert [m.key for m in waiting(outbox)] == [key]
         outbox._file.commit = commit  # type: ignore[method-assign]
         assert outbox.wait(key, 5) and outbox.stats().degraded is None
+    words = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert [(level, text.split(":")[0]) for level, text in words if text.startswith("outbox ")] == [
+        ("ERROR", "outbox degraded"),
+        ("INFO", "outbox recovered"),
+    ]
 
 
 def test_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
