@@ -250,6 +250,33 @@ def test_a_kill_while_the_damaged_file_is_replaced_loses_nothing(
     assert not list(tmp_path.glob("*.new*")) and (tmp_path / "o.db.corrupt-1").exists()
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_was_set_aside_before_is_left_alone_and_the_next_one_goes_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    path, rename, aside = tmp_path / "o.db", Path.rename, {}
+
+    def until_the_file_is_away(source: Path, target: Path) -> Path:
+        rename(source, target)
+        raise KeyboardInterrupt
+
+    for number in (1, 2, 3):
+        store(path)
+        mark = b"%d" % number * SECTOR
+        damage(path, root(path, "message_order"), mark)
+        aside[f"o.db.corrupt-{number}"] = mark
+        if killed:
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(Path, "rename", until_the_file_is_away)
+                Outbox(path).open()
+            (tmp_path / "o.db-wal").write_bytes(mark)  # what a kill leaves of its log
+            aside[f"o.db.corrupt-{number}-wal"] = mark
+        with Outbox(path) as outbox:
+            assert len(waiting(outbox)) == COUNT * number and outbox.stats().dropped == 0
+        assert len(list(tmp_path.glob("*.corrupt-?"))) == number
+        assert all(mark in (tmp_path / name).read_bytes() for name, mark in aside.items())
+
+
 def test_a_message_that_the_disk_has_changed_is_given_up_and_holds_up_nothing(
     line: Any, broker: Any, consumer: Any, tmp_path: Path, eventually: Callable[..., None]
 ) -> None:
