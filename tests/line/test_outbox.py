@@ -218,6 +218,28 @@ def test_newer_version_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert list(tmp_path.glob("*corrupt*")) == []
 
 
+def test_an_outbox_that_is_being_closed_takes_nothing(tmp_path: Path) -> None:
+    """The writer may have looked for the last time: what came then would be neither stored nor refused."""
+    taken: list[bool] = []
+    with Outbox(tmp_path / "o.db") as outbox:
+        commit = outbox._file.commit
+
+        def late(*args: object) -> None:
+            outbox._file.commit = commit  # type: ignore[method-assign]
+            with outbox._lock:
+                outbox._lock.wait_for(lambda: outbox._stopping, 10)
+            try:
+                outbox.put("cam0", "verdict", Ids().next(), b"{}")
+                taken.append(True)
+            except DeliveryError:
+                taken.append(False)
+            commit(*args)
+
+        outbox._file.commit = late  # type: ignore[method-assign]
+        outbox.put("cam0", "verdict", Ids().next(), b"{}")
+    assert taken == [False]
+
+
 def test_closed_outbox_takes_nothing(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path / "o.db")
     with pytest.raises(DeliveryError, match="closed"):
