@@ -240,6 +240,24 @@ def test_an_outbox_that_is_being_closed_takes_nothing(tmp_path: Path) -> None:
     assert taken == [False]
 
 
+def test_a_state_that_is_saved_during_the_last_commit_is_kept(tmp_path: Path) -> None:
+    """Of the part that was judged last: the board of alarms moves on after its verdict is handed over."""
+    with Outbox(tmp_path / "o.db") as outbox:
+        commit = outbox._file.commit
+
+        def late(*args: object) -> None:
+            outbox._file.commit = commit  # type: ignore[method-assign]
+            with outbox._lock:
+                outbox._lock.wait_for(lambda: outbox._stopping, 10)
+            outbox.save_state("alarm/cam0", b'{"alarms":[]}')
+            commit(*args)
+
+        outbox._file.commit = late  # type: ignore[method-assign]
+        outbox.put("cam0", "verdict", Ids().next(), b"{}")
+    with Outbox(tmp_path / "o.db") as outbox:
+        assert outbox.load_state("alarm/cam0") == b'{"alarms":[]}'
+
+
 def test_closed_outbox_takes_nothing(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path / "o.db")
     with pytest.raises(DeliveryError, match="closed"):
