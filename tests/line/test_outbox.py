@@ -90,6 +90,45 @@ def test_an_identifier_that_no_message_carries_is_a_floor_all_the_same(tmp_path:
         assert outbox.last_id == third
 
 
+def test_identifiers_that_come_out_of_order_do_not_set_their_floor_back(tmp_path: Path) -> None:
+    """Whoever gives identifiers and whoever stores them are threads of their own."""
+    ids = Ids(clock_ns=lambda: 0)
+    first, second, third = (ids.next() for _ in range(3))
+    with Outbox(tmp_path / "o.db") as outbox:
+        for identifier in (third, first):
+            outbox.wait(outbox.put("cam0", "verdict", identifier, b"{}"), 10)
+            assert outbox.last_id == third
+        outbox.put("cam0", "verdict", second, b"{}")
+    with Outbox(tmp_path / "o.db") as outbox:
+        assert outbox.last_id == third
+
+
+def test_what_the_broker_takes_from_memory_while_it_is_being_stored_is_not_delivered_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., None]
+) -> None:
+    monkeypatch.setattr("andon.runtime.outbox._RETRY", 0.01)
+    with Outbox(tmp_path / "o.db") as outbox:
+        commit, sent = outbox._file.commit, []
+
+        def full(*_: object) -> None:
+            raise sqlite3.OperationalError("database or disk is full")
+
+        def stores(*args: object) -> None:
+            outbox._file.commit = commit  # type: ignore[method-assign]
+            commit(*args)
+            outbox.done(sent)  # by a connection's thread, before the writer has noted that they are stored
+
+        outbox._file.commit = full  # type: ignore[method-assign]
+        keys = [outbox.put("cam0", "verdict", Ids().next(), b"{}") for _ in range(3)]
+        eventually(lambda: [message.key for message in waiting(outbox)] == keys)
+        sent += waiting(outbox)[:2]
+        outbox._file.commit = stores  # type: ignore[method-assign]
+        assert outbox.wait(keys[-1], 10)
+        assert [message.key for message in waiting(outbox)] == keys[2:] and outbox.stats().messages == 1
+    with Outbox(tmp_path / "o.db") as outbox:
+        assert [message.key for message in waiting(outbox)] == keys[2:]
+
+
 def test_nothing_that_waits_is_no_bytes_and_no_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At once, not when the acknowledged rows have left the file: a run's closing summary looks at that moment."""
     monkeypatch.setattr("andon.runtime.outbox._ACK_DELAY", 60.0)
@@ -240,7 +279,8 @@ def test_an_outbox_that_is_being_closed_takes_nothing(tmp_path: Path) -> None:
     assert taken == [False]
 
 
-def test_a_state_that_is_saved_during_the_last_commit_is_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", [None, ("alarm/cam0", b"{}")])
+def test_a_state_that_is_saved_during_the_last_commit_is_kept(tmp_path: Path, before: tuple[str, bytes] | None) -> None:
     """Of the part that was judged last: the board of alarms moves on after its verdict is handed over."""
     with Outbox(tmp_path / "o.db") as outbox:
         commit = outbox._file.commit
@@ -253,7 +293,7 @@ def test_a_state_that_is_saved_during_the_last_commit_is_kept(tmp_path: Path) ->
             commit(*args)
 
         outbox._file.commit = late  # type: ignore[method-assign]
-        outbox.put("cam0", "verdict", Ids().next(), b"{}")
+        outbox.put("cam0", "verdict", Ids().next(), b"{}", before)
     with Outbox(tmp_path / "o.db") as outbox:
         assert outbox.load_state("alarm/cam0") == b'{"alarms":[]}'
 
