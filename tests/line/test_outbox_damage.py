@@ -128,6 +128,25 @@ def test_a_line_starts_without_its_states_and_goes_on_above_what_they_were(tmp_p
         assert Ids(outbox.last_id, clock_ns=lambda: 0).next() > last and published_version(outbox) >= COUNT
 
 
+def test_an_emptied_file_is_damage_where_messages_were_and_only_there(tmp_path: Path) -> None:
+    """As a file system leaves it that wrote the length later than the name."""
+    path = tmp_path / "o.db"
+    path.touch()
+    with Outbox(path) as outbox:
+        assert outbox.stats().set_aside is None
+        fill(outbox, 7)
+    path.write_bytes(b"")
+    for start in ("first", "second"):
+        with Outbox(path) as outbox:
+            assert (outbox.stats().messages, outbox.stats().dropped) == (0, 7)
+            assert (outbox.stats().set_aside is None) is (start == "second")
+    with Outbox(path) as outbox:
+        fill(outbox, 7)
+    path.unlink()
+    with Outbox(path) as outbox:
+        assert outbox.stats().set_aside is None, "who removes the file need not be told"
+
+
 def test_a_page_that_was_written_to_the_wrong_place_keeps_nothing_from_starting(tmp_path: Path) -> None:
     path = tmp_path / "o.db"
     store(path)
