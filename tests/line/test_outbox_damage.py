@@ -244,6 +244,43 @@ def test_damage_while_running_leaves_what_was_delivered_and_counts_what_is_lost(
         assert outbox.last_id == last
 
 
+def test_what_was_delivered_is_not_lost_with_its_page_before_it_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("andon.runtime.outbox._ACK_DELAY", 60.0)
+    with Outbox(tmp_path / "o.db") as outbox:
+        keys = fill(outbox, 100, size=700)
+        outbox._file.fold()
+        messages = waiting(outbox)
+        path = tmp_path / "o.db"
+        damage(path, page_of(path.read_bytes(), b'"id":"%s"' % messages[40].id.encode()), bytes(8))
+        outbox.done(messages[20:60])
+        keys[20:60] = []
+        commit = outbox._file.commit
+
+        def meets_it(*args: Any) -> None:
+            outbox._file.commit = commit  # type: ignore[method-assign]
+            raise sqlite3.DatabaseError("database disk image is malformed")
+
+        outbox._file.commit = meets_it  # type: ignore[method-assign]
+        keys += fill(outbox, 1)
+        assert [message.key for message in waiting(outbox)] == keys
+        stats = outbox.stats()
+        assert stats.set_aside and "60 waiting messages were saved from it, 0 lost" in stats.set_aside
+        assert (stats.dropped, stats.damaged, stats.messages) == (0, 0, 61)
+
+
+def test_on_a_full_disk_the_reserve_goes_to_the_new_file(small_disk: Path) -> None:
+    path = small_disk / "o.db"
+    with Outbox(path) as outbox:
+        keys = fill(outbox, 800, size=700)
+    damage(path, root(path, "message_order"), bytes(SECTOR))
+    fill_disk(small_disk)
+    with Outbox(path) as outbox:
+        assert [message.key for message in waiting(outbox)] == keys
+        assert outbox.stats().set_aside and outbox.stats().dropped == 0
+
+
 @pytest.mark.parametrize("moment", range(3))
 def test_a_kill_while_the_damaged_file_is_replaced_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int

@@ -8,6 +8,7 @@ import os
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from andon.runtime.errors import DeliveryError
@@ -63,6 +64,34 @@ def test_memory_is_bounded_while_the_disk_refuses(tmp_path: Path, eventually: Ca
         assert [m.key for m in waiting(outbox)] == keys[-10:] and outbox.stats().dropped == 20
         outbox._file.commit = commit  # type: ignore[method-assign]
         assert outbox.wait(keys[-1], 5)
+
+
+class Halfway:
+    """A file's connection that is refused once, with the rows in and the rest of the transaction not."""
+
+    def __init__(self, file: Any):
+        self._file, self._connection = file, file._writer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    def executemany(self, query: str, rows: Any) -> Any:
+        if query.startswith("DELETE"):
+            self._file._writer = self._connection
+            raise sqlite3.OperationalError("database or disk is full")
+        return self._connection.executemany(query, rows)
+
+
+def test_what_a_disk_refuses_in_the_middle_of_a_transaction_it_takes_whole_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("andon.runtime.outbox._RETRY", 0.01)
+    with Outbox(tmp_path / "o.db") as outbox:
+        keys = fill(outbox, 2)
+        outbox._file._writer = Halfway(outbox._file)  # type: ignore[assignment]
+        keys.append(outbox.put("cam0", "verdict", Ids(outbox.last_id).next(), b"{}"))
+        assert outbox.wait(keys[-1], 5), outbox.stats().degraded
+        assert [message.key for message in waiting(outbox)] == keys and outbox.stats().messages == 3
 
 
 def refused(outbox: Outbox, count: int, size: int, eventually: Callable[..., None]) -> list[int]:
