@@ -190,6 +190,18 @@ def test_age_cap_goes_by_time_passed_not_by_the_clock(tmp_path: Path) -> None:
         assert len(waiting(outbox)) == 3 and outbox.stats().dropped == 5
 
 
+def test_what_is_too_old_goes_without_a_message_that_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., None]
+) -> None:
+    monkeypatch.setattr("andon.runtime.outbox._HOUSEKEEPING", 0.05)
+    clocks = Clocks()
+    with clocks.open(tmp_path / "o.db") as outbox:
+        fill(outbox, 3)
+        clocks.run(3601)
+        eventually(lambda: outbox.stats().messages == 0)
+        assert outbox.stats().dropped == 3
+
+
 def test_what_was_judged_under_a_wrong_clock_is_kept_at_the_next_start(tmp_path: Path) -> None:
     """A computer without a battery for its clock boots in 1970 and loses power before the network is there."""
     clocks = Clocks(wall=60.0)
