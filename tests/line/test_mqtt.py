@@ -46,7 +46,7 @@ def test_messages_fit_their_schemas(line: Any, consumer: Any, broker: EmbeddedBr
 
 
 def test_alarm_is_retained_and_replayed_ones_do_not_overwrite_it(
-    line: Any, broker: EmbeddedBroker, make_consumer: Any
+    line: Any, broker: EmbeddedBroker, make_consumer: Any, eventually: Any
 ) -> None:
     port = broker.port
     broker.stop()
@@ -55,8 +55,11 @@ def test_alarm_is_retained_and_replayed_ones_do_not_overwrite_it(
         running.alarm("cam0", "OK")  # raised, then latched, both while the broker is away
         with EmbeddedBroker(port):
             assert running.delivery.wait_connected(10)
+            eventually(lambda: running.outbox.stats().messages == 0)
             with make_consumer(port) as consumer:
                 consumer.until(lambda: consumer.of("alarm"))
+                (board,) = consumer.of("alarm")
+                assert (board["state"], board["event"], board["replayed"]) == ("latched", None, False)
                 running.alarm("cam0", "NG")
                 consumer.until(lambda: consumer.of("alarm")[-1]["state"] == "raised")
             with make_consumer(port) as later:

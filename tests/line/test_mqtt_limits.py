@@ -8,6 +8,7 @@ import select
 import socket
 import threading
 from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ from andon.runtime.mqtt.packets import packet_size
 from andon.runtime.outbox import Outbox
 from andon.runtime.types import Region, Verdict
 from andon.runtime.verdict import Ids
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.reasoncodes import ReasonCode
 
 from .connection import verdict
-from .outboxes import fill, waiting
+from .outboxes import fill, message, waiting
 
 
 def wordy(ids: Ids) -> Verdict:
@@ -278,6 +281,67 @@ def test_a_refused_verdict_that_the_caps_have_dropped_keeps_no_thread_busy(
     os.close(other)
 
 
+@pytest.fixture
+def connect(broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., session.Session]]:
+    """Connections without a thread, whose broker refuses the first stored message once."""
+    monkeypatch.setattr(stream, "_FIRST_HOLD", 0.0)
+    wake, other = os.pipe()
+    opened: list[session.Session] = []
+
+    def open_one(outbox: Outbox, alarm: Callable[[], bytes | None], **settings: Any) -> session.Session:
+        hooks = Hooks(lambda state: b"{}", alarm, *[lambda *_: None] * 4)
+        config = BrokerConfig(port=broker.port, **settings)
+        connection = session.Session(config, "a", "andon/v1/a/b/c", ["cam0"], outbox, 8, hooks, wake)
+        answered, refused = connection._client.on_publish, []
+
+        def answers(client: Any, data: Any, mid: int, reason: ReasonCode, properties: Any) -> None:
+            if not refused and isinstance(connection._flying.get(mid), tuple):
+                refused.append(mid)
+                reason = ReasonCode(PacketTypes.PUBACK, "Not authorized")
+            answered(client, data, mid, reason, properties)
+
+        connection._client.on_publish = answers
+        connection.open(lambda: False)
+        opened.append(connection)
+        return connection
+
+    yield open_one
+    for connection in opened:
+        connection.close()
+    os.close(wake)
+    os.close(other)
+
+
+@pytest.mark.parametrize("given_up", ["damaged", "too large"])
+def test_what_is_given_up_keeps_nothing_behind_it_from_being_tried_again(
+    tmp_path: Path, connect: Callable[..., session.Session], eventually: Any, given_up: str
+) -> None:
+    with Outbox(tmp_path / "outbox.db") as outbox:
+        if given_up == "damaged":
+            outbox.wait(outbox.put("cam0", "verdict", Ids().next(), b"{}"), 10)
+        else:
+            fill(outbox, 1, size=5000)
+        fill(outbox, 1)
+        connection = connect(outbox, lambda: None, max_packet=4000)
+        eventually(lambda: (connection.step(0.1, deque(), deque()), not waiting(outbox))[1])
+        assert outbox.stats().dropped == 1
+
+
+def test_alarms_that_were_refused_leave_the_board_as_it_is_on_the_topic(
+    tmp_path: Path, connect: Callable[..., session.Session], eventually: Any
+) -> None:
+    """They come again as replayed ones, which are not retained."""
+    asked: list[bool] = []
+    with Outbox(tmp_path / "outbox.db") as outbox:
+        connection = connect(outbox, lambda: asked.append(True))
+        identifier = Ids().next()
+        key = outbox.put("cam0", "alarm", identifier, message(identifier).replace(b"verdict", b"alarm"))
+        assert outbox.wait(key, 10) and len(asked) == 1
+        eventually(lambda: (connection.step(0.1, deque(), deque()), not outbox.fetch(["cam0"], "alarm", 0, 1))[1])
+        connection.step(0.1, deque(), deque())
+        assert outbox.stats().dropped == 0 and len(asked) == 2
+
+
 class Reluctant:
     """A broker of MQTT 5 that takes one unacknowledged message at a time (Receive Maximum 1).
 
@@ -343,6 +407,18 @@ def test_what_is_announced_keeps_to_the_brokers_receive_maximum(line: Any, event
     assert broker.topics == ["status", "alarm", "config", "verdict", "verdict", "status", "alarm", "status"]
     assert broker.most == 1, "so many at once without an acknowledgement"
     assert broker.early == 0, "whoever reads `online` may command: the subscription has to stand by then"
+
+
+def test_answers_to_commands_keep_to_the_brokers_receive_maximum(line: Any, eventually: Any) -> None:
+    """Above it a broker ends the connection."""
+    broker = Reluctant()
+    with line(broker.port) as running:
+        assert running.delivery.wait_connected(10)
+        for _ in range(3):
+            running.delivery._publishers["cam0"].send(Direct("cmd/acknowledge/result", b"{}"))
+        running.send(1)
+        eventually(lambda: broker.topics.count("result") == 3 and "verdict" in broker.topics)
+    assert broker.most == 1
 
 
 def test_a_broker_that_acknowledges_nothing_is_said_and_tried_anew(
