@@ -6,8 +6,11 @@ import itertools
 import json
 import socket
 import threading
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from andon.runtime.alarm import AlarmBoard, AlarmRule
@@ -17,6 +20,7 @@ from andon.runtime.mqtt.delivery import Delivery
 from andon.runtime.mqtt.identity import joined
 from andon.runtime.mqtt.publisher import Publisher
 from andon.runtime.outbox import Outbox
+from andon.runtime.stored import OutboxStats
 from jsonschema import Draft202012Validator
 
 from .connection import SCHEMAS, Line, validate
@@ -236,6 +240,39 @@ def test_losses_and_damage_are_told(line: Any, broker: EmbeddedBroker, tmp_path:
     (tmp_path / "outbox.db").write_bytes(b"x" * 8192)
     with line(broker.port) as running:
         assert "damaged" in running.delivery.health().trouble()
+
+
+def test_a_loss_is_told_by_its_own_cause_and_for_a_minute(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("andon.runtime.mqtt.delivery.time", SimpleNamespace(monotonic=lambda: now[0]))
+    stats = OutboxStats(0, 0, 5, 0.0, None, None, 0, too_large=2, damaged=1)
+    outbox = Mock(stats=lambda: stats)
+    delivery = Delivery(base, ["cam0"], None, outbox)
+    delivery.start()
+    assert delivery.health().loss == "", "what was lost before was told before"
+    causes = {"the outbox's caps dropped the oldest": {}, "larger than the broker takes": {"too_large": 1}}
+    for _ in range(2):
+        for cause, more in {**causes, "damaged on the disk": {"damaged": 1}}.items():
+            counts = {name: getattr(stats, name) + number for name, number in {"dropped": 1, **more}.items()}
+            stats = replace(stats, **counts)
+            assert delivery.health().loss == f"messages were lost: {cause}"
+            now[0] += 59
+            assert delivery.health().loss
+            now[0] += 1
+            assert delivery.health().loss == ""
+
+
+def test_a_connection_that_was_stopped_is_not_woken(line: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The outbox goes on for a moment, and its descriptors may be somebody else's by then."""
+    with line(1) as running:
+        running.delivery.stop(0.0)
+        write, close = Mock(), Mock()
+        with monkeypatch.context() as patch:
+            patch.setattr("andon.runtime.mqtt.publisher.os", SimpleNamespace(write=write, close=close))
+            running.send(1)
+            assert running.outbox.wait(1, 10)
+            running.outbox.finish()
+        assert not write.called and not close.called
 
 
 def test_an_outage_is_trouble_only_after_the_grace(line: Any, broker: EmbeddedBroker, eventually: Any) -> None:
