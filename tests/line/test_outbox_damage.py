@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from andon.runtime import outbox_salvage
@@ -415,6 +416,22 @@ def test_floors_that_a_slower_thread_writes_do_not_set_back_what_another_has_sen
     floors.write(late, sync=True)
     floors.write(early, sync=False)  # of before, by a thread that was held up
     assert FloorsFile(tmp_path / "floors").read() == Floors(late.id, 8, 2, 9)
+
+
+def test_floors_that_the_disk_does_not_take_are_said_once_and_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, ids = tmp_path / "floors", Ids()
+    written, floors = Floors(ids.next(), 7, 1, 2), FloorsFile(path)
+    for outage in (1, 2):
+        with monkeypatch.context() as full:
+            full.setattr("os.pwrite", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+            for _ in range(3):
+                floors.write(written, sync=True)
+        assert sum("the line may use identifiers and versions again" in text for text in caplog.messages) == outage
+        floors.write(written, sync=True)
+        assert FloorsFile(path).read() == written
+        written = Floors(ids.next(), 8, 1, 2)
 
 
 def test_floors_of_a_version_that_keeps_more_are_read(tmp_path: Path) -> None:
