@@ -77,6 +77,14 @@ def test_a_picture_larger_than_the_broker_takes_is_skipped_and_counted(
     assert sum("is not sent: the broker takes at most 4000" in text for text in caplog.messages) == 1
 
 
+@pytest.mark.parametrize(("rest", "whole"), [(127, 129), (128, 131), (16383, 16386), (16384, 16388)])
+def test_a_packets_size_is_known_to_the_byte(rest: int, whole: int) -> None:
+    """A verdict of one byte more than the broker takes would end each connection anew."""
+    topic = "é/b"
+    for qos, protocol, header in ((1, "5", 9), (1, "3.1.1", 8), (0, "5", 7), (0, "3.1.1", 6)):
+        assert packet_size(topic, bytes(rest - header), qos, protocol) == whole
+
+
 class Dam:
     """A way to the broker that lets nothing through to it while it is shut, and holds only some kB."""
 
