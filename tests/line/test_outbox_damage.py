@@ -7,6 +7,7 @@ import json
 import shutil
 import sqlite3
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -146,6 +147,26 @@ def test_an_emptied_file_is_damage_where_messages_were_and_only_there(tmp_path: 
     path.unlink()
     with Outbox(path) as outbox:
         assert outbox.stats().set_aside is None, "who removes the file need not be told"
+
+
+def test_what_was_given_after_the_floors_were_written_is_not_given_again_where_the_states_are_lost(
+    tmp_path: Path,
+) -> None:
+    """They are seconds old when a line is killed; what it delivered since then is known to nobody."""
+    path, floors = tmp_path / "o.db", tmp_path / "o.db.floors"
+    ids = Ids()
+    later = Ids(clock_ns=lambda: time.time_ns() + 30 * 10**9)
+    with Outbox(path) as outbox:
+        outbox.wait(outbox.put("cam0", "verdict", ids.next(), b"{}", ("memory/version", b"7")), 10)
+        outbox._keep_floors(sync=True)
+        early = floors.read_bytes()
+        outbox.wait(outbox.put("cam0", "verdict", last := later.next(), b"{}", ("memory/version", b"8")), 10)
+        outbox.done(waiting(outbox))
+    floors.write_bytes(early)
+    damage(path, root(path, "state") + PAGE - SECTOR, bytes(SECTOR))
+    for _ in range(2):
+        with Outbox(path) as outbox:
+            assert outbox.last_id and outbox.last_id > last and published_version(outbox) > 8
 
 
 def test_a_page_that_was_written_to_the_wrong_place_keeps_nothing_from_starting(tmp_path: Path) -> None:
