@@ -156,6 +156,21 @@ def test_no_altered_byte_is_let_through(tmp_path):
             read_snapshot(path)
 
 
+def test_no_altered_bit_keeps_the_others_from_being_listed_and_saved(tmp_path):
+    """Headers are read without the digest, and zipfile raises more than BadZipFile."""
+    store = SnapshotStore(tmp_path, IDENTITY)
+    store.save({}, {})
+    path = next(tmp_path.glob("*.snapshot"))
+    data = path.read_bytes()
+    store.save({}, {})
+    for position in range(8 * len(data)):
+        altered = bytearray(data)
+        altered[position // 8] ^= 1 << position % 8
+        path.write_bytes(altered)
+        assert SnapshotStore(tmp_path, IDENTITY).metas()[0] == (2, {}), f"bit {position}"
+    assert store.save(arrays(3), {}).number == 3
+
+
 def test_kill_9_in_the_middle_of_a_snapshot_leaves_a_loadable_state(tmp_path):
     """A process that does nothing but save is killed many times; a usable state is there every time."""
     code = textwrap.dedent(
