@@ -6,12 +6,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
 from ..calib.snapshots import Kind, Snapshot, SnapshotStore
-from .errors import AndonError
+from .errors import AndonError, CalibrationError
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,11 @@ class Autosave:
     there: neither a line that is restarted again and again nor one that learns nothing pushes its own history out.
 
     Owns one thread; :meth:`close` joins it and writes what is left.
+
+    Attributes:
+        saved: (number, meta) of this bundle's snapshots, newest first, as they were after the last save or look:
+            the thread looks every `interval` seconds, for people remove files, too. Whoever only wants to tell of them
+            reads this and waits for no disk.
 
     Args:
         store: where snapshots go; nobody else writes to it.
@@ -52,6 +58,7 @@ class Autosave:
         self._interval, self._ring_interval, self._clock = interval, ring_interval, clock
         self._content, self._before = content, before
         age = store.age("ring")
+        self.saved = tuple(store.metas())
         # A wall clock that was set back says nothing of the age: then as if it had been written just now.
         self._ring_due = clock() if age is None else clock() + ring_interval - max(0.0, age)
         self._pending: tuple[Arrays, Mapping[str, Any]] | None = None
@@ -74,7 +81,14 @@ class Autosave:
             CalibrationError: the disk refuses.
         """
         with self.lock:
-            return self._store.save(arrays, meta, kind)
+            snapshot = self._store.save(arrays, meta, kind)
+            self._look()
+        return snapshot
+
+    def _look(self) -> None:
+        """See what is saved; with the lock. Where the folder cannot be read no save succeeds, and that is said."""
+        with suppress(CalibrationError):
+            self.saved = tuple(self._store.metas())
 
     def flush(self) -> Exception | None:
         """Write what was offered, if anything; what goes wrong is logged once and tried again later. Raises nothing.
@@ -119,6 +133,8 @@ class Autosave:
 
     def _work(self) -> None:
         while not self._stop.wait(self._interval):
+            with self.lock:
+                self._look()
             self.flush()
 
     def close(self) -> None:

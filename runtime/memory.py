@@ -1,7 +1,8 @@
 """Online calibration on the line: the memory of normal of any bundle that has one, kept current while it judges.
 
 Here the parts meet: rows (memorybanks.py), versions (memoryversions.py), drift (driftwatch.py), snapshots, audit log.
-Everything runs on the judging thread but the writing of snapshots, for which this module owns one thread.
+Everything runs on the judging thread but the writing and listing of snapshots, for which this module owns one thread:
+only a command does that where it is executed, for its answer says what is on the disk.
 """
 
 from __future__ import annotations
@@ -287,12 +288,12 @@ class LineMemory:
     # -- state -------------------------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        """Present state for status, web page and command results."""
+        """Present state for status, web page and command results. Waits for no disk: it is asked for every second."""
         return {
             "order": self._config.order if self._banks.calibrators else None,
             **self._banks.describe(),
             # By the numbers that rollback takes; the same version may be saved more than once.
-            "snapshots": sorted({int(meta["version"]) for _, meta in self._store.metas()}, reverse=True),
+            "snapshots": sorted({int(meta["version"]) for _, meta in self._saver.saved}, reverse=True),
             **self._drift.describe(),
             "version": self._versions.number if self._banks.calibrators else None,
         }

@@ -51,6 +51,9 @@ def test_autosave_outlives_whatever_goes_wrong(error, caplog):
         def age(self, kind):
             return None
 
+        def metas(self):
+            return []
+
         def usable(self, kind):
             return iter(())
 
@@ -66,6 +69,51 @@ def test_autosave_outlives_whatever_goes_wrong(error, caplog):
     saver.close()
     said = [record.message for record in caplog.records]
     assert said == [f"memory is not being saved: {error}", "memory is saved again"]
+
+
+def test_telling_of_the_memory_lists_no_folder(station, monkeypatch):
+    """The line asks for it every second, on the judging thread."""
+    line = station()
+    for _ in range(3):
+        line.see(104)
+    line.memory.command("snapshot", {})
+    with monkeypatch.context() as disk:
+        disk.setattr(SnapshotStore, "_files", lambda *_: pytest.fail("the folder is listed"))
+        assert line.memory.describe()["snapshots"] == [1]
+    line.close()
+    assert station().memory.describe()["snapshots"] == [1], "what earlier runs, killed or not, have left is known"
+
+
+def test_what_is_saved_follows_the_folder(tmp_path):
+    """People remove files, and folders come back."""
+    folder, away, looked = tmp_path / "memory", tmp_path / "away", threading.Semaphore(0)
+
+    class Store(SnapshotStore):
+        def metas(self):
+            looked.release()
+            return super().metas()
+
+    def saved_after_a_look():
+        while looked.acquire(blocking=False):
+            pass
+        for _ in range(3):  # the first may have begun before, the second ends when the third begins
+            assert looked.acquire(timeout=10)
+        return [number for number, _ in saver.saved]
+
+    store = Store(folder, {})
+    kept, removed = (store.save({}, {"version": version}, "pinned").number for version in (1, 2))
+    saver = Autosave(store, 0.01, 3600)
+    assert [number for number, _ in saver.saved] == [removed, kept]
+    (folder / f"pinned-{removed:010d}.snapshot").unlink()
+    assert saved_after_a_look() == [kept]
+    folder.rename(away)
+    folder.write_text("a file where the folder was")
+    assert saved_after_a_look() == [kept], "one that cannot be read says nothing, and ends no thread"
+    folder.unlink()
+    assert saved_after_a_look() == []
+    away.rename(folder)
+    assert saved_after_a_look() == [kept]
+    saver.close()
 
 
 def age_snapshots(folder, seconds):
