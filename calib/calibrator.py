@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from .distance import nearest
 from .errors import CalibrationError
-from .guard import AdmissionGuard, Decision, GuardPolicy, Reason
-from .memory import Change, EpisodicMemory, MemoryPolicy, select_farthest, select_transport
+from .guard import AdmissionGuard, Decision, Reason
+from .memory import Change, EpisodicMemory, select_farthest, select_transport
+from .policies import GuardPolicy, MemoryPolicy
 
 Array = NDArray[Any]
 

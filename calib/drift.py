@@ -10,47 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import CalibrationError
+from .policies import DriftPolicy
 from .spacing import Pace, Spacing, Standstill
 
 Array = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class DriftPolicy:
-    """reference: first scores that make up the reference; window: recent scores held against them;
-    alpha: chance of a warning per test while nothing moves (small, because a line tests for weeks). Scores are those
-    of different parts."""
-
-    reference: int = 100
-    window: int = 100
-    alpha: float = 1e-6
-
-    def __post_init__(self) -> None:
-        if min(self.reference, self.window) < 5 or not 0 < self.alpha < 1:
-            raise CalibrationError(
-                "drift policy out of range",
-                found=self,
-                expected="reference and window >= 5, 0 < alpha < 1",
-                next_step="correct the memory.drift section of the line configuration",
-            )
-        if self.critical >= 1:
-            raise CalibrationError(
-                "drift could never be warned of: the samples are too small for this alpha",
-                found=f"a bound of {self.critical:.2f} for a statistic of at most 1",
-                expected="reference, window and alpha large enough for a bound below 1",
-                next_step="raise memory.drift.window, reference or alpha in the line configuration",
-            )
-
-    @property
-    def critical(self) -> float:
-        """One-sided Kolmogorov-Smirnov bound of two samples at `alpha`."""
-        return self.bound(self.reference)
-
-    def bound(self, reference: int) -> float:
-        """The same for a reference of another size."""
-        n, m = reference, self.window
-        return float(np.sqrt(-np.log(self.alpha) / 2 * (n + m) / (n * m)))
 
 
 @dataclass(frozen=True)

@@ -21,42 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import CalibrationError
+from .policies import GuardPolicy
 
 Array = NDArray[Any]
 Reason = Literal[
     "admitted", "warmup", "score", "anchor_local", "anchor_global", "not_finite", "frozen", "not_ok", "no_candidate"
 ]
-
-
-@dataclass(frozen=True)
-class GuardPolicy:
-    """Settings of the guard.
-
-    gate: False reproduces the paper, every frame with finite values teaches.
-    quantile: q of the score gate. window: scores it looks back on, and frames the anchors' baseline is taken from.
-    warmup: frames seen before the first may be admitted.
-    local_bound, global_bound: multiples of the baseline that the two anchors allow.
-    share: largest share of the episodic capacity that one frame may fill.
-    """
-
-    gate: bool = True
-    quantile: float = 0.5
-    window: int = 50
-    warmup: int = 10
-    local_bound: float = 1.5
-    global_bound: float = 3.0
-    share: float = 0.25
-
-    def __post_init__(self) -> None:
-        if not (0 < self.quantile <= 1 and 0 < self.warmup <= self.window and 0 < self.share <= 1) or (
-            min(self.local_bound, self.global_bound) <= 0
-        ):
-            raise CalibrationError(
-                "guard policy out of range",
-                found=self,
-                expected="0 < quantile <= 1, 0 < warmup <= window, 0 < share <= 1, bounds > 0",
-                next_step="correct the memory.guard section of the line configuration",
-            )
 
 
 @dataclass(frozen=True)

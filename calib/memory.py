@@ -8,56 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .coreset import greedy_k_center
 from .errors import CalibrationError
+from .policies import MemoryPolicy
 
 Array = NDArray[Any]
-Selection = Literal["farthest", "transport"]
-
-
-@dataclass(frozen=True)
-class MemoryPolicy:
-    """How the episodic memory fills.
-
-    capacity: L; when that many rows are reached, they are compressed (FOCT eq. 7). Paper: 100. Here 800, see
-        METHODS.md F.3.
-    keep: lambda, share of L that compression keeps. Paper: 0.25.
-    per_frame: rows an accepted frame adds at most.
-    selection: farthest: the patches with the highest score, i.e. what the memory does not know yet;
-        transport: FOCT eq. 6, the patches with the highest transport probability.
-    foreground, background: rows of each label that `transport` takes (paper: 10 and 40).
-    """
-
-    capacity: int = 800
-    keep: float = 0.5
-    per_frame: int = 50
-    selection: Selection = "farthest"
-    foreground: int = 10
-    background: int = 40
-
-    def __post_init__(self) -> None:
-        if (
-            self.capacity < 1
-            or not 0 < self.keep < 1
-            or self.per_frame < 1
-            or min(self.foreground, self.background) < 0
-        ):
-            raise CalibrationError(
-                "memory policy out of range",
-                found=self,
-                expected="capacity >= 1, 0 < keep < 1, per_frame >= 1, foreground and background >= 0",
-                next_step="correct the memory section of the line configuration",
-            )
-
-    @property
-    def compressed(self) -> int:
-        """Rows left after a compression."""
-        return max(1, int(self.keep * self.capacity))
 
 
 @dataclass(frozen=True)

@@ -51,12 +51,12 @@ from .startup import (
     open_bundle,
     pick_variant,
     sole_user,
-    state_folder,
 )
 from .summary import closing_summary
 from .types import Frame
 from .unjudged import Unjudged
 from .verdict import Ids
+from .whereabouts import state_folder
 from .worker import LineWorker
 
 log = logging.getLogger("andon.line")

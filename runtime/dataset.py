@@ -27,13 +27,13 @@ from typing import Literal
 from .errors import ConfigError, SourceError, quoted
 from .images import IMAGE_SUFFIXES, on_disk, read_mask, read_rgb
 from .manifest import Crop
+from .sourceconfig import ELPV
 from .verdict import readable
 
 __all__ = ["ELPV", "GOOD", "Dataset", "Sample", "Split", "open_dataset", "read_mask", "read_rgb", "split_readable"]
 
 Split = Literal["train", "test"]
 GOOD = "good"
-ELPV = "elpv"  # the one set that is named and not a folder
 _GOOD_FOLDERS = ("good", "ok")
 MASK_FOLDER = "ground_truth"
 # Folders of masks by other names: as defects they would be found without fail, and flatter every figure.

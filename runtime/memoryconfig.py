@@ -6,10 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ..calib.drift import DriftPolicy
 from ..calib.errors import CalibrationError
-from ..calib.guard import GuardPolicy
-from ..calib.memory import MemoryPolicy
+from ..calib.policies import DriftPolicy, GuardPolicy, MemoryPolicy
 from .settings import Seconds, Settings
 
 

@@ -9,11 +9,11 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator, mod
 
 from .settings import LocalPath, Settings, absolute
 
+ELPV = "elpv"  # the one set that is named and not a folder
+
 
 def _absolute_set(data: str, info: ValidationInfo) -> str:
     """A data set's folder made absolute like every other path; the name of an installed one stays."""
-    from .dataset import ELPV  # which brings OpenCV, that no other source's configuration needs
-
     return data if data == ELPV else str(absolute(Path(data), info))
 
 

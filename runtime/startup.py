@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import logging
-import os
 import queue
 import signal
 import threading
@@ -17,13 +16,14 @@ from typing import Any
 from .alarm import AlarmRule
 from .bundle import Bundle
 from .engine.probe import require_tensorrt, tensorrt_missing
-from .errors import BundleError, ConfigError, quoted
-from .lineconfig import AlarmConfig, BrokerConfig, LineConfig, load_line
+from .errors import BundleError, ConfigError
+from .lineconfig import AlarmConfig, LineConfig, load_line
 from .manifest import Variant
 from .memorybanks import require_memory
 from .newest import may_be_bundle, newest_first
 from .overrides import unusable_state
 from .products import require_products
+from .whereabouts import broker_at
 from .wiring import wire
 
 log = logging.getLogger("andon.line")
@@ -66,28 +66,6 @@ def effective(options: Options) -> LineConfig:
             next_step="use --max-frames, or stop it with SIGTERM",
         )
     return config.model_copy(update=changes)
-
-
-def broker_at(address: str, settings: BrokerConfig | None = None) -> BrokerConfig:
-    """The broker that --broker names, with the other settings of a configuration's.
-
-    address: HOST:PORT; an IPv6 address stands in brackets, as in a URL.
-
-    Raises:
-        ConfigError: it is no address.
-    """
-    named, _, port = address.rpartition(":")
-    host = named[1:-1] if named.startswith("[") and named.endswith("]") else named
-    plain = host == named and ":" in host  # IPv6 without brackets: where does the address end?
-    if not host or plain or not (port.isascii() and port.isdigit()) or not 1 <= int(port) <= 65535:
-        raise ConfigError(
-            f"--broker {address} is no address",
-            found=address,
-            expected="HOST:PORT with a port from 1 to 65535, an IPv6 address in brackets: [::1]:1883",
-            next_step="give both, e.g. --broker 127.0.0.1:1883",
-        )
-    base = settings or BrokerConfig()
-    return base.model_copy(update={"host": host, "port": int(port), "embedded": False})
 
 
 def bundle_path(config: LineConfig) -> Path:
@@ -164,23 +142,6 @@ def open_bundle(
         bundle.close()
         raise
     return bundle
-
-
-def state_folder(config: LineConfig, file: Path) -> Path:
-    """Where outbox, overrides and memory live."""
-    named = config.state or os.environ.get("STATE_DIRECTORY")
-    return Path(named) if named else file.absolute().parent / "state"
-
-
-def state_elsewhere(config: LineConfig, file: Path, command: str) -> str:
-    """Where a service may keep this line's state, and how `command` looks there; empty where the configuration or the
-    environment says which folder it is. systemd tells $STATE_DIRECTORY to the service alone."""
-    if config.state or os.environ.get("STATE_DIRECTORY"):
-        return ""
-    return (
-        "a service keeps its state elsewhere unless 'state' names the folder; to look there: "
-        f"STATE_DIRECTORY=/var/lib/andon/{quoted(file.stem)} andon {command} --config {quoted(file)}"
-    )
 
 
 @contextmanager

@@ -46,7 +46,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         ConfigError: the configuration itself is refused.
     """
     from ..overrides import Stored, read_overrides
-    from ..startup import Options, effective, state_elsewhere, state_folder
+    from ..startup import Options, effective
+    from ..whereabouts import state_elsewhere, state_folder
 
     config = effective(Options(config=args.config, bundle=args.bundle, broker=args.broker))
     findings = [Finding("configuration", True, f"{config.topic}, {len(config.cameras)} cameras")]

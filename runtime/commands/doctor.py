@@ -10,7 +10,7 @@ from typing import Any
 from ..configfile import load
 from ..lineconfig import BrokerConfig, LineConfig
 from ..machine import Finding, backends, examine
-from ..startup import broker_at
+from ..whereabouts import broker_at
 
 #: What a line runs without, if worse: verdicts wait for the broker, times are off without a synchronised clock
 ADVISORY = frozenset({"broker", "clock"})

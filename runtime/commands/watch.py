@@ -21,7 +21,7 @@ from ..configfile import load
 from ..errors import ConfigError, DeliveryError
 from ..lineconfig import BrokerConfig, LineConfig
 from ..mqtt.client import explain, explain_connack, make_client, tls_context
-from ..startup import broker_at, state_elsewhere, state_folder
+from ..whereabouts import broker_at, state_elsewhere, state_folder
 from . import numbers
 
 _REMEMBERED = 100_000

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from ...calib.calibrator import Observation, OnlineCalibrator
 from ...calib.distance import nearest
 from ...calib.errors import CalibrationError
-from ...calib.guard import GuardPolicy
-from ...calib.memory import MemoryPolicy
+from ...calib.policies import GuardPolicy, MemoryPolicy
 from ..report.memory import MemoryView
 from .fewshot import FeatureCache, Memory, Progress, rank
 from .transport import score

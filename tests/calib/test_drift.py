@@ -6,8 +6,9 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from andon.calib.drift import DriftMonitor, DriftPolicy
+from andon.calib.drift import DriftMonitor
 from andon.calib.errors import CalibrationError
+from andon.calib.policies import DriftPolicy
 from scipy.stats import ks_2samp
 
 

@@ -9,8 +9,8 @@ import pytest
 from andon.calib.calibrator import Observation, OnlineCalibrator
 from andon.calib.distance import nearest
 from andon.calib.errors import CalibrationError
-from andon.calib.guard import AdmissionGuard, GuardPolicy
-from andon.calib.memory import MemoryPolicy
+from andon.calib.guard import AdmissionGuard
+from andon.calib.policies import GuardPolicy, MemoryPolicy
 
 PATCHES, D, SEMANTIC = 100, 8, 100
 DEFECT = slice(40, 44)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from andon.calib.distance import nearest
 from andon.calib.errors import CalibrationError
-from andon.calib.memory import EpisodicMemory, MemoryPolicy, select_farthest, select_transport
+from andon.calib.memory import EpisodicMemory, select_farthest, select_transport
+from andon.calib.policies import MemoryPolicy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule

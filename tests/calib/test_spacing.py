@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from andon.calib.drift import DriftMonitor, DriftPolicy
+from andon.calib.drift import DriftMonitor
+from andon.calib.policies import DriftPolicy
 from andon.calib.spacing import Spacing, neighbours
 
 

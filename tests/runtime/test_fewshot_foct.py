@@ -11,8 +11,7 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
-from andon.calib.guard import GuardPolicy
-from andon.calib.memory import MemoryPolicy
+from andon.calib.policies import GuardPolicy, MemoryPolicy
 from andon.cli import main
 from andon.runtime import images
 from andon.runtime.bundle import Bundle

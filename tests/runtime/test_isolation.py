@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -67,6 +68,14 @@ def test_the_run_path_imports_nothing_heavy() -> None:
         "print(*sorted(heavy & {m.partition('.')[0] for m in sys.modules}))"
     )
     assert python(code).strip() == ""
+
+
+def test_watching_a_line_loads_neither_numpy_nor_opencv() -> None:
+    """It is started beside a line, over and again. The demo's configuration names a data set, which brings both."""
+    demo = str(ROOT / "configs/lines/demo.yaml")
+    code = BLOCK + "BLOCKED |= {'numpy', 'cv2'}\nfrom andon.cli import main\nassert main(sys.argv[1:]) == 1"
+    said = json.loads(python(code, "watch", "--config", demo, "--broker", "127.0.0.1:1", "--json").splitlines()[-1])
+    assert said["error"] == "the broker cannot be reached"
 
 
 def test_the_device_tests_need_no_more_than_the_test_extra() -> None:
