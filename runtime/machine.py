@@ -14,9 +14,8 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Literal
 
-from .engine.build import default_cache
-from .engine.probe import tensorrt_needs
-from .engine.target import l4t_release
+from .engine.plans import default_cache
+from .engine.probe import l4t_release, tensorrt_needs
 from .errors import AndonError
 from .lineconfig import BrokerConfig
 
@@ -161,8 +160,10 @@ def _torch() -> Finding:
 
 
 def _gstreamer(jetson: bool) -> list[Finding]:
-    from .source.gstreamer import gst, has_element
-
+    try:
+        from .source.gstreamer import gst, has_element
+    except ImportError as error:  # of a package that is named already, with its remedy
+        return [Finding("GStreamer", "missing", why=f"it cannot be looked at: {error}")]
     try:
         version = ".".join(str(part) for part in gst().Gst.version()[:3])
     except AndonError as error:
@@ -198,8 +199,6 @@ def _element(name: str, use: str, has: Callable[[str], bool], otherwise: Status,
 
 
 def _broker(broker: BrokerConfig) -> Finding:
-    from .mqtt.probe import probe
-
     mosquitto = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
     if broker.embedded:
         if mosquitto:
@@ -207,7 +206,11 @@ def _broker(broker: BrokerConfig) -> Finding:
         return Finding("broker", "missing", why="no mosquitto to start", remedy="apt-get install mosquitto")
     where = f"{broker.host}:{broker.port}"
     try:
+        from .mqtt.probe import probe
+
         probe(broker, f"andon-doctor-{os.getpid()}")
+    except ImportError as error:  # paho-mqtt's, which is named already
+        return Finding("broker", "missing", why=f"it cannot be asked: {error}")
     except AndonError as error:
         remedy = "start it, or name another with --broker or --config; verdicts wait in the outbox meanwhile"
         return Finding("broker", "missing", why=error.what, remedy=remedy)

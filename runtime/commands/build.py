@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle
-from ..engine.build import CACHE, Built, default_cache
+from ..engine.build import Built
+from ..engine.plans import CACHE, default_cache
 from ..engine.probe import require_tensorrt
 from ..engine.target import BuildOptions, with_dla
 from ..errors import EngineError, quoted

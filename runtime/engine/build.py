@@ -31,7 +31,6 @@ from .target import BuildOptions, Target
 from .trt import Trt, start
 
 log = logging.getLogger(__name__)
-CACHE = "ANDON_CACHE"
 #: Bytes of plans that are kept if ANDON_CACHE_LIMIT is not set; a device's disk has less room than a workstation's.
 PLANS_LIMIT = "4 GB"
 
@@ -275,13 +274,6 @@ class PlanStore:
 
     def _save_timing_cache(self, cache: Any) -> None:
         _keep((self._timing_cache(), bytes(cache.serialize())))
-
-
-def default_cache(root: Path | None = None) -> Path:
-    """The folder of plans: plans/ in `root`, else in $ANDON_CACHE, else in the user's cache folder."""
-    if given := root or os.environ.get(CACHE):
-        return Path(given) / "plans"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "andon" / "plans"
 
 
 def _version(text: str) -> tuple[int, int]:

@@ -6,14 +6,17 @@ The driver is asked first and through ctypes: without one, TensorRT's own calls 
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 from ..errors import EngineError
 
 _JETSON = "docs/jetson.md"
+_L4T_RELEASE = Path("/etc/nv_tegra_release")
 #: What is looked for, and the part of it that loads its libraries
 _TENSORRT = {"tensorrt": "tensorrt"}
 _BINDINGS = {"pycuda": "pycuda.driver", "cuda.bindings": "cuda.bindings.driver", "cuda.cuda": "cuda.cuda"}
@@ -31,6 +34,14 @@ class Need:
     @property
     def met(self) -> bool:
         return bool(self.found)
+
+
+def l4t_release(path: Path = _L4T_RELEASE) -> str:
+    """Release of Jetson Linux, "36.4.3"; empty where this is not a Jetson."""
+    if not path.is_file():
+        return ""
+    found = re.search(r"R(\d+).*?REVISION:\s*([\d.]+)", path.read_text(errors="replace"))
+    return f"{found[1]}.{found[2]}" if found else "unknown"
 
 
 def cuda_devices() -> tuple[int, str]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from ..errors import EngineError
 from .cuda import Device
+from .probe import l4t_release
 from .trt import Trt
-
-_L4T_RELEASE = Path("/etc/nv_tegra_release")
 
 
 @dataclass(frozen=True)
@@ -61,14 +58,6 @@ class Target:
         """This machine."""
         memory = round(device.memory_bytes / 2**30)
         return cls(str(trt.__version__), device.name, device.sm, l4t_release(), device.multiprocessors, memory)
-
-
-def l4t_release(path: Path = _L4T_RELEASE) -> str:
-    """Release of Jetson Linux, "36.4.3"; empty where this is not a Jetson."""
-    if not path.is_file():
-        return ""
-    found = re.search(r"R(\d+).*?REVISION:\s*([\d.]+)", path.read_text(errors="replace"))
-    return f"{found[1]}.{found[2]}" if found else "unknown"
 
 
 def with_dla(options: BuildOptions, stages: frozenset[str], known: Callable[[str], bool]) -> BuildOptions:

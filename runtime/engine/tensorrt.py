@@ -22,8 +22,9 @@ from ..errors import EngineError
 from ..manifest import Stage, Variant
 from .base import Array, Buffer, Launch, TensorSpec
 from .binding import check_bindings, check_stage
-from .build import PlanStore, default_cache
+from .build import PlanStore
 from .cuda import Cuda, Graphs, open_cuda
+from .plans import default_cache
 from .target import BuildOptions, Target
 from .trt import Trt, dtypes, import_tensorrt, make_logger, strongly_typed
 
@@ -215,7 +216,7 @@ class TensorRTBackend:
     """TensorRT on one GPU.
 
     Args:
-        cache: folder of plans; None is :func:`build.default_cache`.
+        cache: folder of plans; None is :func:`plans.default_cache`.
         options: how missing plans are built; None: as `andon build` last built the stage, else by default.
         graphs: capture frames as CUDA graphs.
 

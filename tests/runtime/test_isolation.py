@@ -78,6 +78,20 @@ def test_watching_a_line_loads_neither_numpy_nor_opencv() -> None:
     assert said["error"] == "the broker cannot be reached"
 
 
+def test_doctor_names_what_is_missing_where_it_is() -> None:
+    """Packages that it looks for must not be needed to look for them."""
+    gone = {"numpy", "OpenCV", "paho-mqtt", "onnxruntime"}
+    code = BLOCK + (
+        "BLOCKED |= {'numpy', 'cv2', 'paho', 'onnxruntime'}\nfrom andon.cli import main\n"
+        "assert main(['doctor', '--json']) == 1"
+    )
+    said = json.loads(python(code).splitlines()[-1])
+    assert gone <= set(said["missing"]) and said["backend"] is None
+    missing = {found["name"]: found for found in said["findings"] if found["status"] == "missing"}
+    assert all(missing[name]["why"] and "pip install" in missing[name]["remedy"] for name in gone)
+    assert "paho" in missing["broker"]["why"]
+
+
 def test_the_device_tests_need_no_more_than_the_test_extra() -> None:
     """docs/jetson.md: pip install -e '.[test]', then pytest tests/device."""
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 from andon.runtime.bundle import Bundle
-from andon.runtime.engine.target import BuildOptions, l4t_release
+from andon.runtime.engine.probe import l4t_release
+from andon.runtime.engine.target import BuildOptions
 from andon.runtime.engine.tensorrt import TensorRTBackend
 from andon.runtime.errors import EngineError
 from andon.runtime.program import Program
