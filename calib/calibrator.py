@@ -29,6 +29,7 @@ class Observation:
 
     score: image score; candidates: [m, d] patch features in bank space; patch_score: [m];
     transport: [m] largest transport probability, matched: [m] int32 bank row of it (both only for methods with CT).
+    anchored: [m] distance of each patch to its nearest semantic row; None: it is computed here, of the candidates.
     """
 
     score: float
@@ -36,6 +37,7 @@ class Observation:
     patch_score: Array
     transport: Array | None = None
     matched: Array | None = None
+    anchored: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class OnlineCalibrator:
             return self._refuse(reason)
         anchored = None
         if policy.gate and (self.guard.needs_anchor() or seen.score <= self.guard.score_limit()):
-            anchored, _ = nearest(seen.candidates.astype(np.float32, copy=False), self.memory.semantic)
+            anchored = self._anchored(seen)
         decision = self.guard.judge(seen.score, anchored)
         if not decision.admit:
             self.counts[decision.reason] += 1
@@ -101,6 +103,12 @@ class OnlineCalibrator:
         change = self.memory.admit(seen.candidates[patches], self.admissions, labels)
         self.counts["admitted"] += 1
         return Outcome(decision, change, patches)
+
+    def _anchored(self, seen: Observation) -> Array:
+        """[m] distance of each patch to its nearest semantic row, which nothing that is learnt moves."""
+        if seen.anchored is not None:
+            return seen.anchored
+        return nearest(seen.candidates.astype(np.float32, copy=False), self.memory.semantic)[0]
 
     def turns_away(self, *, trusted: bool = True) -> bool:
         """Whether a frame cannot teach, whatever it shows; it is counted as :meth:`observe` would count it."""

@@ -157,6 +157,15 @@ class Memory(Model):
     nearest: str | None = Field(default=None, description="<stage>.<output> [m] int32: bank row each patch matched")
     foreground: Name | None = Field(default=None, description="State [capacity] float32: 1 where the row is foreground")
     per_class: bool = Field(default=False, description="True: bank and valid are class_bound, one memory per product")
+    anchor: str | None = Field(
+        default=None,
+        description="<stage>.<output> [m]: distance of each patch to its nearest semantic row, which the admission "
+        "guard goes by; null: the host computes it from the candidates",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_an_output_that_is_not_there(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without(write(self), anchor=self.anchor)
 
 
 class Threshold(Model):

@@ -118,6 +118,7 @@ class MemoryBanks:
             program.read(memory.patch_score),
             None if memory.transport is None else program.read(memory.transport),
             None if memory.nearest is None else program.read(memory.nearest),
+            None if memory.anchor is None else program.read(memory.anchor),
         )
         return calibrator.observe(seen, trusted=trusted)
 

@@ -302,16 +302,20 @@ class _Wiring:
         wanted = {"score": outputs.score, "map": outputs.map}
         if self._program == "default":
             memory = self._manifest.memory
-            fields = ("candidates", "patch_score", "transport", "nearest")
+            fields = ("candidates", "patch_score", "transport", "nearest", "anchor")
             optional = {f: getattr(memory, f) for f in fields} if memory else {}
-            wanted |= {k: v for k, v in {"logits": outputs.logits, **optional, **outputs.telemetry}.items() if v}
+            telemetry = {f"telemetry {name}": text for name, text in outputs.telemetry.items()}
+            wanted |= {k: v for k, v in {"logits": outputs.logits, **optional, **telemetry}.items() if v}
+        found: dict[str, Tensor] = {}
         for what, text in wanted.items():
             source = parse_source(text)
             if source.kind != "output":
                 self._fail(f"output {what} must be a stage's output", text, "<stage>.<output>")
-            tensor = self._output(f"output {what}", source)
+            tensor = found[what] = self._output(f"output {what}", source)
             if what == "score":
                 self._match("output score", tensor, Tensor(shape=(1,), dtype="float32"))
+            if what == "anchor":  # the guard decides by it: one distance for each patch, or none
+                self._match("output anchor", tensor, found["patch_score"])
             if what == "map" and (len(tensor.shape) != 4 or tensor.shape[:2] != (1, 1) or tensor.dtype != "float32"):
                 self._fail("output map has the wrong shape", _describe(tensor), "float32[1, 1, h, w]")
             if what == "logits" and tensor.shape != (1, len(self._manifest.classes)):

@@ -118,6 +118,28 @@ def test_light_beyond_the_global_anchor_is_refused():
     assert line.calibrator.memory.version == version
 
 
+def test_anchors_that_the_program_gives_decide_as_those_computed_here(monkeypatch):
+    """On frames of every kind: what is decided, and what is in the memory after it."""
+
+    def run(given):
+        line, decided = Line(True), []
+        for k in range(400):
+            patches = line.part(defect=max(0, k - 200) / 400, light=8 if k % 40 == 39 else 0)
+            distance, semantic = nearest(patches, line.calibrator.memory.rows)[0], line.calibrator.memory.semantic
+            anchored = nearest(patches, semantic)[0] if given else None
+            seen = Observation(float(distance.max()), patches, distance, anchored=anchored)
+            decided.append(line.calibrator.observe(seen).decision)
+        return decided, line.calibrator.memory.bank, line.calibrator.counts
+
+    decided, bank, counts = run(given=False)
+    assert {"admitted", "warmup", "score", "anchor_local"} <= counts.keys(), counts
+    monkeypatch.setattr("andon.calib.calibrator.nearest", lambda *_: pytest.fail("computed again"))
+    again, same, _ = run(given=True)
+    assert [each.reason for each in again] == [each.reason for each in decided] and np.array_equal(same, bank)
+    # Not bit for bit: products of matrices round as their arrays happen to be aligned.
+    np.testing.assert_allclose([each.found for each in again], [each.found for each in decided], rtol=1e-4)
+
+
 def test_frozen_untrusted_and_not_finite_frames_teach_nothing():
     line = Line(True)
     line.run_in()

@@ -22,9 +22,9 @@ FEATURES = """features (uint8[1,4,4,3] image) => (float[16,3] patches) {
     shape = Constant<value = int64[2] {16,3}>()
     patches = Reshape(x, shape)
 }"""
-#: distance to the nearest valid row, 1-norm, as memory methods do it with the 2-norm
+#: distance to the nearest valid row, and to the nearest semantic one, 1-norm, as memory methods do it with the 2-norm
 SCORE = f"""score (float[16,3] patches, float[{SEMANTIC + SPARE},3] bank, float[{SEMANTIC + SPARE}] valid)
- => (float[1,1,4,4] map, float[1] score, float[16] patch_score) {{
+ => (float[1,1,4,4] map, float[1] score, float[16] patch_score, float[16] anchor) {{
     one = Constant<value = float {{1.0}}>()
     far = Constant<value = float {{10000.0}}>()
     empty = Sub(one, valid)
@@ -37,6 +37,10 @@ SCORE = f"""score (float[16,3] patches, float[{SEMANTIC + SPARE},3] bank, float[
     distance = ReduceSum<keepdims=0>(size, last)
     masked = Add(distance, penalty)
     patch_score = ReduceMin<axes=[1], keepdims=0>(masked)
+    first = Constant<value = int64[1] {{0}}>()
+    semantic = Constant<value = int64[1] {{{SEMANTIC}}}>()
+    known = Slice(masked, first, semantic, middle)
+    anchor = ReduceMin<axes=[1], keepdims=0>(known)
     shape = Constant<value = int64[4] {{1,1,4,4}}>()
     map = Reshape(patch_score, shape)
     score = ReduceMax<axes=[0], keepdims=1>(patch_score)
@@ -47,8 +51,8 @@ CONFIG = MemoryConfig(enabled=True, per_frame=2, guard=GUARD, save_every=3600, s
 DRIFTS = CONFIG.model_copy(update={"drift": DriftConfig(reference=10, window=10, alpha=0.01)})
 
 
-def memory_parts(classes=("a", "b"), per_class=True):
-    """What conftest.build makes a bundle with a memory of."""
+def memory_parts(classes=("a", "b"), per_class=True, anchor=None):
+    """What conftest.build makes a bundle with a memory of. anchor: the output that the manifest names as such."""
     bank = np.zeros((len(classes), SEMANTIC + SPARE, 3), np.float32)
     bank[:, 0], bank[:, 1] = 100.0, 110.0
     valid = np.zeros(bank.shape[:2], np.float32)
@@ -76,6 +80,7 @@ def memory_parts(classes=("a", "b"), per_class=True):
             "candidates": "features.patches",
             "patch_score": "score.patch_score",
             "per_class": per_class,
+            "anchor": anchor,
         },
     }
 

@@ -59,6 +59,15 @@ def test_a_models_name_stays_for_every_version_of_andon() -> None:
     assert (bundle.model_id, *bundle.former_ids) == ("071f0f5e268d", *FORMER_IDS)
 
 
+def test_a_field_that_says_nothing_is_not_written() -> None:
+    """Stations of before it refuse what has it."""
+    written = Manifest.model_validate(KEPT).model_dump(by_alias=True)
+    assert "crops" not in written and "anchor" not in written["memory"]
+    anchored = Manifest.model_validate(KEPT | {"memory": KEPT["memory"] | {"anchor": "score.anchor"}})
+    assert anchored.model_dump(by_alias=True)["memory"]["anchor"] == "score.anchor"
+    assert kept(anchored).model_id != kept(Manifest.model_validate(KEPT)).model_id
+
+
 def test_a_new_field_that_is_as_it_is_by_default_makes_no_other_model() -> None:
     class Later(Manifest):
         note: str = Field(default="", description="of a later Andon")

@@ -6,7 +6,9 @@ from dataclasses import replace
 from datetime import datetime, timezone
 
 import numpy as np
-from andon.runtime.errors import EngineError
+import pytest
+from andon.runtime.bundle import Bundle
+from andon.runtime.errors import BundleError, EngineError
 from andon.runtime.judgement import Judgement
 from andon.runtime.types import Frame, Verdict
 
@@ -45,6 +47,31 @@ def test_patches_are_not_fetched_of_a_frame_that_cannot_teach(station, monkeypat
     line.memory.command("unfreeze", {})
     line.see(104)
     assert fetched
+
+
+def test_the_guard_goes_by_the_engines_anchors_where_the_bundle_has_them(memory_bundle, tmp_path, monkeypatch):
+    """Of a bundle that has none, as those of earlier versions, the host computes them: the 2-norm here."""
+
+    def anchors(bundle, folder):
+        line, found = Station(bundle, tmp_path / folder), []
+        guard = line.memory._banks.calibrators[0].guard
+        judge = guard.judge
+        monkeypatch.setattr(guard, "judge", lambda score, seen: (found.append(np.array(seen)), judge(score, seen))[1])
+        for _ in range(5):
+            line.see(104)
+        assert line.see(104) == 0, "the memory knows it by now, its semantic part does not"
+        line.close()
+        return np.unique(found)
+
+    np.testing.assert_allclose(anchors(memory_bundle(), "host"), 4 * 3**0.5, rtol=1e-6)
+    monkeypatch.setattr("andon.calib.calibrator.nearest", lambda *_: pytest.fail("computed again"))
+    assert anchors(memory_bundle(anchor="score.anchor"), "engine").tolist() == [12]
+
+
+@pytest.mark.parametrize("output", ["features.patches", "score.score", "score.nothing"])
+def test_anchors_that_are_not_one_distance_for_each_patch_are_refused(memory_bundle, output):
+    with pytest.raises(BundleError, match="output anchor"):
+        Bundle.load(memory_bundle(anchor=output))
 
 
 def test_freeze_unfreeze(station):

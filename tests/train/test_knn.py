@@ -111,7 +111,7 @@ def test_distances_are_those_of_the_scaled_bank_and_the_bank_is_not_scaled():
     generator = torch.Generator().manual_seed(0)
     patches, bank = torch.randn(16, 24, generator=generator), torch.randn(60, 24, generator=generator)
     valid = (torch.rand(60, generator=generator) < 0.8).float()
-    distance = BankDistance(grid=4, size=32, sigma=1.0)
+    distance = BankDistance(grid=4, size=32, sigma=1.0, semantic=40, episodic=20)
     multiplied: list[int] = []
 
     class Counting(TorchDispatchMode):
@@ -127,6 +127,22 @@ def test_distances_are_those_of_the_scaled_bank_and_the_bank_is_not_scaled():
     squared = (far[None, :] + torch.matmul(patches, bank.T * -2.0)).amin(dim=1) + torch.sum(patches * patches, dim=1)
     assert torch.equal(found, torch.sqrt(torch.clamp(squared, min=0.0)))
     assert multiplied.count(bank.numel()) == 1, "its norms"
+
+
+@pytest.mark.parametrize(("semantic", "episodic"), [(40, 20), (41, 19), (20, 40), (59, 1)])
+def test_anchors_are_distances_to_rows_that_nothing_learnt_moves(semantic, episodic):
+    """Whatever size both parts of the bank are of; empty rows count in neither."""
+    rng = np.random.default_rng(semantic)
+    patches, bank = (rng.standard_normal((n, 24)).astype(np.float32) for n in (16, 60))
+    bank[semantic:] = np.resize(patches + 0.1, (episodic, 24))  # learnt from what is seen
+    valid = np.ones(60, np.float32)
+    bank[3], valid[3] = patches[5], 0  # an empty row may hold anything
+    distance = BankDistance(grid=4, size=32, sigma=1.0, semantic=semantic, episodic=episodic)
+    _, _, patch_score, anchor = distance(*map(torch.from_numpy, (patches, bank, valid)))
+    known = bank[:semantic][valid[:semantic] > 0]
+    np.testing.assert_allclose(anchor, nearest(patches, known)[0], rtol=1e-5)
+    np.testing.assert_allclose(patch_score, nearest(patches, bank[valid > 0])[0], rtol=1e-4)
+    assert (anchor >= patch_score).all() and (anchor[:episodic] > patch_score[:episodic]).all()
 
 
 def test_there_is_no_training_step():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import gcd
 
 import numpy as np
 import torch
@@ -19,25 +20,34 @@ from .features import EMPTY, PatchFeatures, PatchFrontend
 
 
 class BankDistance(nn.Module):
-    """Patches and a bank to map, image score and patch scores; FP32 throughout."""
+    """Patches and a bank to map, image score, patch scores and anchors; FP32 throughout.
 
-    def __init__(self, grid: int, size: int, sigma: float) -> None:
+    semantic, episodic: rows of the bank that never change, and those after them that online calibration may fill.
+    """
+
+    def __init__(self, grid: int, size: int, sigma: float, semantic: int, episodic: int) -> None:
         super().__init__()
         self.grid = grid
+        # The anchor is the minimum over some of the rows that the score is the minimum over: blocks of rows that lie
+        # on one side each serve both in one pass. (A second pass, or cutting the matrix, costs a tenth of this stage.)
+        self.block = gcd(semantic, episodic)
+        self.blocks, self.semantic_blocks = (semantic + episodic) // self.block, semantic // self.block
         self.score_map = ScoreMap(grid, size, align_corners=False, sigma=sigma)
 
-    def forward(self, patches: Tensor, bank: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """patches [m, d], bank [n, d], valid [n] -> map [1, 1, size, size], score [1], patch_score [m].
+    def forward(self, patches: Tensor, bank: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """patches [m, d], bank [n, d], valid [n] -> map [1, 1, size, size], score [1], patch_score [m], anchor [m].
 
+        patch_score: distance to the nearest row; anchor: to the nearest semantic row, which the admission guard wants.
         The minimum is taken before the patch's own norm is added: one pass less over the [m, n] matrix. The -2 goes to
         the patches, which are fewer than the bank's rows: the bits are the same, and engines fuse the transpose.
         """
         far = torch.sum(bank * bank, dim=1) + (1.0 - valid) * EMPTY
-        partial = (far[None, :] + torch.matmul(patches * -2.0, bank.T)).amin(dim=1)
-        squared = partial + torch.sum(patches * patches, dim=1)
-        patch_score = torch.sqrt(torch.clamp(squared, min=0.0))
+        partial = (far[None, :] + torch.matmul(patches * -2.0, bank.T)).unflatten(1, (self.blocks, self.block)).amin(2)
+        own = torch.sum(patches * patches, dim=1)
+        patch_score = torch.sqrt(torch.clamp(partial.amin(dim=1) + own, min=0.0))
+        anchor = torch.sqrt(torch.clamp(partial[:, : self.semantic_blocks].amin(dim=1) + own, min=0.0))
         pixel_map, score = self.score_map(patch_score.reshape(1, 1, self.grid, self.grid))
-        return pixel_map, score, patch_score
+        return pixel_map, score, patch_score, anchor
 
 
 class Knn(AnomalyModel):
@@ -53,7 +63,7 @@ class Knn(AnomalyModel):
         self.config = config
         self.classes = classes
         self.features = PatchFeatures(config.backbone, config.patches)
-        self.distance = BankDistance(config.patches.grid, config.size, config.sigma)
+        self.distance = BankDistance(config.patches.grid, config.size, config.sigma, config.coreset, config.episodic)
         banks = len(classes) if config.banks == "product" else 1
         rows = config.coreset + config.episodic
         self.register_buffer("center", torch.zeros(self.features.dim))
@@ -73,7 +83,7 @@ class Knn(AnomalyModel):
         maps, scores = [], []
         for row, class_id in zip(patches, class_ids.tolist(), strict=True):
             index = class_id if self.config.banks == "product" else 0
-            pixel_map, score, _ = self.distance(row, self.bank[index], self.valid[index])
+            pixel_map, score, *_ = self.distance(row, self.bank[index], self.valid[index])
             maps.append(pixel_map[0])
             scores.append(score)
         return Scores(torch.cat(maps), torch.cat(scores))
