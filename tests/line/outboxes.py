@@ -1,9 +1,10 @@
-"""Outboxes for the tests: filled, looked into, and with clocks that anybody may set."""
+"""Outboxes for the tests: filled, looked into, damaged, and with clocks that anybody may set."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import sqlite3
 from pathlib import Path
 
 from andon.runtime.outbox import Outbox
@@ -11,6 +12,7 @@ from andon.runtime.stored import Stored
 from andon.runtime.verdict import Ids, encode
 
 Events = list[tuple[str, str]]
+SECTOR, PAGE = 512, 4096
 
 
 def fill(outbox: Outbox, count: int, camera: str = "cam0", size: int = 100, ids: Ids | None = None) -> list[int]:
@@ -59,3 +61,16 @@ class Clocks:
 
 
 YEAR = 365 * 86400.0
+
+
+def root(path: Path, name: str) -> int:
+    """Offset of the first page of a table or index."""
+    with sqlite3.connect(path) as connection:
+        query = "SELECT rootpage FROM sqlite_master WHERE name = ?"
+        return (int(connection.execute(query, (name,)).fetchone()[0]) - 1) * PAGE
+
+
+def damage(path: Path, at: int, content: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(content)
