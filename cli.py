@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 #: name -> (module with `configure(parser)` and `main(args) -> dict`, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
+    "record": ("andon.runtime.commands.record", "record pictures of parts from a line's cameras, to train on"),
     "train": ("andon.train.command", "train a method on images of good parts and write a checkpoint"),
     "enroll": ("andon.export.enroll", "make a bundle for a new product from 1 to 4 good images, no training"),
     "export": ("andon.export.command", "cut the newest checkpoint into verified ONNX stages and write a bundle"),

@@ -75,10 +75,17 @@ def limit(default: str = DEFAULT_LIMIT) -> int | None:
     text = os.environ.get(LIMIT) or default
     if text.strip().lower() == "off":
         return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
-    if match is None or match[2].upper() not in _UNITS:
+    if (size := size_of(text)) is None:
         step = f"set {LIMIT} to one of these, or unset it for {default}"
         raise ConfigError(f"{LIMIT} is not a size", found=text, expected="500 MB, 20 GB, off, ...", next_step=step)
+    return size
+
+
+def size_of(text: str) -> int | None:
+    """Bytes, as in "500 MB", "2.5GB" or "1000"; None where it is no size."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
+    if match is None or match[2].upper() not in _UNITS:
+        return None
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 

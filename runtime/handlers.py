@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .detector import AUTO
 from .errors import ConfigError, NotNowError
+from .lineconfig import TriggerConfig
 from .mqtt.commands import Handler
 from .slot import Trigger
 
@@ -96,24 +97,9 @@ class Handlers:
         Raises:
             ConfigError: its `ts` is no time. See :meth:`andon.runtime.slot.Slots.trigger`.
         """
-        settings = self._app.config.cameras[camera].trigger
-        now, delay = time.monotonic(), settings.delay_ms / 1000 if settings else 0.0
-        timeout = settings.timeout_ms / 1000 if settings else TRIGGER_TIMEOUT
         judge = self._app.worker.judge  # none while engines are built: then the line has no product to expect yet
-        age = _age(arguments["ts"]) if "ts" in arguments else 0.0
-        late = max(age, arguments.get("late", 0.0))
-        trigger = Trigger(
-            arguments["part_id"],
-            at=now + delay,  # not from `ts`: clocks that are a little off would shift every picture
-            deadline=now + delay + timeout - late,
-            product=arguments.get("product"),
-            expected=None if judge is None else judge.product_of(camera),
-        )
-        if age < -timeout:  # one of the clocks is wrong: nothing says when it was sent
-            detail = f"the trigger's ts is {-age:.1f} s ahead of this station's clock"
-            trigger = replace(trigger, deadline=now - timeout, detail=detail)
-        elif late >= 0.1:
-            trigger = replace(trigger, detail=f"no frame came in time for the trigger, which came {late:.1f} s late")
+        expected = None if judge is None else judge.product_of(camera)
+        trigger = trigger_of(self._app.config.cameras[camera].trigger, arguments, expected)
         self._app.slots.trigger(camera, trigger)
         return {"part_id": arguments["part_id"]}
 
@@ -144,6 +130,34 @@ class Handlers:
         if judge is None:
             raise NotNowError("the line is still starting", next_step="repeat it when its status says ready")
         return judge
+
+
+def trigger_of(settings: TriggerConfig | None, arguments: Mapping[str, Any], expected: str | None) -> Trigger:
+    """The trigger that a command `trigger` means, come just now.
+
+    settings: of its camera. arguments: the command's, with `late` where it may have lain unread. expected: the product
+    that the camera expects, where somebody knows.
+
+    Raises:
+        ConfigError: its `ts` is no time.
+    """
+    now, delay = time.monotonic(), settings.delay_ms / 1000 if settings else 0.0
+    timeout = settings.timeout_ms / 1000 if settings else TRIGGER_TIMEOUT
+    age = _age(arguments["ts"]) if "ts" in arguments else 0.0
+    late = max(age, arguments.get("late", 0.0))
+    trigger = Trigger(
+        arguments["part_id"],
+        at=now + delay,  # not from `ts`: clocks that are a little off would shift every picture
+        deadline=now + delay + timeout - late,
+        product=arguments.get("product"),
+        expected=expected,
+    )
+    if age < -timeout:  # one of the clocks is wrong: nothing says when it was sent
+        detail = f"the trigger's ts is {-age:.1f} s ahead of this station's clock"
+        return replace(trigger, deadline=now - timeout, detail=detail)
+    if late >= 0.1:
+        return replace(trigger, detail=f"no frame came in time for the trigger, which came {late:.1f} s late")
+    return trigger
 
 
 def _age(ts: str) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .alarm import AlarmRule
 from .bundle import Bundle
@@ -157,16 +157,47 @@ def sole_user(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise unusable_state(folder, error) from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                f"the state folder {folder} is in use",
-                found=f"another process holds it ({error.strerror})",
-                expected="one `andon run` per state folder",
-                next_step="stop the other process, or give this line its own 'state' folder",
-            ) from error
+        _hold(lock, folder, "stop the other process, or give this line its own 'state' folder")
         yield
+
+
+@contextmanager
+def line_at_rest(folder: Path, next_step: str) -> Iterator[None]:
+    """Keep a line of this state folder from running meanwhile. Nothing is made: where no line has run none is kept.
+
+    next_step: what to do while one runs.
+
+    Raises:
+        ConfigError: a run holds the folder.
+    """
+    try:
+        lock = _opened(folder / "run.lock")
+    except OSError:  # another user's: then the camera itself says that it is in use
+        yield
+        return
+    with lock:
+        _hold(lock, folder, next_step)
+        yield
+
+
+def _opened(lock: Path) -> IO[str]:
+    """Open a lock file that is there; a new one could be of a user whose file the line's cannot open."""
+    try:
+        return lock.open("r+")
+    except PermissionError:
+        return lock.open()  # enough for a lock, but on NFS
+
+
+def _hold(lock: IO[str], folder: Path, next_step: str) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ConfigError(
+            f"the state folder {folder} is in use",
+            found=f"another process holds it ({error.strerror})",
+            expected="one `andon run` or `andon record` per state folder",
+            next_step=next_step,
+        ) from error
 
 
 def alarm_rule(config: AlarmConfig) -> AlarmRule:

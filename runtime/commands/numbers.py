@@ -6,6 +6,8 @@ import math
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 
+from ..diskcache import size_of
+
 
 def count(text: str) -> int:
     """A whole number from 1 on."""
@@ -20,6 +22,14 @@ def natural(text: str) -> int:
 def seconds(text: str) -> float:
     """A finite number from 0 on."""
     return _number(text, lambda value: 0 <= value < math.inf, "0 or more")
+
+
+def size_bytes(text: str) -> int:
+    """A size from 1 byte on, as 500MB or 20GB."""
+    value = size_of(text)
+    if not value:
+        raise ArgumentTypeError(f"{text!r} is no size, as 500MB or 20GB")
+    return value
 
 
 def share(text: str) -> float:

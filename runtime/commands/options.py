@@ -117,8 +117,8 @@ def program_names(bundle: Bundle) -> list[str]:
     return list(programs(bundle.manifest))
 
 
-def progress(total: int, what: str, unit: str = "img") -> Any:
-    """A progress bar with ETA; plain lines at long intervals where there is no terminal."""
+def progress(total: int | None, what: str, unit: str = "img") -> Any:
+    """A progress bar with ETA, without a total a count; plain lines at long intervals where there is no terminal."""
     quiet = not sys.stderr.isatty()
     return tqdm(
         total=total,
