@@ -36,6 +36,11 @@ JETSON_ELEMENTS = {
     "nvvidconv": "colour conversion in hardware",
     "nvjpegdec": "JPEG in hardware",
 }
+#: What only some cameras need; each is in a package of its own (source/gstreamer.py).
+CAMERA_ELEMENTS = {
+    "aravissrc": "GigE Vision and USB3 Vision cameras",
+    "bayer2rgb": "colour cameras that send their raw mosaic",
+}
 #: What has to be decoded, by its name in RTP; with where it comes from.
 CODECS = {"H264": "most network cameras and video files", "H265": "some network cameras and video files"}
 
@@ -161,7 +166,7 @@ def _torch() -> Finding:
 
 def _gstreamer(jetson: bool) -> list[Finding]:
     try:
-        from .source.gstreamer import gst, has_element
+        from .source.gstreamer import PACKAGES, gst, has_element
     except ImportError as error:  # of a package that is named already, with its remedy
         return [Finding("GStreamer", "missing", why=f"it cannot be looked at: {error}")]
     try:
@@ -175,6 +180,7 @@ def _gstreamer(jetson: bool) -> list[Finding]:
         )
         for name, use in ELEMENTS.items()
     ]
+    found += [_element(name, use, has_element, "absent", PACKAGES[name]) for name, use in CAMERA_ELEMENTS.items()]
     status: Status = "missing" if jetson else "absent"
     remedy = "apt-get install nvidia-l4t-gstreamer" if jetson else ""
     found += [_element(name, use, has_element, status, remedy) for name, use in JETSON_ELEMENTS.items()]

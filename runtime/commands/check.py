@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -111,11 +112,13 @@ def _camera(name: str, camera: Any) -> Callable[[], str]:
 
 
 def _remarks(source: Any) -> list[str]:
-    """What the files of a source are like, as train, calibrate and eval say it."""
+    """What the files of a source are like, as train, calibrate and eval say it; and that a pipeline is no camera."""
     from ..dataset import open_dataset
     from ..remarks import remarks, too_dark
     from ..source.playlist import parts
 
+    if source.kind == "gstreamer" and re.search(r"\bvideotestsrc\b", source.pipeline):
+        return ["videotestsrc is GStreamer's test picture, not a camera: what it shows is judged like a part"]
     if source.kind == "dataset":
         return remarks(open_dataset(source.data))
     return [text] if source.kind == "folder" and (text := too_dark([p.path for p in parts(source)])) else []

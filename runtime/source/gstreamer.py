@@ -26,6 +26,12 @@ APT = (
 )
 #: Where decoders come from.
 DECODERS = "apt-get install gstreamer1.0-libav (on a Jetson nvidia-l4t-gstreamer)"
+#: Elements that pipelines of industrial cameras need, and what brings them (Debian's names).
+PACKAGES = {
+    "aravissrc": "apt-get install libaravis-0.8-0",
+    "bayer2rgb": "apt-get install gstreamer1.0-plugins-bad",
+}
+_NO_ELEMENT = re.compile(r'no element "(\w+)"')
 #: A line of decodebin's: Missing decoder: H.264 (High Profile) (video/x-h264, stream-format=...
 MISSING = re.compile(r"^(Missing decoder: .*?)(?: \([a-z]+/[^\n]*)?$", re.MULTILINE)
 
@@ -68,11 +74,13 @@ def parse(text: str) -> Any:
     try:
         return modules.Gst.parse_launch(text)
     except modules.GLib.Error as error:
+        missing = _NO_ELEMENT.search(error.message)
+        by_hand = f"try it by hand: gst-launch-1.0 {_in_a_shell(text.replace(SINK, 's'))}"
         raise SourceError(
             f"GStreamer refuses the pipeline: {error.message}",
             found=text,
             expected="elements that exist and link, ending in raw video",
-            next_step=f"try it by hand: gst-launch-1.0 {_in_a_shell(text.replace(SINK, 's'))}",
+            next_step=PACKAGES.get(missing[1], by_hand) if missing else by_hand,
         ) from error
 
 

@@ -77,6 +77,17 @@ def test_what_is_passed_over_or_nearly_black_is_said(
     assert "3 images\nwarning: nearly black" in found["camera b"]["found"] and found["camera b"]["ok"]
 
 
+def test_a_test_picture_in_a_pipeline_is_warned_of(check: Any, make_line: Any, bundle: Path) -> None:
+    """A line that was copied with it would judge colour bars."""
+    sources = {"a": "videotestsrc is-live=true ! video/x-raw,width=64", "b": "fakesrc ! video/x-raw,width=64"}
+    cameras = {
+        name: {"source": {"kind": "gstreamer", "pipeline": text}, "product": "mono"} for name, text in sources.items()
+    }
+    code, found = check(make_line(cameras, bundle=str(bundle), broker=None))
+    assert code == 0 and "warning: videotestsrc is GStreamer's test picture" in found["camera a"]["found"]
+    assert "warning" not in found["camera b"]["found"]
+
+
 @pytest.mark.parametrize(
     ("camera", "sections", "row", "told"),
     [

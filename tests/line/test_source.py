@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+import andon
 import cv2
 import numpy as np
 import pytest
 from andon.runtime.errors import ConfigError, SourceError
+from andon.runtime.lineconfig import load_line
+from andon.runtime.machine import CAMERA_ELEMENTS
 from andon.runtime.source import EndOfSource, make_source
-from andon.runtime.source.gstreamer import CAPS, GstreamerCamera, gst, unpack
+from andon.runtime.source.gstreamer import CAPS, PACKAGES, GstreamerCamera, gst, unpack
 from andon.runtime.source.pipelines import csi, rtsp, usb
-from andon.runtime.sourceconfig import CsiSource, UsbSource
+from andon.runtime.sourceconfig import CsiSource, GstreamerSource, UsbSource
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -175,6 +179,33 @@ def test_a_refused_pipeline_carries_gstreamers_words(pipeline: str, told: str) -
     with pytest.raises(SourceError, match="GStreamer refuses") as error:
         make_source("cam", camera({"kind": "gstreamer", "pipeline": pipeline})).check()
     assert told in str(error.value)
+
+
+def test_an_element_that_a_package_brings_is_told_with_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As aravissrc, where it is not installed."""
+    monkeypatch.setitem(PACKAGES, "nosuchsrc", "apt-get install libnosuch")
+    with pytest.raises(SourceError) as error:
+        make_source("cam", camera({"kind": "gstreamer", "pipeline": "nosuchsrc camera-name=x ! videoconvert"})).check()
+    assert error.value.next_step == "apt-get install libnosuch"
+    assert set(CAMERA_ELEMENTS) <= set(PACKAGES)
+
+
+def test_every_camera_of_the_example_can_be_copied_the_commented_ones_too(tmp_path: Path) -> None:
+    """Their pipelines parse, or lack an element whose package is told."""
+    text = (Path(andon.__file__).parent / "configs/lines/cameras.yaml").read_text(encoding="utf-8")
+    (line := tmp_path / "line.yaml").write_text(re.sub(r"^  # (gige|  )", r"  \1", text, flags=re.MULTILINE))
+    cameras = load_line(line).cameras
+    assert {"pattern", "gige", "gige-colour", "usb0", "csi0"} <= set(cameras)
+    for name in ("gige", "gige-colour"):
+        source = cameras[name].source
+        assert isinstance(source, GstreamerSource) and source.pipeline.startswith("aravissrc camera-name=NAME ! ")
+        try:
+            make_source(name, cameras[name]).check()
+        except SourceError as error:
+            assert error.next_step in PACKAGES.values()
+        behind = source.pipeline.partition(" ! ")[2]  # what is known of it everywhere: the rest links
+        fake = "appsrc" if "bayer" in behind else "videotestsrc"
+        make_source(name, camera({"kind": "gstreamer", "pipeline": f"{fake} ! {behind}"})).check()
 
 
 def test_the_command_to_try_a_refused_pipeline_by_hand_is_one_command() -> None:

@@ -73,6 +73,17 @@ def test_a_codec_without_a_decoder_is_said(
     assert "apt-get install gstreamer1.0-libav" in found["H.264 decoder"]["remedy"] and "most network cameras" in text
 
 
+@pytest.mark.parametrize(("there", "status"), [(True, "ok"), (False, "absent")])
+def test_the_elements_of_gige_cameras_are_listed_and_nobody_must_have_them(
+    no_gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], there: bool, status: str
+) -> None:
+    monkeypatch.setattr("andon.runtime.source.gstreamer.has_element", lambda name: there or name != "aravissrc")
+    _, result, text = doctor(capsys)
+    assert by_name(result)["aravissrc"]["status"] == status and "aravissrc" not in result["missing"]
+    assert "GigE Vision and USB3 Vision" in text
+    assert ("do: apt-get install libaravis-0.8-0" in text) == (not there)
+
+
 def test_with_tensorrt_and_pycuda_it_is_the_backend(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
