@@ -204,7 +204,8 @@ def _cameras_free(config: LineConfig, file: Path, lanes: Mapping[str, Lane]) -> 
     Raises:
         ConfigError: it runs.
     """
-    from ..startup import line_at_rest, state_folder
+    from ..startup import line_at_rest
+    from ..whereabouts import state_folder
 
     held = [n for n, lane in lanes.items() if lane.config.source.kind in EXCLUSIVE or lane.config.trigger is not None]
     if not held:
