@@ -32,6 +32,7 @@ from .judgement import Judgement, OnlineMemory
 from .lineconfig import CameraConfig
 from .linecrop import log_crops
 from .linestate import LineState
+from .linethresholds import configured, log_thresholds
 from .memory import open_memory
 from .mqtt.commands import Commands
 from .mqtt.delivery import Delivery, published_version
@@ -286,6 +287,7 @@ class LineApp:
         in_force = {product: judge.threshold(product) for product in manifest.classes if judge.expects(product)}
         for other in other_engines(bundle, [self.config.program], variant, backend.name, in_force):
             log.warning("%s", str(other).replace("\n", "; "))
+        log_thresholds(self.config, bundle, self.overrides.stored)
         log_crops(self.config, bundle, self.overrides.products)
         for name in self.config.cameras:
             self.state.expects(name, judge.product_of(name))
@@ -296,10 +298,12 @@ class LineApp:
         return judge, memory
 
     def say_thresholds(self, judge: Judge) -> None:
-        """State which thresholds are in force, and which of them commands have set; on the judging thread."""
+        """State which thresholds are in force, and which of them commands and the configuration have set; on the
+        judging thread."""
         self.state.fact(
             thresholds={product: judge.threshold(product) for product in judge.detector.bundle.manifest.classes},
             threshold_overrides=dict(self.overrides.thresholds),
+            **configured(self.config, judge.detector.bundle, self.overrides.stored),
         )
 
     # -- run and stop ------------------------------------------------------------------------------------------------

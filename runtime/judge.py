@@ -21,6 +21,7 @@ from .errors import AndonError, BundleError, ConfigError, ProductError, SourceEr
 from .judgement import Judgement, OnlineMemory
 from .lineconfig import CameraConfig, JudgeConfig
 from .linecrop import common_crop
+from .linethresholds import in_model, require_model
 from .manifest import Threshold
 from .overrides import Overrides
 from .products import require_change, require_product
@@ -174,13 +175,15 @@ class Judge:
         return any(self.product_of(camera) in (product, AUTO) for camera in self._cameras)
 
     def require_thresholds(self, bundle: Bundle) -> None:
-        """Refuse a bundle in whose place products that can be judged now could not be, for want of a threshold.
+        """Refuse a bundle in whose place products that can be judged now could not be, for want of a threshold, or
+        would be by a number that nobody said is for its model.
 
         Any thread may ask.
 
         Raises:
-            BundleError: it has none for a product that has one now; names them.
+            BundleError: it has none for a product that has one now, names them; or see :func:`require_model`.
         """
+        require_model(self._settings, self.detector.bundle, bundle, self.detector.program.name)
         program, commanded = self.detector.program.name, self._overrides.stored
         lost = [
             product
@@ -205,11 +208,9 @@ class Judge:
         """Hand the threshold in force to the detector, the one place where scores are compared."""
         calibrated = self.detector.bundle.threshold(product, self.detector.program.name)
         value = self.threshold(product)
-        pixel = (
-            calibrated.pixel
-            if calibrated and self._settings.pixel_threshold is None
-            else self._settings.pixel_threshold
-        )
+        pixel = in_model(self._settings.pixel_threshold, self.detector.bundle, self.detector.program.name)
+        if pixel is None and calibrated is not None:
+            pixel = calibrated.pixel
         if value is None:
             self.detector.set_threshold(product, None)
         elif calibrated is not None:

@@ -7,10 +7,11 @@ variable or a file. The published JSON Schema (configs/schema/line.json) is gene
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from .configfile import load
 from .manifest import Roi, Variant
@@ -134,6 +135,42 @@ class CameraConfig(Settings):
         return not (isinstance(source, GstreamerSource) and not source.live)
 
 
+def _model_id(value: object) -> object:
+    """Refuse what is no model's id; one of digits alone is a number to YAML, and may be another number than it says.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(value, int | float):
+        raise ValueError('a model\'s id stands in quotes, as in model: "012345678901"')
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{12}", value):
+        raise ValueError("a model's id is 12 hexadecimal digits; andon check says which model runs")
+    return value
+
+
+class ModelThreshold(Settings):
+    """A threshold and whose scores it is about: under another model or program it is not in force."""
+
+    value: float = Field(description="The threshold")
+    model: Annotated[str, BeforeValidator(_model_id)] = Field(
+        pattern="^[0-9a-f]{12}$",
+        description="Id of the model, in quotes, as andon check says it; a new calibration of the model keeps it, "
+        "another training or export has another",
+    )
+    program: str = Field(default="default", description="Program of the bundle whose scores it is about")
+
+
+def _tag(value: object) -> str:
+    return "bound" if isinstance(value, dict | ModelThreshold) else "plain"
+
+
+#: A number for whatever model runs, or one that names its model. The tags must not be keys that stand there.
+OwnThreshold = Annotated[
+    Annotated[float, Tag("plain")] | Annotated[ModelThreshold, Tag("bound")],
+    Discriminator(_tag),
+]
+
+
 class JudgeConfig(Settings):
     """From scores to verdicts."""
 
@@ -142,9 +179,15 @@ class JudgeConfig(Settings):
         description="UNKNOWN, wrong_product, where the bundle's classifier sees another product than given; "
         "refused where it has none",
     )
-    thresholds: dict[str, float] = Field(default={}, description="Product -> threshold that replaces the bundle's")
-    pixel_threshold: float | None = Field(
-        default=None, description="Map value above which a pixel is part of a region; null: the bundle's"
+    thresholds: dict[str, OwnThreshold] = Field(
+        default={},
+        description="Product -> threshold that replaces the bundle's: {value, model} is in force under that model "
+        "alone, a plain number under whatever model runs, which is warned of (docs/operations.md)",
+    )
+    pixel_threshold: OwnThreshold | None = Field(
+        default=None,
+        description="Map value above which a pixel is part of a region, {value, model} or a plain number as in "
+        "thresholds; null: the bundle's",
     )
     min_area: int = Field(default=1, ge=1, description="Smallest region, in camera pixels")
     max_regions: int = Field(default=16, ge=1, le=256, description="Regions per verdict, largest peak first")

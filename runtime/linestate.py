@@ -191,7 +191,7 @@ class LineState:
         """What a camera's status message says about it."""
         with self._lock:
             held = self._cameras[camera]
-            names = ("method", "bundle", "backend", "variant", "ready", "threshold_overrides")
+            names = ("method", "bundle", "backend", "variant", "ready", "threshold_overrides", "configured_thresholds")
             facts = {name: self._facts[name] for name in names if name in self._facts}
             return {**facts, "product": held.product, "source": held.source.state, "detail": held.source.detail}
 

@@ -172,9 +172,13 @@ class Threshold(Model):
     """The decision threshold of one product and the promise behind it."""
 
     value: float = Field(description="Score above which a part is NG")
-    false_alarm_rate: float = Field(description="Promised upper bound on the share of good parts judged NG")
+    false_alarm_rate: float = Field(
+        description="Promised upper bound on the share of good parts judged NG; 1: none is promised"
+    )
     confidence: float | None = Field(default=None, description="Confidence of the bound; none: marginal (conformal)")
-    samples: int = Field(description="Held-out good images behind it, or parts where some show the same one")
+    samples: int = Field(
+        description="Held-out good images behind it, or parts where some show the same one; 0: set by hand"
+    )
     pixel: float | None = Field(default=None, description="Map value above which a pixel belongs to a region")
     program: str = Field(default="default", description="Program (alternative) whose scores it is for")
     source: str = Field(default="", description="Data set, date and command that set it")
@@ -192,6 +196,11 @@ class Threshold(Model):
         default=None, description="What was cut out of these images (andon calibrate --roi); null: the model's crop"
     )
     set_at: str = Field(default="", description="UTC time of the calibration that set it, RFC 3339; empty: of none")
+
+    @property
+    def promises(self) -> bool:
+        """Whether it promises a false-alarm rate; one that was set by hand does not."""
+        return self.samples > 0 and self.false_alarm_rate < 1
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_recorded(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:

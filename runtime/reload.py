@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import ConfigError
 from .lineconfig import CameraConfig, LineConfig
 from .linecrop import log_crops
+from .linethresholds import log_thresholds
 from .products import require_products
 from .source import make_source
 from .startup import alarm_rule, effective
@@ -58,11 +59,12 @@ def reload(app: LineApp) -> dict[str, list[str]]:
     changed = app.worker.call(lambda: _apply(app, config))
     if (judge := app.worker.judge) is not None:
         log_crops(config, judge.detector.bundle, app.overrides.products)
+        log_thresholds(config, judge.detector.bundle, app.overrides.stored)
     for name, camera in cameras.items():
         app.cameras[name].configure(camera)
         if name in sources:
             app.replace_source(name, sources[name])
-    for name in changed:
+    for name in cameras if "judge" in applied else changed:
         app.delivery.announce(name)
     log.info("reloaded: %s", ", ".join(applied) or "nothing has changed")
     if restart:
@@ -99,8 +101,8 @@ def _apply(app: LineApp, config: LineConfig) -> list[str]:
     require_products(config, judge.detector.bundle)
     before = {name: judge.product_of(name) for name in app.boards}
     judge.configure(config.cameras, config.judge)
-    app.say_thresholds(judge)
     app.config = config
+    app.say_thresholds(judge)
     rule = alarm_rule(config.alarm)
     changed = [name for name in app.boards if judge.product_of(name) != before[name]]
     for name, board in app.boards.items():

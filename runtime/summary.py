@@ -90,6 +90,7 @@ def closing_summary(app: LineApp) -> dict[str, Any]:
         "evidence": snapshot.get("evidence"),
         "thresholds": snapshot.get("thresholds", {}),
         "overrides": snapshot["overrides"],
+        "configured": snapshot.get("configured"),
         "bundle": snapshot.get("bundle"),
         "backend": snapshot.get("backend"),
         "variant": snapshot.get("variant"),

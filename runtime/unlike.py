@@ -156,7 +156,7 @@ def _promised(detector: Detector, judged: Sequence[Judged]) -> dict[str, tuple[T
         threshold = detector.threshold(product)
         good = [j for j in judged if j.sample.product == product == j.product and j.sample.good]
         good = [j for j in good if j.label != "UNKNOWN"]
-        if threshold is not None and good and threshold.samples and threshold.false_alarm_rate < 1:
+        if threshold is not None and good and threshold.promises:
             found[product] = (threshold, good)
     return found
 

@@ -149,7 +149,7 @@ def _bundle(config: Any, commanded: Stored) -> list[Finding]:
         manifest = bundle.manifest
         engine = _guard("engine", lambda: _engine(config, bundle))
         return [
-            Finding("bundle", True, f"{path}: {manifest.method} {bundle.id}, products {', '.join(manifest.classes)}"),
+            Finding("bundle", True, f"{path}: {manifest.method} {bundle.id}, {_model(bundle)}"),
             engine,
             *([_guard("golden set", lambda: _golden(config, bundle))] if engine.ok else []),
             _guard("products", lambda: _products(config, commanded, bundle)),
@@ -157,6 +157,10 @@ def _bundle(config: Any, commanded: Stored) -> list[Finding]:
             *_crops(config, commanded, bundle),
             *([_guard("memory", lambda: _memory(config, bundle))] if config.memory.enabled else []),
         ]
+
+
+def _model(bundle: Any) -> str:
+    return f"model {bundle.model_id}, products {', '.join(bundle.manifest.classes)}"
 
 
 def _engine(config: Any, bundle: Any) -> str:
@@ -223,41 +227,44 @@ def _products(config: Any, commanded: Stored, bundle: Any) -> str:
 
 
 def _thresholds(config: Any, commanded: Stored, bundle: Any, runs: bool) -> str:
-    """The thresholds in force, those by command that rest, as they are of another model or program, and, where it
-    `runs` at all, a warning of those that were calibrated with engines that may decide otherwise."""
-    from ..thresholds import calibration_step
+    """The thresholds in force and who set them, those that rest, as they are of another model or program, and, where
+    it `runs` at all, a warning of those that were calibrated with engines that may decide otherwise."""
+    from ..linethresholds import threshold_remarks, whose
+    from ..overrides import Stored
+    from ..thresholds import calibration_step, threshold_in_force
 
     named = {commanded.products.get(name, camera.product) for name, camera in config.cameras.items()}
     wanted = bundle.manifest.classes if "auto" in named else sorted(named)
     values, remarks = {}, {}
     for product in wanted:
-        entry = bundle.threshold(product, config.program)
-        own = config.judge.thresholds.get(product, None if entry is None else entry.value)
-        values[product] = own
+        without = threshold_in_force(product, bundle, config.program, config.judge, Stored())
+        values[product], remarks[product] = without, whose(product, config, bundle)
         if (override := commanded.thresholds.get(product)) is None:
             continue
-        shown = "none" if own is None else f"{own:.4g}"
+        shown = "none" if without is None else f"{without:.4g}"
         if override.fits(bundle, config.program):
             values[product], remarks[product] = override.value, f" (by command; without it: {shown})"
         else:
-            remarks[product] = f" ({override.value:.4g} by command is ignored: set for another model or program)"
+            remarks[product] += f" ({override.value:.4g} by command is ignored: set for another model or program)"
+    own = [error for _, error in threshold_remarks(config, bundle, commanded)]
     missing = [product for product, value in values.items() if value is None]
     if missing:
         raise BundleError(
             f"no threshold for {', '.join(missing)} under program {config.program}: every verdict would be UNKNOWN",
+            found="; ".join(f"{each.what} ({each.found})" for each in own) or None,
             next_step=calibration_step(bundle),
         )
-    said = [f"{product} {value:.4g}{remarks.get(product, '')}" for product, value in values.items()]
+    said = [f"{product} {value:.4g}{remarks[product]}" for product, value in values.items()]
     for product, override in commanded.thresholds.items():  # of what is judged when a command or an image names it
         if product not in values:
             fits = override.fits(bundle, config.program)
             why = "once it is judged" if fits else "is ignored: set for another model or program"
             said.append(f"{product} ({override.value:.4g} by command {why})")
     other = _other_engines(config, bundle, values) if runs else []
-    return "\n".join([", ".join(said), *(f"warning: {text}" for text in other)])
+    return "\n".join([", ".join(said), *(f"warning: {text}" for text in (*own, *other))])
 
 
-def _other_engines(config: Any, bundle: Any, thresholds: dict[str, float]) -> list[Any]:
+def _other_engines(config: Any, bundle: Any, thresholds: dict[str, float | None]) -> list[Any]:
     from ..calibrated import other_engines
     from ..startup import require_engine
 

@@ -139,6 +139,8 @@ class Watch:
             backlog = f", {waiting} waiting in its outbox" if waiting else ""
             overrides = document.get("threshold_overrides", {}).items()
             overridden = "".join(f", threshold of {product} by command: {value:g}" for product, value in overrides)
+            own = document.get("configured_thresholds", {}).items()
+            overridden += "".join(f", threshold of {product} by configuration: {value:g}" for product, value in own)
             colour = _RED if document["state"] == "offline" else _DIM
             self._say(f"-- {camera} is {document['state']}{note}{backlog}{overridden}", colour)
         elif schema == "andon.command-result/1":

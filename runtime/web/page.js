@@ -122,12 +122,18 @@ function byCommand(overrides) {
   return all.map(([product, each]) => product + (each.in_force ? "" : " (ignored: another model's)")).join(", ");
 }
 
+// A plain number is in force under whatever model runs; one that names another model, or that a command stands before, is not.
+function byConfiguration(configured) {
+  const all = Object.entries(configured?.thresholds ?? {});
+  return all.map(([product, each]) => product + (!each.in_force ? " (not in force)" : each.model ? "" : " (whatever model runs)")).join(", ");
+}
+
 function showLine(state) {
   const line = state.line;
   set($("station"), `${line.site} / ${line.line} / ${line.station}`);
   document.title = `Andon · ${line.station}`;
   const facts = [["method", state.method], ["bundle", state.bundle], ["engines", state.backend && `${state.backend} ${state.variant}`],
-    ["thresholds by command", byCommand(state.overrides)], ["frames", count(state.frames)], ["rate", `${state.fps.toFixed(1)}/s`], ["up", duration(state.uptime_s)]];
+    ["thresholds by command", byCommand(state.overrides)], ["thresholds by configuration", byConfiguration(state.configured)], ["frames", count(state.frames)], ["rate", `${state.fps.toFixed(1)}/s`], ["up", duration(state.uptime_s)]];
   $("facts").replaceChildren(...facts.filter(([, value]) => value).map(([name, value]) => {
     const fact = make("span", `${name} `);
     fact.append(make("b", value));

@@ -222,9 +222,12 @@ def test_rebuild_takes_an_uncalibrated_bundle_where_thresholds_come_from_elsewhe
     start_line: Callable[..., RunningLine], consumer: Any, make_bundle: Any, tmp_path: Path
 ) -> None:
     make_bundle(tmp_path / "bundles" / "hvq-1")
-    sections = {"bundle": str(tmp_path / "bundles/hvq-*"), "judge": {"thresholds": {"mono": 0.5}}}
+    later = make_bundle(tmp_path / "later", thresholds=None, created="2026-02-01T00:00:00Z")
+    with Bundle.load(later) as loaded:
+        own = {"value": 0.5, "model": loaded.model_id}
+    sections = {"bundle": str(tmp_path / "bundles/hvq-*"), "judge": {"thresholds": {"mono": own}}}
     line = start_line({"cam0": {"source": LIVE, "product": "mono"}}, **sections)
-    make_bundle(tmp_path / "bundles" / "hvq-2", thresholds=None, created="2026-02-01T00:00:00Z")
+    later.rename(tmp_path / "bundles" / "hvq-2")
     answer = line.command("cam0", "rebuild")
     assert answer["ok"], answer
     consumer.until(lambda: consumer.of("verdict")[-1]["bundle"] == answer["result"]["bundle"])

@@ -254,7 +254,7 @@ def test_what_commands_have_set_stands_before_the_configuration(
     assert found["thresholds"]["found"] == "poly 0.6 (by command; without it: 0.5)"
     fast = {"state": "state", "program": "fast", "judge": {"thresholds": {"poly": 0.5}}}
     _, found = check(make_line({"cam0": PATTERN}, bundle=str(bundle), broker=None, **fast))
-    assert "poly 0.5 (0.6 by command is ignored" in found["thresholds"]["found"]
+    assert "poly 0.5 (by the configuration) (0.6 by command is ignored" in found["thresholds"]["found"]
 
 
 def test_thresholds_of_engines_that_may_decide_otherwise_are_said_by_check_and_at_the_start(
@@ -292,7 +292,9 @@ def test_thresholds_of_engines_that_may_decide_otherwise_are_said_by_check_and_a
     assert "thresholds of mono (program default)" in logged, "no camera is judged as poly"
     assert "to run in fp16 on onnxruntime" in logged and "andon calibrate --bundle" in logged and "\n" not in logged
     by_hand = {"mono": 0.4, "poly": 0.4}
-    assert looked(judge={"thresholds": by_hand}) == ("mono 0.4", []), "set by who saw what runs: nothing was promised"
+    said, logged = looked(judge={"thresholds": by_hand})
+    assert said.startswith("mono 0.4 (by the configuration; without it: 0.5)")
+    assert "other engines" not in said and not logged, "set by who saw what runs: nothing was promised"
 
 
 def test_a_threshold_by_command_of_a_product_that_no_camera_expects_now_is_shown(
@@ -307,7 +309,7 @@ def test_a_threshold_by_command_of_a_product_that_no_camera_expects_now_is_shown
     assert found["thresholds"]["found"] == "mono 0.5, poly (99 by command once it is judged)"
     fast = {"state": "state", "program": "fast", "judge": {"thresholds": {"mono": 0.5}}}
     _, found = check(make_line({"cam0": PATTERN}, bundle=str(bundle), broker=None, **fast))
-    told = "mono 0.5, poly (99 by command is ignored: set for another model or program)"
+    told = "mono 0.5 (by the configuration), poly (99 by command is ignored: set for another model or program)"
     assert found["thresholds"]["found"] == told
 
 

@@ -94,14 +94,16 @@ def test_colours_dedupe_and_foreign_messages() -> None:
     assert (summary["verdicts"], summary["NG"], summary["repeated"], summary["foreign"]) == (1, 1, 1, 8)
 
 
-def test_a_status_says_which_thresholds_commands_have_set() -> None:
+def test_a_status_says_which_thresholds_commands_and_the_configuration_have_set() -> None:
     lines: list[str] = []
     watch = Watch(colour=False, quiet=False, out=lines.append)
     status = {"schema": "andon.status/1", "state": "online", "outbox": {"messages": 0}}
-    for overrides in ({}, {"threshold_overrides": {}}, {"threshold_overrides": {"mono": 0.6}}):
+    own = {"threshold_overrides": {}, "configured_thresholds": {"mono": 0.7}}
+    for overrides in ({}, {"threshold_overrides": {}}, {"threshold_overrides": {"mono": 0.6}}, own):
         watch.take(f"{TOPIC}/status", json.dumps({**status, **overrides}).encode(), False)
     plain = "-- cam0 is online"
-    assert [line.strip() for line in lines] == [plain, plain, f"{plain}, threshold of mono by command: 0.6"]
+    told = [f"{plain}, threshold of mono by {whom}" for whom in ("command: 0.6", "configuration: 0.7")]
+    assert [line.strip() for line in lines] == [plain, plain, *told]
 
 
 def test_what_waits_in_the_outbox_is_not_said_of_a_station_that_has_died() -> None:

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from andon.runtime.app import LineApp
 from andon.runtime.broker import EmbeddedBroker
+from andon.runtime.bundle import Bundle
 from andon.runtime.errors import ConfigError, DeliveryError
 from andon.runtime.health import Check
 from andon.runtime.lineconfig import WebConfig
@@ -357,6 +358,15 @@ def test_the_page_says_of_which_part_a_picture_is_and_when_there_is_no_threshold
         document = browse(app.operation.web.url)
     assert document.count("earlier picture, part 1<") == document.count('class="picture older') == 1, "of b alone"
     assert document.count('class="against">no threshold<') == 1, "of c alone"
+
+
+def test_the_page_says_which_thresholds_are_the_configurations(bundle: Path, make_line: Any, tmp_path: Path) -> None:
+    with Bundle.load(bundle) as loaded:
+        own = {"value": 0.7, "model": loaded.model_id}
+    sections = {"broker": None, "web": {"port": 0}, "judge": {"thresholds": {"mono": own, "poly": 0.4}}}
+    with running(make_line({"a": {"source": LIVE, "product": "mono"}}, bundle=str(bundle), **sections)) as app:
+        document = browse(app.operation.web.url)
+    assert "thresholds by configuration <b>mono, poly (whatever model runs)</b>" in document
 
 
 def test_token_that_is_named_but_missing_is_refused(bundle: Path, make_line: Any) -> None:

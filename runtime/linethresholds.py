@@ -1,0 +1,176 @@
+"""The thresholds of a line's configuration against its bundle: which are in force, and what is said of them.
+
+A threshold is a number on the scale of one model's scores. One that names its model is in force under that model alone,
+as a threshold by command is (overrides.py). A plain number is in force under whatever model runs, where it could call
+every part OK: that is said at every start, reload and rebuild and by `andon check`, with the line to write instead, and
+the command `rebuild` carries it over to no other model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from .bundle import Bundle
+from .errors import AndonError, BundleError, ConfigError
+from .lineconfig import JudgeConfig, LineConfig, ModelThreshold
+from .manifest import Threshold
+from .overrides import Stored, ThresholdOverride
+from .quality import percent
+
+log = logging.getLogger("andon.line")
+Own = float | ModelThreshold
+KEY, PIXEL = "judge.thresholds", "judge.pixel_threshold"
+
+
+def in_model(own: Own | None, bundle: Bundle, program: str) -> float | None:
+    """The configuration's number, as far as it is for this model and program; None: the bundle's is in force."""
+    if isinstance(own, ModelThreshold):
+        return own.value if ThresholdOverride(own.value, own.model, own.program).fits(bundle, program) else None
+    return own
+
+
+def require_model(settings: JudgeConfig, present: Bundle, found: Bundle, program: str) -> None:
+    """Refuse another model in place of the present one while plain numbers would be carried over to it.
+
+    Raises:
+        BundleError: naming them, and how to say which model they are for.
+    """
+    plain = {f"{KEY}.{product}": own for product, own in settings.thresholds.items() if isinstance(own, float)}
+    if isinstance(settings.pixel_threshold, float):
+        plain[PIXEL] = settings.pixel_threshold
+    if not plain or found.model_id == present.model_id:
+        return
+    named = "; ".join(_line(key, own, present, program) for key, own in plain.items())
+    raise BundleError(
+        f"{found.path} is another model, and {', '.join(plain)} of the configuration would be in force under it, too",
+        found=f"model {found.model_id}, whose scores may have another scale, and plain numbers: "
+        + ", ".join(f"{key} {own:g}" for key, own in plain.items()),
+        expected=f"thresholds that name their model, as {present.model_id}, which runs",
+        next_step=f"write {named}, or remove what is not needed; reload the line (SIGHUP), then send rebuild again: "
+        "the new model is judged by its own thresholds",
+    )
+
+
+def describe(config: LineConfig, bundle: Bundle, commanded: Stored) -> dict[str, Any]:
+    """What the configuration sets, as plain JSON values. model: null for whatever model runs; in_force: false also
+    where a command's threshold stands before it."""
+
+    def entry(own: Own, stands: bool) -> dict[str, Any]:
+        named = own.model_dump() if isinstance(own, ModelThreshold) else {"value": own, "model": None, "program": None}
+        return {**named, "in_force": stands and in_model(own, bundle, config.program) is not None}
+
+    pixel = config.judge.pixel_threshold
+    return {
+        "thresholds": {
+            product: entry(own, not _by_command(product, bundle, config.program, commanded))
+            for product, own in config.judge.thresholds.items()
+        },
+        "pixel_threshold": None if pixel is None else entry(pixel, True),
+    }
+
+
+def configured(config: LineConfig, bundle: Bundle, commanded: Stored) -> dict[str, Any]:
+    """The same as the line's state has it (`configured`), and the thresholds that are in force as the status says them
+    (`configured_thresholds`: product -> threshold)."""
+    described = describe(config, bundle, commanded)
+    standing = {product: each["value"] for product, each in described["thresholds"].items() if each["in_force"]}
+    return {"configured": described, "configured_thresholds": standing}
+
+
+def threshold_remarks(config: LineConfig, bundle: Bundle, commanded: Stored) -> Iterator[tuple[int, AndonError]]:
+    """What is to be said of the configuration's thresholds, each with its level of logging: an error of one that is
+    ignored, as it was set for another model or program; a warning of a plain number that stands before one of the
+    bundle's, or whose bundle may be another tomorrow."""
+    judge, program = config.judge, config.program
+    for product, own in judge.thresholds.items():
+        if not _by_command(product, bundle, program, commanded):
+            entry = bundle.threshold(product, program)
+            kept = None if entry is None else f"{entry.value:.6g}, {promise(entry)}"
+            broken = "its promise does not hold, and " * bool(entry and entry.promises and entry.value != own)
+            yield from _remarks(f"{KEY}.{product}", own, kept, broken, config, bundle)
+    if judge.pixel_threshold is not None:
+        entries = {p: entry for p in bundle.manifest.classes if (entry := bundle.threshold(p, program)) is not None}
+        pixels = [f"{entry.pixel:.6g} of {p}" for p, entry in entries.items() if entry.pixel is not None]
+        yield from _remarks(PIXEL, judge.pixel_threshold, ", ".join(pixels) or None, "", config, bundle)
+
+
+def log_thresholds(config: LineConfig, bundle: Bundle, commanded: Stored) -> None:
+    """Say that in the log, and which thresholds in force promise nothing, as somebody has chosen them."""
+    for level, said in threshold_remarks(config, bundle, commanded):
+        log.log(level, "%s", "; ".join(line.strip() for line in str(said).splitlines()))
+    own = describe(config, bundle, commanded)["thresholds"]
+    for product, each in own.items():
+        if each["in_force"] and each["model"] is not None:
+            told = "the configuration's for this model: it promises no false-alarm rate"
+            log.info("threshold of %s: %g, %s", product, each["value"], told)
+    for product, entry in by_hand(bundle, config.program).items():
+        if not (product in own and own[product]["in_force"]) and not _by_command(
+            product, bundle, config.program, commanded
+        ):
+            log.info("threshold of %s: %g, %s", product, entry.value, promise(entry))
+
+
+def whose(product: str, config: LineConfig, bundle: Bundle) -> str:
+    """Who set a product's threshold, as `andon check` shows it, commands aside; empty: calibration."""
+    own, entry = config.judge.thresholds.get(product), bundle.threshold(product, config.program)
+    if in_model(own, bundle, config.program) is not None:
+        return " (by the configuration" + (")" if entry is None else f"; without it: {entry.value:.4g})")
+    hand = " (set by hand in the bundle: it promises nothing)" if entry is not None and not entry.promises else ""
+    if isinstance(own, ModelThreshold):
+        hand += f" ({own.value:.4g} of the configuration is ignored: set for another model or program)"
+    return hand
+
+
+def by_hand(bundle: Bundle, program: str) -> dict[str, Threshold]:
+    """The bundle's thresholds of a program that promise nothing (`andon calibrate --set`), by product."""
+    found = {product: bundle.threshold(product, program) for product in bundle.manifest.classes}
+    return {product: entry for product, entry in found.items() if entry is not None and not entry.promises}
+
+
+def promise(entry: Threshold) -> str:
+    """What a threshold of a bundle promises, in words."""
+    if not entry.promises:
+        return "set by hand in the bundle: it promises no false-alarm rate"
+    return f"calibrated: at most {percent(entry.false_alarm_rate)} false alarms"
+
+
+def _by_command(product: str, bundle: Bundle, program: str, commanded: Stored) -> bool:
+    override = commanded.thresholds.get(product)
+    return override is not None and override.fits(bundle, program)
+
+
+def _remarks(
+    key: str, own: Own, kept: str | None, broken: str, config: LineConfig, bundle: Bundle
+) -> Iterator[tuple[int, AndonError]]:
+    """kept: what the bundle has in place of it. broken: the promise that does not hold with it, empty without one."""
+    value = own.value if isinstance(own, ModelThreshold) else own
+    step = f"write {_line(key, value, bundle, config.program)}, if it is meant for this model's scores, or remove it"
+    if isinstance(own, ModelThreshold):
+        if in_model(own, bundle, config.program) is not None:
+            return
+        what = f"{key} is ignored: it was set for another model or program"
+        found = f"{value:g} for model {own.model}, program {own.program}"
+        expected = f"model {bundle.model_id}, program {config.program}, which run; in force: {kept or 'none'}"
+        yield logging.ERROR, ConfigError(what, found=found, expected=expected, next_step=step)
+        return
+    name = "" if config.bundle is None else config.bundle.name
+    if kept is None and "*" not in name:
+        return
+    before = "" if kept is None else ", before the bundle's own"
+    what = f"{key} is a plain number, in force under whatever model runs{before}: {broken}on another model's scale "
+    what += "every part could be OK"
+    found = f"{value:g}" + (f", and {name} is another model after the next export" if "*" in name else "")
+    expected = kept or "a threshold that names its model"
+    yield logging.WARNING, ConfigError(what, found=found, expected=expected, next_step=step)
+
+
+def _line(key: str, value: float, bundle: Bundle, program: str) -> str:
+    """The line of the configuration, in YAML, that says the number is for this model."""
+    parent, name = key.split(".", 2)[:2] if key == PIXEL else (KEY, key.removeprefix(f"{KEY}."))
+    shown = name if re.fullmatch(r"[A-Za-z_][\w-]*", name) else json.dumps(name)
+    more = "" if program == "default" else f", program: {program}"
+    return f'{shown}: {{value: {value!r}, model: "{bundle.model_id}"{more}}} (in {parent})'
