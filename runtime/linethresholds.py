@@ -17,9 +17,8 @@ from typing import Any
 from .bundle import Bundle
 from .errors import AndonError, BundleError, ConfigError
 from .lineconfig import JudgeConfig, LineConfig, ModelThreshold
-from .manifest import Threshold
 from .overrides import Stored, ThresholdOverride
-from .quality import percent
+from .promise import by_hand, promise
 
 log = logging.getLogger("andon.line")
 Own = float | ModelThreshold
@@ -125,19 +124,6 @@ def whose(product: str, config: LineConfig, bundle: Bundle) -> str:
     return hand
 
 
-def by_hand(bundle: Bundle, program: str) -> dict[str, Threshold]:
-    """The bundle's thresholds of a program that promise nothing (`andon calibrate --set`), by product."""
-    found = {product: bundle.threshold(product, program) for product in bundle.manifest.classes}
-    return {product: entry for product, entry in found.items() if entry is not None and not entry.promises}
-
-
-def promise(entry: Threshold) -> str:
-    """What a threshold of a bundle promises, in words."""
-    if not entry.promises:
-        return "set by hand in the bundle: it promises no false-alarm rate"
-    return f"calibrated: at most {percent(entry.false_alarm_rate)} false alarms"
-
-
 def _by_command(product: str, bundle: Bundle, program: str, commanded: Stored) -> bool:
     override = commanded.thresholds.get(product)
     return override is not None and override.fits(bundle, program)
@@ -163,7 +149,7 @@ def _remarks(
     before = "" if kept is None else ", before the bundle's own"
     what = f"{key} is a plain number, in force under whatever model runs{before}: {broken}on another model's scale "
     what += "every part could be OK"
-    found = f"{value:g}" + (f", and {name} is another model after the next export" if "*" in name else "")
+    found = f"{value:g}" + (f", and bundle {name} means another model after the next export" if "*" in name else "")
     expected = kept or "a threshold that names its model"
     yield logging.WARNING, ConfigError(what, found=found, expected=expected, next_step=step)
 

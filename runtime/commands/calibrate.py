@@ -15,12 +15,12 @@ from ..crop import as_bundle, read_image
 from ..dataset import open_dataset, split_readable
 from ..detector import Detector
 from ..engine.select import open_backend
-from ..errors import CalibrationError, ConfigError, quoted
+from ..errors import CalibrationError, quoted
 from ..fingerprint import counted, image_hash, pack
 from ..manifest import Threshold
 from ..newest import calibration_time
 from ..unseen import Unseen, unseen_good
-from . import options
+from . import byhand, options
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -32,9 +32,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "more false alarms than promised. Then give pictures of new parts with --data."
     )
     options.add_bundle(parser)
-    parser.add_argument(
+    from_where = parser.add_mutually_exclusive_group(required=True)
+    from_where.add_argument(
         "--data",
-        required=True,
         help="the training set (its held-out good images are used), or new images of good parts; told apart by content",
     )
     parser.add_argument(
@@ -53,12 +53,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--products", nargs="+", metavar="NAME", help="only these products; the others keep the thresholds they have"
     )
-    parser.add_argument("--programs", nargs="+", metavar="NAME", help="only these programs; default: all of the bundle")
+    parser.add_argument(
+        "--programs", nargs="+", metavar="NAME", help="only these programs; default: all, with --set the default one"
+    )
     parser.add_argument(
         "--group-by",
         metavar="REGEX|CSV",
         help=f"{groups.HELP}; all of them then count as one. Default: as training had it (andon train --group-by)",
     )
+    byhand.configure(parser, from_where)
     options.add_roi(parser, "what was cut out for training, or for the thresholds that are there")
     options.add_on_corrupt(parser)
     options.add_engine(parser, program=False)
@@ -71,7 +74,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         CalibrationError: too few images for the promise; the message names how many are needed.
         AndonError: bundle, data set or engine cannot be used.
     """
+    byhand.require_sense(args)
     with Bundle.load(args.bundle) as bundle:
+        if args.set is not None:
+            bundle.require_folder("andon calibrate --set PRODUCT=VALUE")
+            return byhand.main(args, bundle)
         bundle.require_folder(f"andon calibrate --data {quoted(args.data)}")  # refuse before the work, not after it
         return _calibrate(args, bundle)
 
@@ -79,18 +86,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 def _calibrate(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
     with open_backend(args.backend, threads=args.threads) as backend:
         dataset = open_dataset(args.data)
-        products = list(dict.fromkeys(args.products or bundle.manifest.classes))
-        for product in products:
-            bundle.class_index(product)
-        known = options.program_names(bundle)
-        names = args.programs or known
-        if unknown := [n for n in names if n not in known]:
-            raise ConfigError(
-                f"the bundle has no program {unknown[0]}",
-                found=unknown[0],
-                expected=", ".join(known),
-                next_step="name some of these with --programs, or leave it out: thresholds for all",
-            )
+        products = options.chosen_products(bundle, args.products)
+        names = options.chosen_programs(bundle, args.programs)
         options.say_remarks(dataset)
         dataset = as_bundle(dataset, bundle, args.roi, options.progress, products, names[0])
         unseen = unseen_good(bundle, dataset, products, args.group_by)

@@ -20,6 +20,7 @@ from ..errors import ConfigError, quoted
 from ..evaluation import Evaluated, confusion_table, evaluate, latency_table, percentiles
 from ..fingerprint import Seen, counted, read_report, tally
 from ..groups import HELP, several, tested_parts
+from ..promise import by_hand, promise
 from ..quality import Metrics, mean_metrics, table
 from ..recorded import Origin, from_verdicts, origin, read_verdicts
 from ..torchfigures import TorchFigures, torch_figures
@@ -120,12 +121,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                 unlike, over = unlike_calibration(promises), over_promise(promises)
                 apart = not_compared(detector, evaluated.judged, parts)
                 _print_promises(detector, promises, unlike, apart)
+                unpromised = _unpromised(bundle, name, evaluated)
                 results[name] = as_dict(evaluated) | {
                     "by_part": by_part or None,
                     "promises": {product: _promise(found) for product, found in promises.items()},
                     "unlike": list(unlike),
                     "over_promise": list(over),
                     "not_compared": list(apart),
+                    "by_hand": list(unpromised),
                     "seen": seen,
                     "skipped": [s.key for s in skipped],
                 }
@@ -133,7 +136,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                     found = _beside_torch(torch, evaluated, dataset, args.split)
                     results[name]["torch"], results[name]["not_beside_torch"] = found
                 if args.report and name == args.program:
-                    remarks = [*over.items(), *unlike.items(), *apart.items()]
+                    remarks = [*over.items(), *unlike.items(), *apart.items(), *unpromised.items()]
                     made = _report(args.report, detector, dataset, evaluated, promises, by_part, remarks, remark, whose)
                     results[name]["report"] = str(made)
         if args.samplers:
@@ -330,6 +333,15 @@ def _print_promises(
             f"thresholds alone: andon calibrate --bundle {quoted(detector.bundle.path)} --data FOLDER (good "
             "images of every product)"
         )
+
+
+def _unpromised(bundle: Bundle, program: str, evaluated: Evaluated) -> dict[str, str]:
+    """Of which products somebody has chosen the threshold; what was said."""
+    chosen = by_hand(bundle, program)
+    said = {p: f"its threshold was {promise(chosen[p])}" for p in evaluated.products if p in chosen}
+    for product, text in said.items():
+        print(f"{product}: {text}")
+    return said
 
 
 def _beside_torch(

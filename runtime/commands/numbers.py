@@ -80,6 +80,12 @@ def product_roi(text: str) -> tuple[str, tuple[int, int, int, int]]:
     return product, roi(region)
 
 
+def product_value(text: str) -> tuple[str, float]:
+    """A product and a finite number, PRODUCT=value; without a product that of all."""
+    product, _, value = text.rpartition("=")
+    return product, _number(value, math.isfinite, "as 36.9 or PRODUCT=36.9")
+
+
 def _whole(text: str, least: int) -> int:
     try:
         value = int(text)

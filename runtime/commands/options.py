@@ -117,6 +117,35 @@ def program_names(bundle: Bundle) -> list[str]:
     return list(programs(bundle.manifest))
 
 
+def chosen_products(bundle: Bundle, names: Sequence[str] | None) -> list[str]:
+    """Those that --products names, each once; without it all of the bundle.
+
+    Raises:
+        ProductError: the bundle does not know one.
+    """
+    products = list(dict.fromkeys(names or bundle.manifest.classes))
+    for product in products:
+        bundle.class_index(product)
+    return products
+
+
+def chosen_programs(bundle: Bundle, names: Sequence[str] | None) -> list[str]:
+    """Those that --programs names; without it all of the bundle.
+
+    Raises:
+        ConfigError: the bundle has no such program.
+    """
+    known = program_names(bundle)
+    if unknown := [name for name in names or () if name not in known]:
+        raise ConfigError(
+            f"the bundle has no program {unknown[0]}",
+            found=unknown[0],
+            expected=", ".join(known),
+            next_step="name some of these with --programs, or leave it out: thresholds for all",
+        )
+    return list(names or known)
+
+
 def progress(total: int | None, what: str, unit: str = "img") -> Any:
     """A progress bar with ETA, without a total a count; plain lines at long intervals where there is no terminal."""
     quiet = not sys.stderr.isatty()

@@ -14,6 +14,7 @@ from ..calibrated import other_engines
 from ..engine.select import open_backend
 from ..manifest import Variant
 from ..program import Program
+from ..promise import by_hand, promise
 from ..replay import (
     GATE,
     WARM,
@@ -69,6 +70,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         warnings = [str(each) for variant in variants for each in other_engines(bundle, names, variant, backend.name)]
         for text in warnings:
             print(f"warning: {text}")
+        chosen = {name: by_hand(bundle, name) for name in names}
+        for name, entries in chosen.items():
+            for product, entry in entries.items():
+                print(f"threshold of {product}, program {name}: {entry.value:.4g}, {promise(entry)}")
         print("verified" if ok else "NOT verified: do not run this bundle on this machine")
         return {
             "ok": ok,
@@ -76,6 +81,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             "backend": backend.name,
             "not_checked": unchecked,
             "warnings": warnings,
+            "by_hand": {name: list(entries) for name, entries in chosen.items() if entries},
             "checks": {variant: [_plain(check) for check in group] for variant, group in checks.items()},
         }
 

@@ -12,10 +12,12 @@ import andon
 import pytest
 import yaml
 from andon.cli import main
+from andon.runtime.app import LineApp
 from andon.runtime.bundle import Bundle
 from andon.runtime.judge import Judge
 from andon.runtime.lineconfig import JudgeConfig
 from andon.runtime.overrides import Overrides
+from andon.runtime.startup import Options
 from jsonschema import Draft202012Validator
 
 from .judging import frame, picture
@@ -113,7 +115,7 @@ def test_check_warns_of_a_plain_number_and_prints_the_line_that_ends_the_warning
     else:
         assert "warning: judge.thresholds.mono is a plain number, in force under whatever model runs" in said
         assert ("its promise does not hold" in said and "0.5, calibrated: at most 5.0% false" in said) == calibrated
-        assert ("hvq-* is another model after the next export" in said) == ("*" in name)
+        assert ("bundle hvq-* means another model after the next export" in said) == ("*" in name)
         line = said.split("write ")[1].split(" (in judge.thresholds)")[0]
         assert line == f'mono: {{value: 0.7, model: "{model_of(path)}"}}'
         judge["thresholds"] = yaml.safe_load(line)
@@ -139,6 +141,30 @@ def test_a_plain_pixel_threshold_is_said_and_one_of_the_calibrations_own_value_b
     same = {"thresholds": {"mono": 0.5}}
     _, said = checked(make_line({"cam0": PATTERN}, bundle=str(bundle), broker=None, judge=same))
     assert "judge.thresholds.mono is a plain number" in said and "promise does not hold" not in said
+
+
+def test_a_threshold_set_by_hand_in_the_bundle_is_said_to_promise_nothing(
+    checked: Any,
+    make_line: Any,
+    bundle: Path,
+    make_images: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert main(["calibrate", "--bundle", str(bundle), "--set", "mono=0.3"]) == 0
+    capsys.readouterr()
+    source = {"kind": "folder", "path": str(make_images(tmp_path / "parts", [100]))}
+    line = make_line({"cam0": {"source": source, "product": "mono"}}, bundle=str(bundle), broker=None)
+    assert checked(line) == (0, "mono 0.3 (set by hand in the bundle: it promises nothing)")
+    summary = LineApp(Options(config=line, backend="onnxruntime", threads=1, until_end=True)).run()
+    assert summary["verdicts"] == {"mono": {"NG": 1}}
+    told = [r.getMessage() for r in caplog.records if r.getMessage().startswith("threshold of ")]
+    assert told == ["threshold of mono: 0.3, set by hand in the bundle: it promises no false-alarm rate"]
+    line = make_line({"cam0": PATTERN}, bundle=str(bundle), broker=None, judge={"thresholds": {"mono": 0.7}})
+    _, said = checked(line)
+    assert "its promise" not in said and "0.3, set by hand in the bundle" in said and "plain number" in said
 
 
 def test_no_warning_of_a_number_that_a_command_stands_before(

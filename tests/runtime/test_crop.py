@@ -84,7 +84,7 @@ def test_the_option_and_what_it_may_say() -> None:
     assert rois_by_product(given[1:], ["a", "b"]) == {"b": (1, 1, 2, 2)} and rois_by_product([], ["a"]) == {}
     with pytest.raises(ProductError, match="unknown product 'c'"):
         rois_by_product([("c", (9, 5, 8, 8))], ["a", "b"])
-    with pytest.raises(ConfigError, match="says twice"):
+    with pytest.raises(ConfigError, match="says twice what is meant"):
         rois_by_product([*given, *given], ["a", "b"])
 
 
