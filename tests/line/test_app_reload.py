@@ -228,6 +228,7 @@ def test_rebuild_takes_an_uncalibrated_bundle_where_thresholds_come_from_elsewhe
     sections = {"bundle": str(tmp_path / "bundles/hvq-*"), "judge": {"thresholds": {"mono": own}}}
     line = start_line({"cam0": {"source": LIVE, "product": "mono"}}, **sections)
     later.rename(tmp_path / "bundles" / "hvq-2")
+    consumer.wait_for("verdict", 1)
     answer = line.command("cam0", "rebuild")
     assert answer["ok"], answer
     consumer.until(lambda: consumer.of("verdict")[-1]["bundle"] == answer["result"]["bundle"])

@@ -192,7 +192,7 @@ def test_the_log_the_status_and_the_summary_say_which_are_the_configurations(
     line = start_line(cameras, judge={"thresholds": {"mono": 0.7, "poly": rests}})
 
     def status() -> Any:
-        return consumer.of("status", "cam0")[-1].get("configured_thresholds")
+        return next((each.get("configured_thresholds") for each in consumer.of("status", "cam0")[::-1]), None)
 
     consumer.until(lambda: status() == {"mono": 0.7})
     (warned,), (ignored,) = messages(caplog, logging.WARNING), messages(caplog, logging.ERROR)
