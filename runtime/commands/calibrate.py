@@ -37,6 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--data",
         help="the training set (its held-out good images are used), or new images of good parts; told apart by content",
     )
+    byhand.configure(parser, from_where)
     parser.add_argument(
         "--false-alarm-rate",
         type=float,
@@ -61,7 +62,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="REGEX|CSV",
         help=f"{groups.HELP}; all of them then count as one. Default: as training had it (andon train --group-by)",
     )
-    byhand.configure(parser, from_where)
     options.add_roi(parser, "what was cut out for training, or for the thresholds that are there")
     options.add_on_corrupt(parser)
     options.add_engine(parser, program=False)
