@@ -185,9 +185,9 @@ def confusion_table(evaluated: Evaluated) -> str:
 
 
 def percentiles(latency_ms: dict[str, Array]) -> dict[str, dict[str, float]]:
-    """p50 and p95 of each timing, in milliseconds."""
+    """p50, p95 and p99 of each timing, in milliseconds."""
     return {
-        name: {"p50": float(np.percentile(values, 50)), "p95": float(np.percentile(values, 95))}
+        name: {f"p{share}": float(np.percentile(values, share)) for share in (50, 95, 99)}
         for name, values in latency_ms.items()
     }
 
@@ -198,5 +198,7 @@ def latency_table(latency_ms: dict[str, Array]) -> str:
     if not rows:
         return "no latency: nothing was judged"
     width = max(len(name) for name in rows)
-    lines = [f"{'ms':<{width}}  {'p50':>9}  {'p95':>9}"]
-    return "\n".join(lines + [f"{name:<{width}}  {p['p50']:9.3f}  {p['p95']:9.3f}" for name, p in rows.items()])
+    lines = [f"{'ms':<{width}}  {'p50':>9}  {'p95':>9}  {'p99':>9}"]
+    for name, row in rows.items():
+        lines.append("  ".join([f"{name:<{width}}", *(f"{row[key]:9.3f}" for key in ("p50", "p95", "p99"))]))
+    return "\n".join(lines)

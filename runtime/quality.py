@@ -20,6 +20,10 @@ from numpy.typing import ArrayLike, NDArray
 Array = NDArray[Any]
 Metrics = dict[str, float | None]
 AUPRO_LIMIT = 0.3
+#: Defective values that are looked up at a time.
+_PIECE = 1 << 16
+#: Figures whose name alone does not say what they are, as tables head them.
+_HEADS = {"pixel_AUPRO": f"pixel_AUPRO@{AUPRO_LIMIT:g}"}
 
 
 def auroc(scores: ArrayLike, defective: ArrayLike) -> float | None:
@@ -36,6 +40,29 @@ def auroc(scores: ArrayLike, defective: ArrayLike) -> float | None:
     if good.size == 0 or bad.size == 0:
         return None
     return float(_below(good, bad).mean() / good.size)
+
+
+def average_precision(scores: ArrayLike, defective: ArrayLike) -> float | None:
+    """Area under the precision-recall curve as a step function (sklearn's average precision); None as `auroc`.
+
+    The mean over the defective values of the precision that a threshold just below each of them has; what is equal is
+    found together. Summed in pieces beside the two sorted halves: 10^8 pixels take no more memory than in `auroc`.
+
+    scores, defective: any equal shape; `defective` is read as bool.
+    """
+    truth = np.asarray(defective, bool).ravel()
+    values = np.asarray(scores).ravel()
+    good, bad = values[~truth], values[truth]
+    if good.size == 0 or bad.size == 0:
+        return None
+    good.sort()
+    bad.sort()
+    total = 0.0
+    for start in range(0, bad.size, _PIECE):
+        piece = bad[start : start + _PIECE]
+        found = bad.size - np.searchsorted(bad, piece, "left")
+        total += float((found / (found + good.size - np.searchsorted(good, piece, "left"))).sum())
+    return total / bad.size
 
 
 def aupro(maps: ArrayLike, masks: ArrayLike, limit: float = AUPRO_LIMIT) -> float | None:
@@ -168,6 +195,7 @@ def summarize(
         "image_AUROC": auroc(values[scored], truth[scored]),
         "pixel_AUROC": None if maps is None or masks is None else auroc(maps, masks),
         "pixel_AUPRO": None if maps is None or masks is None else aupro(maps, masks),
+        "pixel_AP": None if maps is None or masks is None else average_precision(maps, masks),
         "F1_max": best[0] if best else None,
         "F1_threshold": best[1] if best else None,
         "threshold": used,
@@ -220,16 +248,18 @@ def mask_at(mask: ArrayLike, size: tuple[int, int]) -> Array:
 def table(products: Mapping[str, Metrics], columns: Sequence[str] = (), title: str = "product") -> str:
     """Figures as text: a line per product, and their mean if there are several. columns: the main figures if empty."""
     if not columns:
-        columns = ["image_AUROC", "pixel_AUROC", "pixel_AUPRO", "F1_max", "balanced_accuracy", "good", "defective"]
+        columns = ["image_AUROC", "pixel_AUROC", "pixel_AUPRO", "pixel_AP", "F1_max", "balanced_accuracy"]
+        columns += ["good", "defective"]
         if any("unknown_rate" in metrics for metrics in products.values()):
             columns.insert(-2, "unknown_rate")
     rows = dict(products)
     if len(rows) > 1:
         rows["mean"] = mean_metrics(products)
     width = max(len(title), *(len(name) for name in rows))
-    lines = ["  ".join([f"{title:<{width}}", *(f"{c:>{max(len(c), 6)}}" for c in columns)])]
+    heads = [_HEADS.get(c, c).rjust(6) for c in columns]
+    lines = ["  ".join([f"{title:<{width}}", *heads])]
     for name, metrics in rows.items():
-        cells = [_cell(c, metrics.get(c)).rjust(max(len(c), 6)) for c in columns]
+        cells = [_cell(c, metrics.get(c)).rjust(len(head)) for c, head in zip(columns, heads, strict=True)]
         lines.append("  ".join([f"{name:<{width}}", *cells]))
     return "\n".join(lines)
 

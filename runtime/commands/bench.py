@@ -165,7 +165,7 @@ def _split(
 
 
 def _preprocess(frames: Array, size: tuple[int, int], preprocess: Preprocess, count: int) -> dict[str, float]:
-    """What it takes to bring a camera's frame to the network's size: p50 and p95, in milliseconds. The golden frames
+    """What it takes to bring a camera's frame to the network's size: percentiles in milliseconds. The golden frames
     have that size already."""
     pictures = [cv2.resize(frame.reshape(frame.shape[-3:]), size) for frame in frames[:4]]
     out = np.empty((preprocess.height, preprocess.width, 3), np.uint8)
@@ -233,8 +233,9 @@ def _print(result: dict[str, Any], latency: dict[str, Array], split: dict[str, A
         print(latency_table(split))
     if result["preprocess_ms"] is not None:
         width, height = result["camera"]
-        p50 = result["preprocess_ms"]["p50"]
-        print(f"and preprocessing of each frame, from {width}x{height}: {p50:.2f} ms p50, on the thread that judges")
+        p50, p99 = (result["preprocess_ms"][key] for key in ("p50", "p99"))
+        taken = f"{p50:.2f} ms p50, {p99:.2f} ms p99"
+        print(f"and preprocessing of each frame, from {width}x{height}: {taken}, on the thread that judges")
     share, extra = result["executor_overhead"], result["executor_overhead_ms"]
     print(f"executor: {extra * 1e3:.0f} us a frame, {share:.2%} of its stages")
     print(f"opened in {result['open_s']:.2f} s, {result['peak_rss_mb']:.0f} MB resident at most")

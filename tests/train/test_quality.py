@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from andon.runtime import quality
 from andon.runtime.quality import (
     aupro,
     auroc,
+    average_precision,
     best_f1,
     decisions,
     map_at,
@@ -20,7 +24,7 @@ from andon.runtime.quality import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import label
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 
 def slow_aupro(maps: np.ndarray, masks: np.ndarray, limit: float) -> float:
@@ -92,6 +96,34 @@ def test_auroc_equals_the_library(pairs: list[tuple[int, bool]]) -> None:
         assert auroc(scores, truth) == pytest.approx(roc_auc_score(truth, scores))
 
 
+@given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=2, max_size=60), st.sampled_from([1, 7, 1 << 20]))
+@settings(deadline=None)
+def test_average_precision_equals_the_library(pairs: list[tuple[int, bool]], piece: int) -> None:
+    scores, truth = np.array([p[0] for p in pairs], np.float32), [p[1] for p in pairs]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quality, "_PIECE", piece)
+        found = average_precision(scores, truth)
+    if len(set(truth)) == 1:
+        assert found is None
+    else:
+        assert found == pytest.approx(average_precision_score(truth, scores))
+
+
+def test_average_precision_of_all_pixels_takes_no_more_memory_than_their_auroc() -> None:
+    """A test set has 10^8 of them: a curve of thresholds would not fit beside the maps."""
+    rng = np.random.default_rng(0)
+    maps, masks = rng.random((40, 256, 256), np.float32), rng.random((40, 256, 256)) < 0.2
+
+    def peak(figure: Callable[..., float | None]) -> int:
+        tracemalloc.start()
+        figure(maps, masks)
+        taken = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return taken
+
+    assert peak(average_precision) <= peak(auroc)
+
+
 def test_auroc_is_not_flipped() -> None:
     assert auroc([3.0, 2.0, 1.0, 0.0], [0, 0, 1, 1]) == 0.0
     assert auroc([0.0, 1.0], [0, 1]) == 1.0
@@ -135,11 +167,13 @@ def test_summary_mean_and_table() -> None:
     maps = masks.astype(np.float32)
     masked = summarize([0, 1, 2, 3.0], [0, 0, 1, 1], maps=maps, masks=masks)
     plain = summarize([0, 2, 1, 3.0], [0, 0, 1, 1], threshold=0.5)
-    assert [masked[k] for k in ("image_AUROC", "pixel_AUROC", "pixel_AUPRO")] == pytest.approx([1.0] * 3)
+    pixels = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO", "pixel_AP")
+    assert [masked[k] for k in pixels] == pytest.approx([1.0] * 4) and plain["pixel_AP"] is None
     assert plain["pixel_AUROC"] is None and plain["threshold"] == 0.5 and plain["false_alarm_rate"] == 0.5
     mean = mean_metrics({"a": masked, "b": plain})
     assert mean["image_AUROC"] == pytest.approx(0.875) and mean["pixel_AUROC"] is None and mean["good"] == 4
     lines = table({"a": masked, "b": plain}).splitlines()
+    assert "pixel_AUPRO@0.3  pixel_AP" in lines[0] and len({len(line) for line in lines}) == 1
     assert lines[-1].startswith("mean") and "0.875" in lines[-1] and "-" in lines[-1]
 
 
