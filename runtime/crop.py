@@ -74,11 +74,21 @@ def read_pair(sample: Sample) -> tuple[Array, Array | None]:
     Raises:
         SourceError: see :func:`andon.runtime.images.read_mask`, too.
     """
+    return read_placed(sample)[:2]
+
+
+def read_placed(sample: Sample, mask: bool = True) -> tuple[Array, Array | None, Box]:
+    """The same (without the mask if it is not wanted), and where in the picture it lies, in pixels of the picture.
+
+    Raises:
+        SourceError: see :func:`read_pair`.
+    """
     image = read_rgb(sample.path)
     shown = cut(image, sample.crop, sample.path)
-    if sample.mask_path is None:
-        return shown, None
-    return shown, cut(read_mask(sample.mask_path, image.shape[:2]), sample.crop, sample.path)
+    box = box_in(sample.crop, image.shape[1], image.shape[0]) or (0, 0, image.shape[1], image.shape[0])
+    if sample.mask_path is None or not mask:
+        return shown, None, box
+    return shown, cut(read_mask(sample.mask_path, image.shape[:2]), sample.crop, sample.path), box
 
 
 def cropped(samples: Iterable[Sample], crops: Mapping[str, Crop]) -> tuple[Sample, ...]:

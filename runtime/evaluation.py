@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .crop import read_image, read_pair
+from .crop import read_placed
 from .dataset import Sample, named_by_folder
-from .detector import AUTO, Detector
+from .detector import AUTO, Detector, Judgement
 from .errors import ProductError, quoted
 from .quality import Metrics, map_at, mask_at, mean_metrics, summarize
+from .regions import Box, find_regions
+from .types import Region
 
 Array = NDArray[Any]
 Step = Callable[[int], object]
@@ -26,6 +28,7 @@ class Judged:
 
     score: NaN where there is none. product: what it was judged as. predicted: the classifier's choice. threshold: what
     the score was held against; None where it was not. learnt: a line's memory scored it that had learnt by then.
+    reason: why UNKNOWN. regions: where an NG one is anomalous, in pixels of the picture, largest peak first.
     """
 
     sample: Sample
@@ -35,6 +38,8 @@ class Judged:
     predicted: str | None
     threshold: float | None = None
     learnt: bool = False
+    reason: str = ""
+    regions: tuple[Region, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,18 +142,13 @@ def _product(
     maps = np.zeros((len(samples) if pixels else 0, *size), np.float32)
     masks = np.zeros(maps.shape, bool)
     mine: list[Judged] = []
-    for i, sample in enumerate(samples):
-        image, mask = read_pair(sample) if pixels else (read_image(sample), None)
-        result = detector.judge_image(image, AUTO if auto else sample.product)
-        score = float("nan") if result.score is None else result.score
-        mine.append(Judged(sample, result.label, score, result.product, result.predicted, result.threshold))
+    for i, (each, result, mask) in enumerate(judge_each(detector, samples, auto=auto, masks=pixels, step=step)):
+        mine.append(each)
         timings.append(result.latency_ms)
         if pixels and result.map is not None:
             maps[i] = map_at(result.map, size)
             if mask is not None:
                 masks[i] = mask_at(mask, size)
-        if step is not None:
-            step(1)
     judged += mine
     threshold = detector.threshold(samples[0].product)
     return summarize(
@@ -159,6 +159,33 @@ def _product(
         maps=maps if pixels else None,
         masks=masks if pixels else None,
     )
+
+
+def judge_each(
+    detector: Detector, samples: Sequence[Sample], *, auto: bool = False, masks: bool = False, step: Step | None = None
+) -> Iterator[tuple[Judged, Judgement, Array | None]]:
+    """Judge samples one after the other: each with what the detector gave, valid until the next, and its mask.
+
+    masks: whether they are read at all; None where a sample has none.
+
+    Raises:
+        SourceError: an image or mask cannot be read.
+    """
+    for sample in samples:
+        image, mask, box = read_placed(sample, masks)
+        result = detector.judge_image(image, AUTO if auto else sample.product)
+        score = float("nan") if result.score is None else result.score
+        found = (result.label, score, result.product, result.predicted, result.threshold)
+        yield Judged(sample, *found, reason=result.reason, regions=_regions(result, box)), result, mask
+        if step is not None:
+            step(1)
+
+
+def _regions(result: Judgement, box: Box) -> tuple[Region, ...]:
+    """As a line with the settings that it has without a word publishes them."""
+    if result.label != "NG" or result.map is None or result.pixel_threshold is None:
+        return ()
+    return find_regions(result.map, result.pixel_threshold, box)
 
 
 def _right_product(judged: Sequence[Judged], good: bool) -> dict[str, float]:

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
+from .bydefect import defect_metrics, told
 from .crop import read_pair
 from .dataset import Dataset
 from .detector import Detector
 from .evaluation import Array, Evaluated
 from .provenance import made_here
-from .quality import Metrics
+from .quality import AUPRO_LIMIT, Metrics
 from .recorded import Origin
-from .report.evaluation import Evaluation, Part, write
+from .report.evaluation import Choice, Evaluation, Part, write
+from .tradeoff import Point, scores_of
 from .unlike import Held
 
 
@@ -25,14 +27,16 @@ def write_report(
     evaluated: Evaluated,
     promises: Mapping[str, Held],
     by_part: Mapping[str, Metrics],
+    points: Mapping[str, Sequence[Point]],
     remarks: Sequence[tuple[str, str]] = (),
     remark: str = "",
     whose: Origin | None = None,
 ) -> Path:
     """Write the report; pictures are judged once more, with the product they were judged as.
 
-    promises: by product, beside the rates; by_part: figures that count parts, or none; remarks: with their product;
-    remark: on the whole; whose: where the verdicts were recorded; None: judged here.
+    promises: by product, beside the rates; by_part: figures that count parts, or none; points: what other thresholds
+    would do; remarks: with their product; remark: on the whole; whose: where the verdicts were recorded; None: judged
+    here.
     """
     manifest = detector.bundle.manifest
     samples = {j.sample.key: j for j in evaluated.judged}
@@ -52,22 +56,15 @@ def write_report(
         return image, found, mask
 
     here = "" if whose is None else ", of the anomaly maps alone"
-    facts = {
-        **({} if whose is None else {"verdicts": str(whose)}),
-        "bundle": f"{manifest.name} ({detector.bundle.id}){here}",
-        "method": manifest.method,
-        "engine": f"{detector.backend.name}, {detector.program.variant}, program {detector.program_name}{here}",
-        "backbone": f"{manifest.backbone.id}, {manifest.backbone.weights}",
-        "data": f"{dataset.spec} {dataset.license}".strip(),
-        **made_here(),
-    }
+    facts = {**({} if whose is None else {"verdicts": str(whose)}), **facts_of(detector, dataset, here)}
     tiles = [
         (_figure(evaluated.mean.get("image_AUROC")), "image AUROC, mean over products"),
-        *([] if aupro is None else [(_figure(aupro), "pixel AUPRO")]),
+        *([] if aupro is None else [(_figure(aupro), f"pixel AUPRO (FPR ≤ {AUPRO_LIMIT:g})")]),
         (str(len(parts)), "images"),
         (f"{unknown / len(parts):.1%}", "UNKNOWN"),
         (f"{len(parts) / evaluated.seconds:.0f}", "images a second"),
         *([] if total is None else [(f"{np.median(total):.1f} ms", "median per image")]),
+        *([] if total is None else [(f"{np.percentile(total, 99):.1f} ms", "99% of images within")]),
     ]
     lead = f"{len(parts)} images of {dataset.spec}, {whose or 'judged by the engines of this machine'}."
     if whose is not None and (unlike := whose.unlike(detector.bundle)):
@@ -76,8 +73,24 @@ def write_report(
     lead = " ".join([lead, *([f"{remark}."] if remark else []), *(f"{product}: {text}." for product, text in said)])
     title = f"{manifest.name if whose is None else whose.file.name}: {manifest.method}"
     metrics = {p: {**m, **_promised(promises.get(p))} for p, m in evaluated.products.items()}
-    shown = Evaluation(title, lead, parts, metrics, thresholds, stages, tiles, list(facts.items()), by_part)
+    by_defect = told(defect_metrics(evaluated.judged))
+    choices = {p: Choice(*scores_of(evaluated.judged, p), found) for p, found in points.items() if found}
+    about = list(facts.items())
+    shown = Evaluation(title, lead, parts, metrics, thresholds, stages, tiles, about, by_part, by_defect, choices)
     return write(shown, path, look)
+
+
+def facts_of(detector: Detector, dataset: Dataset, here: str = "") -> dict[str, str]:
+    """What a report says of its model, engines, pictures and machine. here: a word behind the bundle and the engine."""
+    manifest = detector.bundle.manifest
+    return {
+        "bundle": f"{manifest.name} ({detector.bundle.id}){here}",
+        "method": manifest.method,
+        "engine": f"{detector.backend.name}, {detector.program.variant}, program {detector.program_name}{here}",
+        "backbone": f"{manifest.backbone.id}, {manifest.backbone.weights}",
+        "data": f"{dataset.spec} {dataset.license}".strip(),
+        **made_here(),
+    }
 
 
 def _promised(found: Held | None) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
@@ -18,11 +18,12 @@ from .dataset import Sample
 from .errors import ConfigError, quoted
 from .evaluation import Evaluated, Judged
 from .quality import Metrics, mean_metrics, summarize
+from .types import Region
 
 #: What is read of a verdict.
 _FIELDS = ("id", "part_id", "product", "label", "score", "threshold", "method", "bundle", "ts_judged", "latency_ms")
-#: What is read where it is there: 0, or null, of a memory as it was shipped.
-_MEMORY = "memory_version"
+#: What is read where it is there; the first is 0, or null, of a memory as it was shipped.
+_MEMORY, _WHY, _WHERE = "memory_version", "reason", "regions"
 #: More seconds than this between two verdicts, and ten times the usual: the line stood still, or the clock was set.
 _STOOD = 60.0
 
@@ -62,7 +63,8 @@ def read_verdicts(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             verdict = json.loads(line)
-            kept = {field: verdict[field] for field in _FIELDS} | {_MEMORY: verdict.get(_MEMORY)}
+            kept = {field: verdict[field] for field in _FIELDS}
+            kept |= {_MEMORY: verdict.get(_MEMORY), _WHY: verdict.get(_WHY), _WHERE: _regions(verdict)}
             verdicts.setdefault(verdict["id"], kept)
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
@@ -88,7 +90,7 @@ def from_verdicts(verdicts: Sequence[dict[str, Any]], samples: Sequence[Sample])
     """
     chosen = join(verdicts, samples)
     judged = [_judged(sample, verdict) for sample, verdict in zip(samples, chosen, strict=True)]
-    thresholds = {product: _threshold(product, chosen) for product in sorted({s.product for s in samples})}
+    thresholds = thresholds_of(chosen, samples)
     products = {
         product: _metrics([j for j in judged if j.sample.product == product], threshold)
         for product, threshold in thresholds.items()
@@ -98,6 +100,16 @@ def from_verdicts(verdicts: Sequence[dict[str, Any]], samples: Sequence[Sample])
     latency = {name: np.array([t[name] for t in timed if name in t]) for name in names}
     without = frozenset(product for product, threshold in thresholds.items() if threshold is None)
     return Evaluated(tuple(judged), products, mean_metrics(products), {}, latency, _seconds(chosen), without)
+
+
+def decided_by(verdicts: Sequence[dict[str, Any]], thresholds: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The verdicts as other thresholds would have decided them; UNKNOWN ones, and products without one, as they are."""
+    return [
+        {**v, "threshold": limit, "label": "NG" if v["score"] > limit else "OK"}
+        if (limit := thresholds.get(v["product"])) is not None and v["label"] != "UNKNOWN" and v["score"] is not None
+        else v
+        for v in verdicts
+    ]
 
 
 def origin(verdicts: Sequence[dict[str, Any]], samples: Sequence[Sample], file: Path, bundle: Bundle) -> Origin:
@@ -167,8 +179,20 @@ def _distinct(samples: Sequence[Sample]) -> None:
 
 def _judged(sample: Sample, verdict: dict[str, Any]) -> Judged:
     score = float("nan") if verdict["score"] is None else float(verdict["score"])
-    learnt = bool(verdict.get(_MEMORY))
-    return Judged(sample, verdict["label"], score, verdict["product"], None, verdict["threshold"], learnt)
+    label = verdict["label"]
+    why = str(verdict.get(_WHY) or "") if label == "UNKNOWN" else ""
+    where = verdict.get(_WHERE, ()) if label == "NG" else ()  # not of what another threshold makes OK
+    found = (label, score, verdict["product"], None, verdict["threshold"])
+    return Judged(sample, *found, bool(verdict.get(_MEMORY)), why, where)
+
+
+def _regions(verdict: dict[str, Any]) -> tuple[Region, ...]:
+    return tuple(Region((*r["bbox"],), r["area"], float(r["peak"])) for r in verdict.get(_WHERE) or ())
+
+
+def thresholds_of(verdicts: Sequence[dict[str, Any]], samples: Sequence[Sample]) -> dict[str, float | None]:
+    """What scores were usually held against, of each product of the samples; None where no verdict says it."""
+    return {product: _threshold(product, verdicts) for product in sorted({s.product for s in samples})}
 
 
 def _threshold(product: str, verdicts: Sequence[dict[str, Any]]) -> float | None:

@@ -20,7 +20,7 @@ from .byparts import part_shares
 from .detector import Detector
 from .evaluation import Judged
 from .fingerprint import unpack
-from .manifest import Loop, Threshold
+from .manifest import Loop, Manifest, Threshold
 from .quality import percent
 from .wiring import programs
 
@@ -172,11 +172,15 @@ def _by(threshold: Threshold, judged: Judged) -> bool:
 
 
 def _chance_is_known(detector: Detector, threshold: Threshold, judged: Sequence[Judged]) -> bool:
-    steps = programs(detector.bundle.manifest)[detector.program_name]
-    has_past = any(isinstance(step, Loop) and step.persist for step in steps) or any(j.learnt for j in judged)
+    past = has_past(detector.bundle.manifest, detector.program_name) or any(j.learnt for j in judged)
     provisional = threshold.source.startswith("provisional")
     possible = rank(threshold.samples, threshold.false_alarm_rate, threshold.confidence) is not None
-    return not has_past and not provisional and possible
+    return not past and not provisional and possible
+
+
+def has_past(manifest: Manifest, program: str) -> bool:
+    """Whether a program keeps something from frame to frame, so that a score depends on what came before it."""
+    return any(isinstance(step, Loop) and step.persist for step in programs(manifest)[program])
 
 
 def _values(thresholds: Iterable[float]) -> str:

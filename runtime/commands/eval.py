@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle
-from ..byparts import part_metrics, part_table
+from ..bydefect import defect_metrics
+from ..byparts import part_metrics
 from ..calibrated import other_engines
 from ..crop import as_bundle, as_judged
 from ..dataset import Dataset, Sample, open_dataset, split_readable
 from ..detector import Detector
 from ..engine.base import Backend
 from ..engine.select import open_backend
-from ..errors import ConfigError, quoted
-from ..evaluation import Evaluated, confusion_table, evaluate, latency_table, percentiles
-from ..fingerprint import Seen, counted, read_report, tally
+from ..errors import ConfigError
+from ..evaluation import Evaluated, Judged, evaluate, percentiles
+from ..fingerprint import read_report
 from ..groups import HELP, several, tested_parts
+from ..perimage import require_kind, write_images
 from ..promise import by_hand, promise
-from ..quality import Metrics, mean_metrics, table
-from ..recorded import Origin, from_verdicts, origin, read_verdicts
-from ..torchfigures import TorchFigures, torch_figures
-from ..unlike import Held, beside, held, not_compared, over_promise, unlike_calibration
-from . import fewshot, numbers, options
+from ..quality import AUPRO_LIMIT, Metrics
+from ..recorded import Origin, decided_by, from_verdicts, origin, read_verdicts, thresholds_of
+from ..testset import choose, unseen_tests
+from ..torchfigures import TorchFigures, past_of, torch_figures
+from ..tradeoff import BUNDLES, LINES, Point, trade_offs
+from ..tried import said_of, use_thresholds, values_by_product
+from ..unlike import Held, held, not_compared, over_promise, unlike_calibration
+from . import evaltext, fewshot, numbers, options
 
 #: Where the workstation side offers the study of all methods (export/study.py), which the device side cannot import.
 STUDY = "andon.study"
@@ -33,6 +39,11 @@ STUDY = "andon.study"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `andon eval`."""
+    parser.description = (
+        "Judge a labelled data set with a bundle's engines and print the figures. pixel_AUPRO is the area under the "
+        f"per-region overlap curve up to a false positive rate of {AUPRO_LIMIT:g}, divided by that; pixel_AP the "
+        "average precision of pixels. Pixel figures are there where every defective image has a mask."
+    )
     options.add_bundle(parser, required=False)
     parser.add_argument("--data", help="elpv or a folder (MVTec or good/bad layout)")
     options.add_engine(parser)
@@ -65,12 +76,43 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     options.add_roi(parser, "what was cut out for the thresholds, or for training")
     options.add_on_corrupt(parser)
+    parser.add_argument(
+        "--threshold",
+        type=numbers.product_value,
+        action="append",
+        metavar="[PRODUCT=]VALUE",
+        help="try a threshold in place of the bundle's (with --verdicts: of the line's), each product that differs "
+        "once; nothing is stored",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write what was decided of each image, a line of a .jsonl or a row of a .csv",
+    )
     parser.add_argument("--report", type=Path, metavar="HTML", help="write a report with heatmaps, histograms and ROC")
 
     fewshot.configure(parser)
     for point in entry_points(group=STUDY):
         point.load().configure(parser)
     fewshot.add_results(parser)
+
+
+@dataclass(frozen=True)
+class _Tested:
+    """What is evaluated: the images, what was left out of them, and which part each shows, where that is known."""
+
+    dataset: Dataset
+    samples: list[Sample]
+    skipped: list[Sample]
+    seen: dict[str, int] | None
+    remark: str
+    parts: dict[str, str] | None
+
+    @property
+    def grouped(self) -> bool:
+        """Whether some part has several images."""
+        return bool(self.parts and several(self.samples, self.parts))
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -83,8 +125,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         args.results = args.results or args.study_results
         study: dict[str, Any] = next(iter(entry_points(group=STUDY))).load().main(args)
         return study
-    if args.report is not None:
-        options.require_writable(args.report, "--report")
+    _require_files(args)
     if args.few_shot is not None:
         if args.results is not None:
             options.require_writable(args.results, "--results")
@@ -92,115 +133,131 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     _require_sense(args)
     with Bundle.load(args.bundle) as bundle, open_backend(args.backend, threads=args.threads) as backend:
         torch = None if args.checkpoint is None else torch_figures(args.checkpoint, bundle)  # refused before the work
-        dataset = open_dataset(args.data)
-        options.say_remarks(dataset)
-        dataset = as_bundle(dataset, bundle, args.roi, options.progress, args.products, args.program)
-        chosen = choose(dataset, args.split, args.products, args.limit)
-        samples, skipped = split_readable(chosen, args.on_corrupt)
-        options.say_skipped(skipped)
-        samples, seen = unseen_tests(bundle, samples, dataset.spec)
-        remark = _print_seen(seen)
-        parts, about_parts = tested_parts(samples, args.group_by, str(read_report(bundle).get("group_by", "")))
-        if about_parts:
-            print(f"warning: {about_parts}")
-        grouped = bool(parts and several(samples, parts))
-        recorded, whose = _recorded(args.verdicts, samples, bundle)
+        tested = _tested(args, bundle)
+        tried = values_by_product(args.threshold or (), sorted({s.product for s in tested.samples}))
+        recorded, whose, lines = _recorded(args.verdicts, tested.samples, bundle, tried)
         names = [args.program] + [n for n in options.program_names(bundle) if args.samplers and n != args.program]
         results: dict[str, Any] = {}
         for name in names:
             with options.open_detector(bundle, backend, args, program=name) as detector:
-                shown = samples if args.roi or name == args.program else as_judged(samples, bundle, name)
-                evaluated = recorded or _run(detector, shown, auto=args.product == "auto")
-                _print(detector, evaluated, whose, auto=args.product == "auto")
-                if whose is None:  # verdicts do not say what engines gave them
-                    for other in other_engines(bundle, [name], detector.program.variant, backend.name):
-                        print(f"warning: {other}")
-                by_part = part_metrics(evaluated.judged, parts) if parts is not None and grouped else {}
-                _print_parts(by_part)
-                promises = held(detector, evaluated.judged, parts)
-                unlike, over = unlike_calibration(promises), over_promise(promises)
-                apart = not_compared(detector, evaluated.judged, parts)
-                _print_promises(detector, promises, unlike, apart)
-                unpromised = _unpromised(bundle, name, evaluated)
-                results[name] = as_dict(evaluated) | {
-                    "by_part": by_part or None,
-                    "promises": {product: _promise(found) for product, found in promises.items()},
-                    "unlike": list(unlike),
-                    "over_promise": list(over),
-                    "not_compared": list(apart),
-                    "by_hand": list(unpromised),
-                    "seen": seen,
-                    "skipped": [s.key for s in skipped],
-                }
-                if torch is not None and name == args.program:
-                    found = _beside_torch(torch, evaluated, dataset, args.split)
-                    results[name]["torch"], results[name]["not_beside_torch"] = found
-                if args.report and name == args.program:
-                    remarks = [*over.items(), *unlike.items(), *apart.items(), *unpromised.items()]
-                    made = _report(args.report, detector, dataset, evaluated, promises, by_part, remarks, remark, whose)
-                    results[name]["report"] = str(made)
+                before = use_thresholds(detector, tried)
+                if recorded is None:
+                    samples = tested.samples if args.roi or name == args.program else None
+                    evaluated = _run(detector, samples or as_judged(tested.samples, bundle, name), args)
+                else:
+                    evaluated, before = recorded, lines
+                results[name] = _evaluated(args, detector, tested, evaluated, whose, before, torch)
         if args.samplers:
-            print(_samplers(results))
+            print(evaltext.samplers(results))
         variant = options.choose_variant(args.variant, bundle, backend.name)
         return {
             "ok": True,
             **_about(bundle, backend, variant, args, whose),
+            "thresholds_tried": tried or None,
             **results[args.program],
             **({"samplers": results} if args.samplers else {}),
         }
 
 
-def choose(dataset: Dataset, split: str, products: Sequence[str] | None, limit: int | None) -> list[Sample]:
-    """The images to judge; with a limit, evenly spaced over good and defective ones of each product.
+def _tested(args: argparse.Namespace, bundle: Bundle) -> _Tested:
+    """The images that are asked for; what is left out of them is said."""
+    dataset = open_dataset(args.data)
+    options.say_remarks(dataset)
+    dataset = as_bundle(dataset, bundle, args.roi, options.progress, args.products, args.program)
+    chosen = choose(dataset, args.split, args.products, args.limit)
+    samples, skipped = split_readable(chosen, args.on_corrupt)
+    options.say_skipped(skipped)
+    samples, seen = unseen_tests(bundle, samples, dataset.spec)
+    remark = evaltext.left_out(seen)
+    parts, about_parts = tested_parts(samples, args.group_by, str(read_report(bundle).get("group_by", "")))
+    if about_parts:
+        print(f"warning: {about_parts}")
+    return _Tested(dataset, samples, skipped, seen, remark, parts)
 
-    Raises:
-        ConfigError: none is left.
+
+def _evaluated(
+    args: argparse.Namespace,
+    detector: Detector,
+    tested: _Tested,
+    evaluated: Evaluated,
+    whose: Origin | None,
+    before: Mapping[str, float | None],
+    torch: TorchFigures | None,
+) -> dict[str, Any]:
+    """What one program's evaluation comes to: printed, written where it is the one that was asked for, and as JSON.
+
+    before: the thresholds (the bundle's, or the line's) of the products for which others are tried.
     """
-    chosen = dataset.select(split=None if split == "all" else split, products=products).samples  # type: ignore[arg-type]
-    if not chosen:
-        raise ConfigError(
-            f"{dataset.spec} has no images in its {split} split",
-            found=dataset.describe(),
-            expected="at least one image",
-            next_step="choose another --split",
+    judged = evaluated.judged
+    evaltext.figures(detector, evaluated, whose, auto=args.product == "auto")
+    if whose is None:  # verdicts do not say what engines gave them
+        _warn_of_engines(detector)
+    by_defect = defect_metrics(judged)
+    evaltext.by_defects(by_defect)
+    by_part = part_metrics(judged, tested.parts) if tested.parts is not None and tested.grouped else {}
+    evaltext.by_parts(by_part)
+    promises = held(detector, judged, tested.parts)
+    unlike, over = unlike_calibration(promises), over_promise(promises)
+    apart = not_compared(detector, judged, tested.parts)
+    evaltext.promised(detector, promises, unlike, apart)
+    chosen = by_hand(detector.bundle, detector.program_name)
+    unpromised = {
+        p: f"its threshold was {promise(chosen[p])}" for p in evaluated.products if p in chosen.keys() - before
+    }
+    evaltext.each_product(unpromised)
+    own = BUNDLES if whose is None else LINES
+    instead = said_of(before, detector, own)
+    evaltext.each_product(instead)
+    points = trade_offs(evaluated, before, own)
+    evaltext.trade_offs(points)
+    result = as_dict(evaluated) | {
+        "by_defect": by_defect,
+        "by_part": by_part or None,
+        "trade_off": {product: [point.as_dict() for point in found] for product, found in points.items()},
+        "promises": {product: _promise(found) for product, found in promises.items()},
+        "unlike": list(unlike),
+        "over_promise": list(over),
+        "not_compared": list(apart),
+        "by_hand": list(unpromised),
+        "seen": tested.seen,
+        "skipped": [s.key for s in tested.skipped],
+    }
+    if detector.program_name != args.program:
+        return result
+    compared: dict[str, str] = {}
+    if torch is not None:
+        beside = torch.beside(evaluated, tested.dataset, args.split, past_of(detector, judged, whose is not None))
+        result |= {"torch": beside.torch, "not_beside_torch": beside.apart, "torch_differs": beside.past or None}
+        compared = beside.texts()
+        evaltext.each_product(compared)
+    if args.out is not None:
+        result["out"] = _images(args.out, detector, judged, tested.parts, whose)
+    if args.report:
+        remarks = [*over.items(), *unlike.items(), *apart.items(), *unpromised.items()]
+        remarks += [*instead.items(), *compared.items()]
+        made = _report(
+            args.report, detector, tested.dataset, evaluated, promises, by_part, points, remarks, tested.remark, whose
         )
-    if limit is None:
-        return list(chosen)
-    kept: list[Sample] = []
-    for product in sorted({s.product for s in chosen}):
-        groups = [[s for s in chosen if s.product == product and s.good == good] for good in (True, False)]
-        share = [min(len(groups[0]), max(limit - len(groups[1]), (limit + 1) // 2))]
-        share.append(min(len(groups[1]), limit - share[0]))
-        for group, count in zip(groups, share, strict=True):
-            kept += [group[i * len(group) // count] for i in range(count)]
-    return kept
+        result["report"] = str(made)
+    if not before:
+        evaltext.next_threshold(points, detector, args)
+    return result
 
 
-def unseen_tests(bundle: Bundle, samples: Sequence[Sample], spec: str) -> tuple[list[Sample], dict[str, int] | None]:
-    """Samples without the test images that the making of the bundle saw (or skipped), and how many those are by use.
-
-    A good/bad folder is split by position, so images that are added to it move others from train to test; and sets are
-    copied together. Images of the train split stay: who asks for them knows. None for a bundle without a record.
-
-    Raises:
-        ConfigError: no image is left.
-        SourceError: an image cannot be read.
-    """
-    known = Seen.of(bundle)
-    if known is None:
-        return list(samples), None
-    tests = [s for s in samples if s.split == "test"]
-    use = {k.sample.key: k.use for k in known.sort(tests)}
-    seen = tally(use.values())
-    kept = [s for s in samples if use.get(s.key) is None]
-    if not kept:
-        raise ConfigError(
-            f"no test image of {spec} is new to the model",
-            found=counted(seen) or "no image",
-            expected="images that neither training nor thresholds have seen",
-            next_step="give other images with --data",
-        )
-    return kept, seen
+def _images(
+    path: Path,
+    detector: Detector,
+    judged: Sequence[Judged],
+    parts: Mapping[str, str] | None,
+    whose: Origin | None,
+) -> str:
+    """Write what was decided of each image; verdicts do not say by what program, nor several bundles' by which."""
+    if whose is None:
+        write_images(path, judged, detector.bundle.id, detector.program_name, parts)
+    else:
+        write_images(path, judged, whose.bundles[0] if len(whose.bundles) == 1 else None, None, parts)
+    print(f"{len(judged)} images in {path}")
+    return str(path)
 
 
 def as_dict(evaluated: Evaluated) -> dict[str, Any]:
@@ -218,6 +275,17 @@ def as_dict(evaluated: Evaluated) -> dict[str, Any]:
     }
 
 
+def _require_files(args: argparse.Namespace) -> None:
+    """Refuse files that cannot be written, and their options where nothing would be written, before the work."""
+    if args.few_shot is not None:
+        options.exclude("--few-shot", {"--out": args.out, "--threshold": args.threshold})
+    if args.out is not None:
+        require_kind(args.out)
+        options.require_writable(args.out, "--out")
+    if args.report is not None:
+        options.require_writable(args.report, "--report")
+
+
 def _require_sense(args: argparse.Namespace) -> None:
     """Refuse what lacks bundle or data, and what asks for judging where nothing is judged."""
     if args.bundle is None or args.data is None:
@@ -226,6 +294,13 @@ def _require_sense(args: argparse.Namespace) -> None:
             found=f"--bundle {args.bundle}, --data {args.data}",
             expected="a bundle and a data set",
             next_step="andon eval --bundle DIR --data elpv, or andon eval --all elpv (every method)",
+        )
+    if args.samplers and args.threshold:
+        raise ConfigError(
+            "--samplers and --threshold exclude each other",
+            found=f"--samplers with {len(args.threshold)} --threshold",
+            expected="a threshold of one program: each has scores of its own scale",
+            next_step="name the program with --program NAME and leave --samplers out",
         )
     asked = "--samplers" if args.samplers else "--product auto" if args.product == "auto" else None
     if args.verdicts is not None and asked is not None:
@@ -238,14 +313,16 @@ def _require_sense(args: argparse.Namespace) -> None:
 
 
 def _recorded(
-    file: Path | None, samples: Sequence[Sample], bundle: Bundle
-) -> tuple[Evaluated, Origin] | tuple[None, None]:
-    """The recorded verdicts of the samples and whose they are; nothing where none are given."""
+    file: Path | None, samples: Sequence[Sample], bundle: Bundle, tried: Mapping[str, float]
+) -> tuple[Evaluated | None, Origin | None, dict[str, float | None]]:
+    """The recorded verdicts of the samples, whose they are, and the line's thresholds of the products for which others
+    are tried; nothing where no verdicts are given."""
     if file is None:
-        return None, None
+        return None, None, {}
     verdicts = read_verdicts(file)
     whose = origin(verdicts, samples, file, bundle)
-    return from_verdicts(verdicts, samples), whose
+    lines = thresholds_of(verdicts, samples)
+    return from_verdicts(decided_by(verdicts, tried), samples), whose, {p: lines.get(p) for p in tried}
 
 
 def _about(
@@ -265,117 +342,23 @@ def _about(
     }
 
 
-def _run(detector: Detector, samples: Sequence[Sample], *, auto: bool) -> Evaluated:
+def _run(detector: Detector, samples: Sequence[Sample], args: argparse.Namespace) -> Evaluated:
     with options.progress(len(samples), f"eval {detector.program_name}") as bar:
-        return evaluate(detector, samples, auto=auto, step=bar.update)
+        return evaluate(detector, samples, auto=args.product == "auto", step=bar.update)
 
 
-def _print(detector: Detector, evaluated: Evaluated, whose: Origin | None, *, auto: bool) -> None:
-    bundle, program = detector.bundle.manifest, detector.program
-    if whose is not None:
-        print(f"{whose}, {len(evaluated.judged)} images")
-        if unlike := whose.unlike(detector.bundle):
-            print(f"warning: {unlike}")
-    else:
-        mode = "chosen by the classifier" if auto else "given"
-        engine = f"{detector.backend.name} {program.variant}, program {program.name}"
-        print(f"{bundle.name}: {bundle.method}, {engine}, product {mode}, {len(evaluated.judged)} images")
-    print(table(evaluated.products))
-    print(confusion_table(evaluated))
-    rates = {"threshold": "threshold", "F1": "F1", "false_alarm_rate": "false alarms", "miss_rate": "missed"}
-    rates["unknown_rate"] = "UNKNOWN"
-    for product, metrics in evaluated.products.items():
-        cells = [f"{label} {metrics[key]:.4g}" for key, label in rates.items() if metrics.get(key) is not None]
-        basis = "  (threshold of the best F1: not calibrated yet)" if product in evaluated.uncalibrated else ""
-        print(f"{product}: {', '.join(cells)}{basis}")
-    for product, text in evaluated.unknown().items():
-        print(f"warning: {product}: {text}")
-    for product, share in evaluated.right_product.items():
-        defective = evaluated.right_product_defective.get(product)
-        also = "" if defective is None else f", {defective:.1%} of the defective ones"
-        print(f"{product}: the classifier finds the product of {share:.1%} of the good images{also}")
-    print(latency_table(evaluated.latency_ms))
-    print(f"{len(evaluated.judged) / evaluated.seconds:.1f} images a second")
-
-
-def _print_seen(seen: Mapping[str, int] | None) -> str:
-    """Say that test images were left out; what was said."""
-    if not seen:
-        return ""
-    text = f"test images left out of the figures: {counted(seen)}"
-    print(text)
-    return text
+def _warn_of_engines(detector: Detector) -> None:
+    """Warn of thresholds that were calibrated with engines whose decisions these have not been shown to keep."""
+    bundle, program = detector.bundle, detector.program
+    in_force = {p: t.value if (t := detector.threshold(p)) else None for p in bundle.manifest.classes}
+    for other in other_engines(bundle, [program.name], program.variant, detector.backend.name, in_force):
+        print(f"warning: {other}")
 
 
 def _promise(found: Held) -> dict[str, Any]:
     """The JSON form of a rate beside its promise."""
     counts = {"images": found.images, "parts": found.parts, "alarms": found.alarms}
     return {"false_alarm_rate": found.rate, "promised": found.promise, **counts}
-
-
-def _print_parts(by_part: Mapping[str, Metrics]) -> None:
-    """The figures by part, which say what they count, where there are any."""
-    if by_part:
-        print(f"{part_table(by_part)}\nby part: each counts once, with the share of its images")
-
-
-def _print_promises(
-    detector: Detector, promises: Mapping[str, Held], unlike: Mapping[str, str], apart: Mapping[str, str]
-) -> None:
-    """Of every product the rate beside the promise, kept or not, and what of it could not be compared."""
-    for product, found in promises.items():
-        print(f"{product}: {unlike.get(product) or beside(found)}")
-    for product, text in apart.items():
-        print(f"{product}: {text}")
-    if unlike:
-        print(
-            "next, if the line looks like this: train again with such images among the good ones, or move the "
-            f"thresholds alone: andon calibrate --bundle {quoted(detector.bundle.path)} --data FOLDER (good "
-            "images of every product)"
-        )
-
-
-def _unpromised(bundle: Bundle, program: str, evaluated: Evaluated) -> dict[str, str]:
-    """Of which products somebody has chosen the threshold; what was said."""
-    chosen = by_hand(bundle, program)
-    said = {p: f"its threshold was {promise(chosen[p])}" for p in evaluated.products if p in chosen}
-    for product, text in said.items():
-        print(f"{product}: {text}")
-    return said
-
-
-def _beside_torch(
-    recorded: TorchFigures, evaluated: Evaluated, dataset: Dataset, split: str
-) -> tuple[dict[str, float | None], dict[str, str]]:
-    """The torch model's image AUROC of the products that were evaluated, printed beside the engines'.
-
-    Of a product that was evaluated with other images there is none, as a difference would say nothing of the export;
-    the second has why.
-    """
-    torch: dict[str, float | None] = {}
-    apart: dict[str, str] = {}
-    for product, metrics in evaluated.products.items():
-        if why := recorded.other_images(product, metrics, dataset, split):
-            apart[product] = why
-            print(f"{product}: image AUROC not beside torch's: {why}")
-            continue
-        torch[product] = recorded.products.get(product, {}).get("image_AUROC")
-        values = [("torch", torch[product]), ("engines", metrics["image_AUROC"])]
-        shown = ", ".join(f"{name} {'-' if value is None else f'{value:.4f}'}" for name, value in values)
-        print(f"{product}: image AUROC {shown}")
-    return torch, apart
-
-
-def _samplers(results: dict[str, Any]) -> str:
-    """One line a program: quality against cost."""
-    width = max(len("program"), *(len(name) for name in results))
-    names = ("image_AUROC", "pixel_AUPRO", "unknown_rate")
-    lines = ["  ".join([f"{'program':<{width}}", *names, "ms p50"])]
-    for name, result in results.items():
-        mean = mean_metrics(result["products"])
-        cells = [f"{mean[k]:>{len(k)}.3f}" if mean.get(k) is not None else "-".rjust(len(k)) for k in names]
-        lines.append("  ".join([f"{name:<{width}}", *cells, f"{result['latency_ms']['total']['p50']:6.1f}"]))
-    return "\n".join(lines)
 
 
 def _report(
@@ -385,10 +368,11 @@ def _report(
     evaluated: Evaluated,
     promises: Mapping[str, Held],
     by_part: Mapping[str, Metrics],
+    points: Mapping[str, Sequence[Point]],
     remarks: Sequence[tuple[str, str]],
     remark: str,
     whose: Origin | None,
 ) -> Path:
     from ..evaluation_report import write_report
 
-    return write_report(path, detector, dataset, evaluated, promises, by_part, remarks, remark, whose)
+    return write_report(path, detector, dataset, evaluated, promises, by_part, points, remarks, remark, whose)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,21 @@ def require_writable(path: Path, option: str) -> None:
             expected="a file in a folder that this user may write",
             next_step=f"name another file with {option}",
         ) from error
+
+
+def exclude(option: str, others: Mapping[str, object], why: str = "") -> None:
+    """Refuse options that cannot be heeded beside another. others: each with its value, false where it is not given.
+
+    Raises:
+        ConfigError: naming those that are given.
+    """
+    if given := [name for name, value in others.items() if value]:
+        raise ConfigError(
+            f"{option} and {' and '.join(given)} exclude each other",
+            found=f"{option} with {', '.join(given)}",
+            expected=f"{option} without {'it' if len(given) == 1 else 'them'}{why}",
+            next_step=f"leave {' and '.join(given)} out, or {option}",
+        )
 
 
 def add_on_corrupt(parser: argparse.ArgumentParser) -> None:

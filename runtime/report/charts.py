@@ -131,6 +131,33 @@ def roc(good: NDArray[np.float64], bad: NDArray[np.float64], auroc: float, at: f
     return _frame(x, y, body, title)
 
 
+def errors(good: NDArray[np.float64], bad: NDArray[np.float64], marks: dict[str, float], title: str) -> str:
+    """Shares of good parts called NG and of defects missed against the threshold; `marks` are named vertical lines.
+
+    good, bad: scores, shapes [n] and [m], neither empty. The axis leaves out the outermost hundredth of each.
+    """
+    both = np.concatenate([good, bad])
+    inside = [float(v) for g in (good, bad) for v in np.quantile(g, [0.01, 0.99])]
+    low, high = min(*inside, *marks.values()), max(*inside, *marks.values())
+    room = (high - low or abs(high) or 1.0) * 0.05
+    x, y = _axes(low - room, high + room, 0.0, 1.0, "threshold", "share of parts")
+    cuts = np.unique(np.concatenate([both, [low - room, high + room]]))
+    cuts = cuts[(cuts >= low - room) & (cuts <= high + room)]
+    alarms = 1 - np.searchsorted(np.sort(good), cuts, "right") / good.size
+    missed = np.searchsorted(np.sort(bad), cuts, "right") / bad.size
+    body = []
+    for i, share in enumerate((alarms, missed)):  # between two scores nothing changes: steps
+        steps = _path(x, y, np.repeat(cuts, 2)[1:].tolist(), np.repeat(share, 2)[:-1].tolist())
+        body.append(f'<path class="series s{i}" d="{steps}"/>')
+    for i, (name, value) in enumerate(marks.items()):
+        p = x.at(value)
+        anchor, offset = ("end", -4) if p > WIDTH * 0.7 else ("start", 4)
+        body.append(f'<line class="threshold" x1="{p:.1f}" x2="{p:.1f}" y1="{TOP}" y2="{y.start}"/>')
+        text = f'x="{p + offset:.1f}" y="{TOP + 10 + 14 * i}" text-anchor="{anchor}">{escape(name)} {value:.4g}</text>'
+        body.append(f'<text class="mark" {text}')
+    return _frame(x, y, body, title)
+
+
 def lines(
     series: dict[str, tuple[Sequence[float], Sequence[float]]],
     x_label: str,

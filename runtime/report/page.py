@@ -75,3 +75,4 @@ def figure(image: str, caption: str) -> str:
 
 
 LEGEND = legend([("--good", "good parts"), ("--bad", "defective parts")])
+ERRORS = legend([("--good", "good parts called NG"), ("--bad", "defects missed")])

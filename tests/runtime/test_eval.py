@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from andon.runtime.bundle import Bundle
 from andon.runtime.dataset import open_dataset
@@ -15,6 +16,10 @@ from .conftest import ENCODE, ENGINE, SCORE, run  # type: ignore[import-not-foun
 from .parts import contents, held, level, write
 
 MakeBundle = Callable[..., Path]
+#: What is carried from step to step, and here from frame to frame: a sum.
+ADD = """add (float[1,3] u, float[1,3] total) => (float[1,3] sum) {
+    sum = Add(u, total)
+}"""
 #: The same score, twice as large: an alternative program with thresholds of its own.
 DOUBLE = """double (float[1,3] u) => (float[1,3] twice) {
     twice = Add(u, u)
@@ -249,13 +254,70 @@ def test_eval_puts_the_figures_of_its_own_checkpoint_beside_and_refuses_another_
         assert (result["found"], result["expected"]) == ("1" * 12, expected) and "image AUROC" not in text
 
 
+def test_a_program_with_a_past_is_not_what_torch_computes(
+    make_bundle: MakeBundle, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Foct's carries its navigator from image to image; torch starts each afresh: a lower AUROC is no loss."""
+    page, file = tmp_path / "r.html", tmp_path / "line.jsonl"
+    (tmp_path / "provenance.json").write_text(json.dumps({"weights_sha256": "1" * 64}))
+    (tmp_path / "metrics.json").write_text(json.dumps({"products": {"a": {"image_AUROC": 0.5}}}))
+    loop = {"loop": "add", "count": 1, "carry": {"sum": "total"}, "init": {"total": "state:total"}}
+    stages = {
+        "encode": (ENCODE, {"image": "frame"}),
+        "add": (ADD, {"u": "encode.u", "total": "carry"}),
+        "score": (SCORE, {"u": "add.sum"}),
+    }
+
+    def evaluate(*more: object, **parts: object) -> tuple[dict, str]:
+        steps = [{"run": "encode"}, {**loop, "persist": {"total": "total"}}, {"run": "score"}]
+        state = {"total": np.zeros((1, 3), np.float32)}
+        root = make_bundle(stages=stages, program=steps, state=state, checkpoint_sha256="1" * 64, **parts)
+        arguments = ("--bundle", root, "--data", data, "--checkpoint", tmp_path, "--report", page, *more, *ENGINE)
+        code, result, text = run(capsys, "eval", *arguments)
+        assert code == 0, text
+        return result, text
+
+    alone = [{"run": "encode"}, loop, {"run": "score"}]
+    result, text = evaluate(alternatives={"ct0": alone, "ct5": alone})
+    said = "not one computation: program default goes on from the image before, torch starts each image afresh, so a"
+    said += " difference is no loss by the engines; what compares is a program without a past: andon eval --program ct0"
+    assert result["torch_differs"] == f"{said} (or ct5)" and said in page.read_text()
+    value = result["products"]["a"]["image_AUROC"]
+    assert f"a: image AUROC torch 0.5000, engines {value:.4f} ({said} (or ct5))\n" in text
+    assert "the bundle has no program without a past" in evaluate()[1]
+    result, text = evaluate("--program", "ct0", alternatives={"ct0": alone})
+    assert (
+        result["torch_differs"] is None
+        and "torch 0.5000, engines 1.0000\n" in text
+        and "not one" not in page.read_text()
+    )
+    assert "image AUROC torch 0.5000, engines 1.0000." in page.read_text()
+
+    for learnt, said in (
+        (0, "program default, if the line ran that, goes on from"),
+        (3, "the line's memory learnt while"),
+    ):
+        line = {"label": "OK", "threshold": 2.0, "latency_ms": {}, "ts_judged": "2026-01-01T00:00:00Z", "score": 1.0}
+        line |= {"method": "synthetic", "bundle": "x", "memory_version": learnt}
+        samples = open_dataset(str(data)).select(split="test").samples
+        parts = [{"id": s.key, "part_id": s.key.removesuffix(".png"), "product": s.product, **line} for s in samples]
+        file.write_text("".join(json.dumps(part) + "\n" for part in parts))
+        assert said in evaluate("--verdicts", file)[0]["torch_differs"]
+
+
 def test_eval_writes_a_report(
     make_bundle: MakeBundle, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tmp_path / "out" / "report.html"
-    code, result, _ = run(capsys, "eval", "--bundle", make_bundle(), "--data", data, "--report", page, *ENGINE)
-    assert code == 0 and result["report"] == str(page)
+    code, result, text = run(capsys, "eval", "--bundle", make_bundle(), "--data", data, "--report", page, *ENGINE)
+    assert code == 0 and result["report"] == str(page) and "pixel_AUPRO@0.3  pixel_AP" in text
+    total = result["latency_ms"]["total"]
+    assert 0 < total["p50"] <= total["p95"] <= total["p99"] and "p95        p99\n" in text
+    assert 0.8 < result["products"]["a"]["pixel_AP"] < 0.9
     assert " CPUs, " in page.read_text().partition("Provenance")[2], "latencies are of a machine"
+    assert (
+        "pixel AUPRO (FPR ≤ 0.3)</th><th>pixel AP<" in page.read_text() and "99% of images within" in page.read_text()
+    )
     assert "image AUROC" in page.read_text() and "http://" not in page.read_text().replace("http://www.w3.org", "")
 
 
