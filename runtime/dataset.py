@@ -50,7 +50,8 @@ class Sample:
     """One image of a set.
 
     key: path relative to the set's root, with forward slashes: the same on every machine, unique in the set.
-    label: ``good`` or the name of the defect. mask_path: image whose pixels above zero are the defect.
+    label: ``good`` or the name of the defect; empty: nobody has said (unlabelled.py).
+    mask_path: image whose pixels above zero are the defect.
     crop: what of the image is judged (crop.py reads it so); None: all of it.
     key, product and label go into records, so names that are not UTF-8 are escaped there (verdict.readable).
     """
@@ -220,6 +221,11 @@ def _unclear(root: Path, found: str) -> SourceError:
         parent = root.parent if root.name == name else root.resolve().parent  # of `.` it is not `.`
         above = f"give --data {quoted(parent)}" if name.lower() in _GOOD_FOLDERS else "put them into PRODUCT/good"
         step = f"{above}, if these are images of good parts; the folder around good is called as the product"
+    if _any_image(root):
+        step += (
+            "; pictures that nobody has labelled are scored by andon eval --unlabelled --bundle BUNDLE --data "
+            f"{quoted(root)}"
+        )
     return SourceError(f"cannot tell the layout of {root}", found=found, expected=_LAYOUTS, next_step=step)
 
 

@@ -56,7 +56,7 @@ def _passed_over(dataset: Dataset) -> Iterator[str]:
     used = {s.path for s in dataset.samples}
     places: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
-    for path in _files(dataset.root):
+    for path in visible_files(dataset.root):
         suffix = path.suffix.lower()
         if suffix in IMAGE_SUFFIXES and path not in used:
             places[readable(path.parent.relative_to(dataset.root).as_posix())] += 1
@@ -80,7 +80,7 @@ def _named(found: Counter[str]) -> str:
     return ", ".join([*named[:_NAMED], *(["..."] if len(named) > _NAMED else [])])
 
 
-def _files(root: Path) -> Iterator[Path]:
+def visible_files(root: Path) -> Iterator[Path]:
     """Visible files of a set but those of masks; a product folder may be a link."""
     for top in sorted(root.iterdir()):
         if top.name.startswith(".") or top.name == MASK_FOLDER:

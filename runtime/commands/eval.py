@@ -31,7 +31,7 @@ from ..torchfigures import TorchFigures, past_of, torch_figures
 from ..tradeoff import BUNDLES, LINES, Point, trade_offs
 from ..tried import said_of, use_thresholds, values_by_product
 from ..unlike import Held, held, not_compared, over_promise, unlike_calibration
-from . import evaltext, fewshot, numbers, options
+from . import evaltext, fewshot, numbers, options, unlabelled
 
 #: Where the workstation side offers the study of all methods (export/study.py), which the device side cannot import.
 STUDY = "andon.study"
@@ -45,7 +45,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "average precision of pixels. Pixel figures are there where every defective image has a mask."
     )
     options.add_bundle(parser, required=False)
-    parser.add_argument("--data", help="elpv or a folder (MVTec or good/bad layout)")
+    parser.add_argument("--data", help="elpv or a folder (MVTec or good/bad layout; any with --unlabelled)")
+    parser.add_argument(
+        "--unlabelled",
+        action="store_true",
+        help="nobody has labelled the pictures, which lie in whatever folders and are of one product (--products): "
+        "scores, labels and regions, no figures of quality",
+    )
     options.add_engine(parser)
     parser.add_argument("--split", choices=("test", "train", "all"), default="test", help="default: test")
     parser.add_argument(
@@ -131,6 +137,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             options.require_writable(args.results, "--results")
         return fewshot.main(args)
     _require_sense(args)
+    if args.unlabelled:
+        return unlabelled.main(args)
     with Bundle.load(args.bundle) as bundle, open_backend(args.backend, threads=args.threads) as backend:
         torch = None if args.checkpoint is None else torch_figures(args.checkpoint, bundle)  # refused before the work
         tested = _tested(args, bundle)
@@ -278,7 +286,9 @@ def as_dict(evaluated: Evaluated) -> dict[str, Any]:
 def _require_files(args: argparse.Namespace) -> None:
     """Refuse files that cannot be written, and their options where nothing would be written, before the work."""
     if args.few_shot is not None:
-        options.exclude("--few-shot", {"--out": args.out, "--threshold": args.threshold})
+        options.exclude(
+            "--few-shot", {"--out": args.out, "--threshold": args.threshold, "--unlabelled": args.unlabelled}
+        )
     if args.out is not None:
         require_kind(args.out)
         options.require_writable(args.out, "--out")
