@@ -87,20 +87,23 @@ def past_of(detector: Detector, judged: Sequence[Judged], recorded: bool) -> str
     """
     manifest, name = detector.bundle.manifest, detector.program_name
     if any(j.learnt for j in judged):
-        return "not one computation: the line's memory learnt while it ran, torch's did not; a difference is no loss"
+        return (
+            "not one computation: the line's memory learnt while it ran, torch's did not, so a difference says nothing "
+            "of the export"
+        )
     if not has_past(manifest, name):
         return ""
     others = [other for other in programs(manifest) if not has_past(manifest, other)]
     compares = (
-        f"what compares is a program without a past: andon eval --program {others[0]}"
+        f"to compare, take a program without a past: andon eval --program {others[0]}"
         + (f" (or {', '.join(others[1:])})" if others[1:] else "")
         if others
-        else "the bundle has no program without a past, which would compare"
+        else "the bundle has no program without a past, which would be one to compare"
     )
     who = f"program {name}, if the line ran that," if recorded else f"program {name}"
     return (
-        f"not one computation: {who} goes on from the image before, torch starts each image afresh, so a difference is "
-        f"no loss by the engines; {compares}"
+        f"not one computation: {who} goes on from the image before, torch starts each image afresh, so a difference "
+        f"says nothing of the export; {compares}"
     )
 
 

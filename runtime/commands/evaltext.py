@@ -82,8 +82,8 @@ def next_threshold(points: Mapping[str, Sequence[Point]], detector: Detector, ar
     found = {}
     for product, each in points.items():
         own = detector.threshold(product)
-        promised = own.false_alarm_rate if own is not None and own.samples else _ALLOWED
-        if (point := better(each, promised)) is not None:
+        has_promised = own is not None and own.samples and own.false_alarm_rate < 1
+        if (point := better(each, own.false_alarm_rate if own and has_promised else _ALLOWED)) is not None:
             found[product] = point.shown
     if found:
         values = [quoted(f"{product}={value}") for product, value in found.items()]

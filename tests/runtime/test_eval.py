@@ -280,7 +280,9 @@ def test_a_program_with_a_past_is_not_what_torch_computes(
     alone = [{"run": "encode"}, loop, {"run": "score"}]
     result, text = evaluate(alternatives={"ct0": alone, "ct5": alone})
     said = "not one computation: program default goes on from the image before, torch starts each image afresh, so a"
-    said += " difference is no loss by the engines; what compares is a program without a past: andon eval --program ct0"
+    said += (
+        " difference says nothing of the export; to compare, take a program without a past: andon eval --program ct0"
+    )
     assert result["torch_differs"] == f"{said} (or ct5)" and said in page.read_text()
     value = result["products"]["a"]["image_AUROC"]
     assert f"a: image AUROC torch 0.5000, engines {value:.4f} ({said} (or ct5))\n" in text
