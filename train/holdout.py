@@ -24,7 +24,7 @@ class Split:
 
     fitting: trained on.
     constants: for `finalize` alone (quantiles, score maps by position). They shape the score, so their own scores are
-        no longer exchangeable with those of new parts.
+        no longer exchangeable with those of new parts. None where the method sets no constant.
     thresholds: neither the weights nor a constant has seen them, so a threshold set on them keeps its promise
         (split conformal prediction, Papadopoulos et al. 2002).
     """
@@ -39,6 +39,7 @@ def split_good(
     share: float,
     contents: Mapping[str, str] | None = None,
     parts: Mapping[str, str] | None = None,
+    for_constants: bool = True,
 ) -> Split:
     """Split good images; `share` of each product is held out, about half for constants and half for thresholds.
 
@@ -51,6 +52,9 @@ def split_good(
     contents: hash of each image's file by its key; without it no two images are taken for equal.
     parts: the part that each image shows, by its key (runtime/groups.py); the pictures of a part then count as one,
         too, and stay together, and all numbers above are of parts.
+    for_constants: False if nothing would look at those (`MethodConfig.uses_constants`): then all that is held out is
+        for thresholds. None is left over to come to 19 or 39, as each lowers the rate that can be promised and steadies
+        the threshold; `andon calibrate` says where that makes 5 % stricter than asked. What is trained on is the same.
     """
     constants: set[str] = set()
     thresholds: set[str] = set()
@@ -60,9 +64,11 @@ def split_good(
         keys = list(together)  # still sorted
         count = min(max(round(share * len(keys)), min(_MIN_HOLDOUT, len(keys) // 4)), len(keys) - 1)
         held = random.Random(0).sample(keys, count)
-        kept = count // 2
-        if kept >= _ROUND - 1:
-            kept = _ROUND * round((kept + 1) / _ROUND) - 1
+        kept = count
+        if for_constants:
+            kept = count // 2
+            if kept >= _ROUND - 1:
+                kept = _ROUND * round((kept + 1) / _ROUND) - 1
         thresholds.update(*(together[key] for key in held[:kept]))
         constants.update(*(together[key] for key in held[kept:]))
     return Split(
@@ -103,9 +109,10 @@ def group_remarks(data: Dataset, split: Split, parts: Mapping[str, str], how: st
     counts = [
         len({(s.product, parts[s.key]) for s in part}) for part in (split.fitting, split.constants, split.thresholds)
     ]
+    held = f"{counts[1]} for constants, " if split.constants else ""
     yield (
-        f"they show {sum(counts)} parts, whose pictures stay together: {counts[0]} parts to train on, {counts[1]} for "
-        f"constants, {counts[2]} for thresholds"
+        f"they show {sum(counts)} parts, whose pictures stay together: {counts[0]} parts to train on, {held}"
+        f"{counts[2]} for thresholds"
     )
     if not several(good, parts):
         yield f"warning: no two images show the same part by group_by {how}: it keeps nothing together"

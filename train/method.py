@@ -133,7 +133,10 @@ class MethodConfig(Config):
     schedule: Schedule = Field(description="Length and optimisation settings")
     seed: int = Field(default=0, ge=0, lt=1 << 32, description="Seed of every random generator")
     holdout: float = Field(
-        default=0.1, ge=0, lt=1, description="Share of good images held out for constants and thresholds"
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="Share of good images held out for thresholds, and for constants of the score where there are some",
     )
     group_by: str = Field(
         default="",
@@ -141,6 +144,11 @@ class MethodConfig(Config):
         "expression that finds the part in an image's path in the set, or a table FILE.csv with the columns image,part",
     )
     augment: Augmentation = Field(default=Augmentation(), description="Views of good images where there are few")
+
+    @property
+    def uses_constants(self) -> bool:
+        """Whether `finalize` looks at held-out images; if not, all of them are kept for thresholds."""
+        return True
 
     @property
     def needs_constants(self) -> bool:
@@ -268,7 +276,10 @@ class AnomalyModel(nn.Module, ABC):
         return {}
 
     def finalize(self, holdout: TrainingData) -> None:
-        """After the last step: calibration constants from the held-out good images; on rank 0, in eval mode."""
+        """After the last step: calibration constants from the held-out good images; on rank 0, in eval mode.
+
+        Not called where `config.uses_constants` is False.
+        """
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def train(request: Request) -> dict[str, Any]:
     good = [s for s in kept if s.split == "train" and s.good]
     contents = {s.key: image_hash(s.path) for s in good}
     parts = parts_of(good, config.group_by) if config.group_by else {}
-    split = split_good(good, config.holdout, contents, parts)
+    split = split_good(good, config.holdout, contents, parts, config.uses_constants)
     _say(f"{request.method}, preset {config.preset or 'unnamed'}, seed {config.seed}, on {_where(device)} -> {folder}")
     _say(data.describe())
     for text in described(crops, "as --roi says"):
@@ -79,7 +79,8 @@ def train(request: Request) -> dict[str, Any]:
         _say(f"skipped {len(skipped)} undecodable images: {', '.join(s.key for s in skipped[:5])}")
     _say(
         f"good images: {len(split.fitting)} to train on; "
-        f"held out: {len(split.constants)} for constants, {len(split.thresholds)} for thresholds"
+        f"held out: {f'{len(split.constants)} for constants, ' if config.uses_constants else ''}"
+        f"{len(split.thresholds)} for thresholds"
     )
     if copies := len(good) - len({(s.product, contents[s.key]) for s in good}):
         _say(f"{copies} of them are copies of others; each stays with its like: none is held out that was trained on")
@@ -128,7 +129,7 @@ def train(request: Request) -> dict[str, Any]:
     if split.constants:
         with torch.no_grad():
             model.finalize(calibration)
-    else:
+    elif config.uses_constants:
         _say("no image held out: calibration constants keep their defaults")
     _say(f"{fitted.steps} steps in {fitted.seconds:.0f} s" + (" (time limit)" if fitted.stopped_early else ""))
 

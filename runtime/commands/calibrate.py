@@ -8,7 +8,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
-from ...calib.threshold import PixelQuantile, conformal_threshold, rank
+from ...calib.threshold import PixelQuantile, conformal_threshold, rank, stricter
 from .. import groups
 from ..bundle import Bundle
 from ..crop import as_bundle, read_image
@@ -116,6 +116,8 @@ def _calibrate(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
                         found[product][name] = _threshold(detector, product, unseen, args, source, bar)
         updated = bundle.save_thresholds(found)
         _print(found)
+        if args.confidence is None:
+            _say_stricter(products, unseen, args.false_alarm_rate)
         print(f"written to {bundle.root}, now bundle {updated.id}")
         thresholds = {p: {n: t.model_dump(exclude={"images"}) for n, t in e.items()} for p, e in found.items()}
         return {
@@ -194,6 +196,18 @@ def _parts(unseen: Unseen, product: str) -> list[str]:
 def _several(parts: list[str]) -> list[str] | None:
     """None where every picture shows a part of its own: then nothing needs to be said of parts."""
     return parts if len({*parts}) < len(parts) else None
+
+
+def _say_stricter(products: Sequence[str], unseen: Unseen, rate: float) -> None:
+    """Where the images promise less than was asked for, which costs defects: who wants it less strict can have it."""
+    for product in products:
+        number = unseen.count(product)
+        if (less := stricter(number, rate)) is not None:
+            what = "images" if _several(_parts(unseen, product)) is None else "parts"
+            print(
+                f"{product}: {number} {what} keep {rate:g} with a threshold that promises {less[0]:.3g}; less strict, "
+                f"the next they can promise: --false-alarm-rate {less[1]:g}"
+            )
 
 
 def _print(found: dict[str, dict[str, Threshold]]) -> None:

@@ -15,6 +15,7 @@ from andon.calib.threshold import (
     promised_rate,
     rank,
     samples_needed,
+    stricter,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -91,6 +92,21 @@ def test_the_rate_that_is_named_is_one_that_they_promise_with_any_confidence(sam
     rate = promised_rate(samples, confidence)
     assert rate is None or rank(samples, rate, confidence) is not None
     assert promised_rate(10, 0.3) == 0.091
+
+
+def test_what_is_promised_below_what_was_asked_is_known_and_what_is_next() -> None:
+    assert [stricter(n, 0.05) for n in (18, 19, 39, 40)] == [None] * 4, "cannot, exactly, exactly, 2 of 41"
+    assert stricter(25, 0.05) == (1 / 26, 0.077)
+    assert stricter(38, 0.05) == (1 / 39, 0.0513)
+    assert stricter(2, 0.5) is None, "two of three is no threshold to work with"
+
+
+@given(samples=st.integers(1, 3000), rate=RATES)
+def test_the_next_rate_takes_the_next_score(samples: int, rate: float) -> None:
+    found, k = stricter(samples, rate), rank(samples, rate)
+    if found is not None:
+        assert k is not None and found[0] == (samples + 1 - k) / (samples + 1) <= 0.8 * rate < rate < found[1]
+        assert rank(samples, found[1]) == k - 1
 
 
 def test_nonsense_is_refused() -> None:

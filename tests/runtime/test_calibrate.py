@@ -129,6 +129,22 @@ def test_calibrate_takes_new_good_images_but_never_the_test_split(
     assert threshold is not None and 0.3 < threshold.value <= 0.40  # of brightness 1..40; the test split goes to 64
 
 
+def test_calibrate_says_where_its_images_make_a_threshold_stricter_than_asked_and_what_is_less_so(
+    make_bundle: MakeBundle, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Images 1 to 25 of a: their largest score is the threshold of 5 %; 39 would promise it with the second."""
+    prints = {"fitted": contents(data, 26, 40), "thresholds": contents(data, 1, 25)}
+    root = make_bundle(report={"fingerprints": prints})
+    calibrate = ("calibrate", "--bundle", root, "--data", data, "--products", "a", *ENGINE)
+    code, _, text = run(capsys, *calibrate, "--false-alarm-rate", 0.05)
+    assert code == 0 and "a: 25 images keep 0.05 with a threshold that promises 0.0385" in text
+    assert "--false-alarm-rate 0.077" in text
+    code, _, text = run(capsys, *calibrate, "--false-alarm-rate", 0.077)
+    assert code == 0 and "less strict" not in text
+    threshold = Bundle.load(root).threshold("a")
+    assert threshold is not None and threshold.value == pytest.approx(0.24), "the second largest"
+
+
 def test_calibrate_refuses_images_that_set_the_constants(
     make_bundle: MakeBundle, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

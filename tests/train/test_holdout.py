@@ -7,15 +7,18 @@ import math
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from andon.cli import main
 from andon.runtime.dataset import Sample, open_dataset
 from andon.runtime.fingerprint import unpack
 from andon.train.checkpoint import read_provenance
-from andon.train.config import load_config
+from andon.train.config import default_config, load_config
 from andon.train.holdout import Split, split_good
 from andon.train.methods.hvq.model import HvqModel
+from andon.train.registry import get_method, list_methods
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -52,6 +55,68 @@ def test_thresholds_get_a_number_of_images_that_promises_what_is_asked(images: i
         assert exact == pytest.approx(0.05) and abs(kept - held / 2) <= 10.5 and split.constants
     else:
         assert kept == held // 2, "too few for 5 % whatever is done"
+
+
+@given(st.integers(1, 3000), st.sampled_from((0.1, 0.25, 0.5)))
+def test_without_constants_all_that_is_held_out_is_for_thresholds(images: int, share: float) -> None:
+    """And the images that are trained on stay the same: recorded results and feature caches hold."""
+    samples = [Sample(Path(f"{i}.png"), str(i), "nut", "good", "train") for i in range(images)]
+    halves, whole = split_good(samples, share), split_good(samples, share, for_constants=False)
+    assert whole.fitting == halves.fitting and whole.constants == []
+    assert {s.key for s in whole.thresholds} == {s.key for s in (*halves.constants, *halves.thresholds)}
+
+
+class Looked(Exception):
+    """`finalize` has looked at the held-out images."""
+
+
+class Watched:
+    """A hold-out that nobody may look at."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getattr__(self, name: str) -> Any:
+        raise Looked(name)
+
+
+SETTINGS = [(method, kind, ()) for method in list_methods() for kind in ("edge", "methods")]
+SETTINGS += [("vpdm", "edge", ("score.by_position=false",)), ("hvq", "edge", ("score.calibrate=none",))]
+SETTINGS += [("hvq", "edge", ("score.calibrate=none", f"pot.mode={mode}")) for mode in ("ct_level1", "sinkhorn_all")]
+
+
+@pytest.mark.parametrize(("method", "kind", "sets"), SETTINGS)
+def test_what_a_method_says_of_its_constants_is_true(method: str, kind: str, sets: tuple[str, ...]) -> None:
+    """`finalize` looks at held-out images if and only if some are kept for it."""
+    config = load_config(method, default_config(method, kind), overrides=("backbone.weights=random:0", *sets))
+    model = get_method(method).build(config, ("nut", "bolt")).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    if config.uses_constants:
+        with pytest.raises(Looked):
+            model.finalize(Watched())
+    else:
+        assert not config.needs_constants
+        model.finalize(Watched())
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_knn_and_foct_set_no_constants() -> None:
+    assert [name for name in list_methods() if not load_config(name).uses_constants] == ["foct", "knn"]
+
+
+def test_a_method_without_constants_keeps_all_of_the_hold_out_for_thresholds(
+    synthetic_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["train", "--method", "knn", "--data", str(synthetic_data), "--products", "grid", "--no-eval"]
+    sets = ("--set", "backbone.weights=random:0", "--set", "coreset=50", "--set", "pool=500")
+    assert main([*common, *sets, "--out", str(tmp_path / "run"), "--group-by", r"(\d+)"]) == 0
+    said = capsys.readouterr().out
+    assert "11 to train on; held out: 3 for thresholds" in said
+    assert "constants" not in said, "also of the parts, and of their defaults"
+    provenance = read_provenance(tmp_path / "run")
+    assert len(provenance.holdout) == 3 and provenance.constants == ()
+    prints = provenance.fingerprints
+    assert [len(unpack(prints[use])) for use in ("fitted", "constants", "thresholds")] == [11, 0, 3]
 
 
 def test_copies_of_an_image_stay_in_one_part() -> None:

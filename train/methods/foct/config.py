@@ -52,3 +52,7 @@ class FoctConfig(MethodConfig):
     episodic: int = Field(default=100, gt=0, description="Rows that online calibration may fill (L)")
     navigator: NavigatorConfig = Field(default=NavigatorConfig(), description="Navigator and CT steps")
     sigma: float = Field(default=4.0, ge=0, description="Gaussian blur of the map, in pixels; the score is unblurred")
+
+    @property
+    def uses_constants(self) -> bool:
+        return False

@@ -106,6 +106,11 @@ class HvqConfig(MethodConfig):
     score: ScoreConfig = ScoreConfig()
     classifier: ClassifierConfig = ClassifierConfig()
 
+    @property
+    def uses_constants(self) -> bool:
+        weighed = self.pot.mode != "off" and self.pot.lam == "std"
+        return weighed or self.pot.mode == "sinkhorn_all" or self.score.calibrate != "none"
+
     @model_validator(mode="after")
     def _pot_gradient(self) -> HvqConfig:
         if self.pot.alpha > 0 and self.codebook.learn == "ema":

@@ -286,7 +286,7 @@ class HvqModel(AnomalyModel):
     def finalize(self, holdout: TrainingData) -> None:
         """Constants of OT term and score from held-out good images, see calibration.py."""
         options = self.config
-        if len(holdout) == 0 or (options.pot.mode == "off" and options.score.calibrate == "none"):
+        if len(holdout) == 0 or not options.uses_constants:
             return
         self.eval()
         if options.pot.mode == "sinkhorn_all":

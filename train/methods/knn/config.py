@@ -32,3 +32,7 @@ class KnnConfig(MethodConfig):
     project: int = Field(default=64, gt=0, description="Dimensions of the JL projection that the coreset is chosen in")
     episodic: int = Field(default=800, gt=0, description="Spare rows of a bank that online calibration may fill")
     sigma: float = Field(default=4.0, ge=0, description="Gaussian blur of the map, in pixels; the score is unblurred")
+
+    @property
+    def uses_constants(self) -> bool:
+        return False

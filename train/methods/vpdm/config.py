@@ -101,8 +101,12 @@ class VpdmConfig(MethodConfig):
     restore_t: int = Field(default=300, gt=0, description="t at which the `restore` sampler enters")
 
     @property
-    def needs_constants(self) -> bool:
+    def uses_constants(self) -> bool:
         return self.score.by_position
+
+    @property
+    def needs_constants(self) -> bool:
+        return self.uses_constants
 
     def for_images(self, count: int) -> VpdmConfig:
         """`prototypes.scope` auto decided: a prototype of a whole image is a mean of some, or it is no prototype."""
