@@ -229,7 +229,9 @@ def _summary(export: Export, seconds: float, packed: Path | None) -> None:
         _say(f"{variant}: stages {share['stages']}, with state {share['total']}")
     for line in narrow_lines(export.manifest, export.report["variants"]):
         _say(line)
-    _say(f"{len(export.checks)} checks passed in {seconds:.0f} s")
+    kept = sum(check.ok for check in export.checks)
+    warned = f", {len(export.checks) - kept} warned of" if kept < len(export.checks) else ""
+    _say(f"{kept} checks passed{warned} in {seconds:.0f} s")
     _say(f"bundle {packed or export.path}")
 
 

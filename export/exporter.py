@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.bundlefiles import new_bundle
+from ..runtime.classifier import RECORD
 from ..runtime.errors import AndonError, ConfigError
 from ..runtime.manifest import Manifest, Stage, Variant
 from ..train.method import AnomalyModel
@@ -39,7 +40,7 @@ class GateError(AndonError):
 
     def __init__(self, checks: list[Check], kept: str):
         self.checks = checks
-        failed = [c for c in checks if not c.ok]
+        failed = [c for c in checks if c.refused]
         super().__init__(
             f"the export failed {len(failed)} of {len(checks)} checks\n{verify.table(failed)}",
             found=", ".join(f"{c.subject} {c.what} {c.value:.3g}" for c in failed[:3]),
@@ -112,6 +113,7 @@ class _Run:
         self._request = request
         self._say = say
         self._checks: list[Check] = []
+        self._told_right: dict[str, tuple[int, int]] = {}
         self._seconds: dict[str, float] = {}
         self._started = time.perf_counter()
 
@@ -192,6 +194,8 @@ class _Run:
         self._say(f"FP32 engines on {len(evidence.good)} good and {len(evidence.labelled)} labelled frames")
         good = verify.run_engines(self._root, manifest, "fp32", evidence.good)
         threshold = verify.thresholds(good.score, evidence.good.class_ids, len(self._staged.classes))
+        told, self._told_right = verify.classifier(good, evidence.good, self._staged.classes)
+        self._checks += told
         full = verify.run_engines(self._root, manifest, "fp32", evidence.labelled)
         self._say("the torch model beside them")
         chosen = _indices(evidence.labelled, max(MODEL_FRAMES, len(self._staged.classes)))
@@ -240,6 +244,7 @@ class _Run:
             "bytes": bundle.variant_bytes(self._root, manifest),
             "fallbacks": {variant: dict(r.fallbacks) for variant, r in reduced.items()},
             "gated": others.gated,
+            **({RECORD: self._told_right} if self._told_right else {}),
         }
 
     def _lap(self, phase: str) -> None:

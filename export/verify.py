@@ -18,6 +18,7 @@ from sklearn.metrics import roc_auc_score
 
 from ..runtime.agreement import LIMITS, difference, flipped, most_flips, retold, rms_difference
 from ..runtime.bundle import Bundle
+from ..runtime.classifier import RIGHT_PRODUCT, shown
 from ..runtime.engine.onnxruntime import OnnxRuntimeBackend
 from ..runtime.manifest import Loop, Manifest, Variant
 from ..runtime.program import Program
@@ -58,7 +59,10 @@ GATES: Mapping[Variant, Gate] = {"fp16": _gate("fp16", 0.995), "int8": _gate("in
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the verification table; `ok` says whether `value` keeps `limit`."""
+    """One line of the verification table; `ok` says whether `value` keeps `limit`.
+
+    required: whether the export is refused if not; else the line is a warning.
+    """
 
     subject: str
     what: str
@@ -66,6 +70,12 @@ class Check:
     limit: str
     ok: bool
     note: str = ""
+    required: bool = True
+
+    @property
+    def refused(self) -> bool:
+        """Whether this is a reason to refuse the export."""
+        return self.required and not self.ok
 
 
 @dataclass(frozen=True)
@@ -257,6 +267,23 @@ def flips_as_shipped(
     return Check(f"program {variant}", "flips, files as shipped", flips, f"<= {allowed}", flips <= allowed, note)
 
 
+def classifier(good: Scored, frames: Frames, classes: Sequence[str]) -> tuple[list[Check], dict[str, tuple[int, int]]]:
+    """How many held-out good frames the product classifier tells right (METHODS.md 1.3): a line of the table that is no
+    reason to refuse, as most lines name their product, and the counts by product for the manifest.
+
+    Both empty where the program has no classifier, or there is only one product.
+    """
+    if good.logits is None or len(classes) < 2:
+        return [], {}
+    right = good.logits.argmax(1) == frames.class_ids
+    groups = {product: right[frames.class_ids == i] for i, product in enumerate(classes)}
+    counts = {product: (int(of.sum()), len(of)) for product, of in groups.items()}
+    least = min(told / of for told, of in counts.values())
+    note = f"held-out good frames: {shown(counts)}"
+    limit, ok = f">= {RIGHT_PRODUCT:g}", least >= RIGHT_PRODUCT
+    return [Check("classifier", "right product, least share", least, limit, ok, note, required=False)], counts
+
+
 def _pairs(frames: Frames, c: int) -> int:
     """Pairs of a good and a defective frame of a class: the steps that its AUROC is made of."""
     labels = frames.labels[frames.class_ids == c]
@@ -284,19 +311,24 @@ def distance(reduced: Scored, full: Scored) -> float:
 
 
 def passed(checks: Sequence[Check]) -> bool:
-    """True if every check holds."""
-    return all(check.ok for check in checks)
+    """True if every check holds that has to."""
+    return not any(check.refused for check in checks)
 
 
 def table(checks: Sequence[Check]) -> str:
     """The verification table, for people."""
     rows = [("", "check", "value", "limit", "note")]
-    rows += [("ok" if c.ok else "FAIL", f"{c.subject}: {c.what}", f"{c.value:.3g}", c.limit, c.note) for c in checks]
+    rows += [(_mark(c), f"{c.subject}: {c.what}", f"{c.value:.3g}", c.limit, c.note) for c in checks]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = ("  ".join([*(row[i].ljust(widths[i]) for i in range(4)), row[4]]) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
 
 
+def _mark(check: Check) -> str:
+    return "ok" if check.ok else "FAIL" if check.required else "warn"
+
+
 def record(checks: Sequence[Check]) -> list[dict[str, Any]]:
     """For report.json. A value that is not finite is written as text."""
-    return [asdict(c) | ({} if np.isfinite(c.value) else {"value": str(c.value)}) for c in checks]
+    found = [asdict(c) | ({} if np.isfinite(c.value) else {"value": str(c.value)}) for c in checks]
+    return [{key: value for key, value in each.items() if (key, value) != ("required", True)} for each in found]

@@ -21,6 +21,7 @@ from .alarm import AlarmBoard, Kind
 from .alarm import payload as alarm_payload
 from .bundle import Bundle
 from .calibrated import other_engines
+from .classifier import log_classifier
 from .deliverywatch import DeliveryWatch
 from .detector import Detector
 from .engine.select import open_backend
@@ -289,6 +290,7 @@ class LineApp:
             log.warning("%s", str(other).replace("\n", "; "))
         log_thresholds(self.config, bundle, self.overrides.stored)
         log_crops(self.config, bundle, self.overrides.products)
+        log_classifier(self.config, bundle, self.overrides.products)
         for name in self.config.cameras:
             self.state.expects(name, judge.product_of(name))
         log.info(

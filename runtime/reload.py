@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from .classifier import log_classifier
 from .errors import ConfigError
 from .lineconfig import CameraConfig, LineConfig
 from .linecrop import log_crops
@@ -60,6 +61,7 @@ def reload(app: LineApp) -> dict[str, list[str]]:
     if (judge := app.worker.judge) is not None:
         log_crops(config, judge.detector.bundle, app.overrides.products)
         log_thresholds(config, judge.detector.bundle, app.overrides.stored)
+        log_classifier(config, judge.detector.bundle, app.overrides.products)
     for name, camera in cameras.items():
         app.cameras[name].configure(camera)
         if name in sources:

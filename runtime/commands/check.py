@@ -204,6 +204,7 @@ def _golden(config: Any, bundle: Any) -> str:
 
 def _products(config: Any, commanded: Stored, bundle: Any) -> str:
     """What a line would judge its cameras as: a product by command stands before the configuration's."""
+    from ..classifier import classifier_remarks
     from ..products import require_product, require_products
 
     require_products(config, bundle)
@@ -223,7 +224,8 @@ def _products(config: Any, commanded: Stored, bundle: Any) -> str:
                 next_step=f"send the command product to {name} with one of these (docs/mqtt.md)",
             ) from error
         said.append(f"{name}: {product} (by command; configuration: {camera.product})")
-    return ", ".join(said)
+    unsure = classifier_remarks(config, bundle, commanded.products)
+    return "\n".join([", ".join(said), *(f"warning: {text}" for text in unsure)])
 
 
 def _thresholds(config: Any, commanded: Stored, bundle: Any, runs: bool) -> str:

@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 from andon.cli import main
-from andon.export import reduce, verify
+from andon.export import command, reduce, verify
 from andon.export.exporter import GateError, Request, export_bundle
 from andon.export.frames import Frames
 from andon.export.precision import Fp16Graph, to_fp16
@@ -19,7 +19,8 @@ from andon.export.stage import StageDef, StagedModel
 from andon.export.verify import Scored
 from andon.export.walk import Walk, torch_call
 from andon.runtime.agreement import LIMITS, Rms
-from andon.runtime.bundle import read_npz
+from andon.runtime.bundle import Bundle, read_npz
+from andon.runtime.classifier import told_right
 from andon.runtime.errors import ConfigError
 from andon.runtime.manifest import Loop
 from andon.runtime.replay import GATE, WARM
@@ -80,6 +81,42 @@ def test_a_classifier_that_tells_other_products_in_fp16_falls_back(
     )
     stage = result.manifest.stages["encode"]
     assert stage.files["fp16"] == "stages/encode.fp32.onnx" and "other products told 1" in stage.fallback["fp16"]
+
+
+def test_how_often_the_classifier_is_right_is_recorded_and_below_the_limit_warned_of(
+    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that says the first product whatever it sees: no reason to refuse, as most lines name their product."""
+    told = telling(toy)
+    head = told.staged.stages[0].module.head
+    nn.init.zeros_(head.weight)
+    head.bias.data = torch.tensor([1.0, 0.0])
+    request = Request(tmp_path / "blind", ())
+    result = export_bundle(toy.model, told.staged, toy.evidence, toy.provenance, request)
+    first, second = (int((toy.evidence.good.class_ids == i).sum()) for i in (0, 1))
+    a, b = toy.staged.classes
+    assert told_right(Bundle.load(tmp_path / "blind").manifest) == {a: (first, first), b: (0, second)}
+    line = next(text for text in verify.table(result.checks).splitlines() if "classifier" in text)
+    assert line.startswith("warn  classifier: right product, least share") and ">= 0.995" in line
+    assert f"{a} {first} of {first}, {b} 0 of {second}" in line
+    entry = next(each for each in result.report["checks"] if each["subject"] == "classifier")
+    assert entry["required"] is False and not entry["ok"]
+    command._summary(result, 1.0, None)
+    assert f"{len(result.checks) - 1} checks passed, 1 warned of" in capsys.readouterr().out
+
+
+def test_a_classifier_that_is_right_is_said_and_without_one_nothing_is() -> None:
+    frames = judged_frames(each=200)
+    logits = np.eye(2)[frames.class_ids]
+    full = Scored(np.ones(400), np.ones((400, 1, 1)), logits)
+    checks, counts = verify.classifier(full, frames, ["a", "b"])
+    assert [(c.ok, c.refused, c.value) for c in checks] == [(True, False, 1.0)]
+    assert counts == {"a": (200, 200), "b": (200, 200)}
+    logits[[0, 1]] = logits[[0, 1], ::-1]  # 198 of 200 of a: the mean over both would be .995
+    checks, counts = verify.classifier(full, frames, ["a", "b"])
+    assert not checks[0].ok and verify.passed(checks) and counts["a"] == (198, 200)
+    assert verify.classifier(replace(full, logits=None), frames, ["a", "b"]) == ([], {})
+    assert verify.classifier(replace(full, logits=logits[:, :1]), frames, ["a"]) == ([], {})
 
 
 @pytest.mark.parametrize("variant", ["fp16", "int8"])

@@ -24,7 +24,8 @@ from andon.runtime.overrides import Overrides
 from andon.runtime.startup import Options, effective, open_bundle
 
 from ..runtime.bundles import rewrite
-from ..runtime.conftest import build as build_bundle  # type: ignore[import-not-found]
+from ..runtime.conftest import ENCODE, SCORE  # type: ignore[import-not-found]
+from ..runtime.conftest import build as build_bundle
 from ..runtime.memorystation import memory_parts  # type: ignore[import-not-found]
 from .conftest import BRIGHTNESS  # type: ignore[import-not-found]
 
@@ -120,6 +121,38 @@ def test_each_fault_is_found_in_its_row(
     code, found = check(make_line({"cam0": camera}, **{"bundle": str(bundle), "broker": None, **sections}))
     assert code == 1 and told in found[row]["found"]
     assert [what for what, finding in found.items() if not finding["ok"]][:1] == [row]
+
+
+TOLD = {"a": [20, 20], "b": [38, 40]}
+
+
+@pytest.mark.parametrize(
+    ("products", "checked", "told", "warned"),
+    [
+        ({"cam0": "auto", "cam1": "a"}, False, TOLD, ["auto of cam0"]),
+        ({"cam0": "a", "cam1": "b"}, False, TOLD, []),
+        ({"cam0": "a", "cam1": "b"}, True, TOLD, ["check_product: the bundle's classifier is unsure of b"]),
+        ({"cam0": "a"}, True, TOLD, []),
+        ({"cam0": "auto"}, True, {"a": [20, 20], "b": [40, 40]}, []),
+        ({"cam0": "auto"}, True, None, []),  # of before it was measured
+    ],
+)
+def test_a_line_that_rests_on_an_unsure_classifier_is_warned(
+    check: Any, make_line: Any, make_images: Any, tmp_path: Path, products: Any, checked: bool, told: Any, warned: Any
+) -> None:
+    extra = {} if told is None else {"verification": {"right_product": told}}
+    stages = {"encode": (ENCODE, {"image": "frame"}), "score": (SCORE, {"u": "encode.u"})}
+    path = build_bundle(tmp_path / "told", stages=stages, program=[{"run": "encode"}, {"run": "score"}], **extra)
+    folder = {"kind": "folder", "path": str(make_images(tmp_path / "parts", [1, 2]))}
+    cameras = {name: {"source": folder, "product": product} for name, product in products.items()}
+    judge = {"thresholds": {"a": 1.0, "b": 1.0}, "check_product": checked}
+    line = make_line(cameras, bundle=str(path), broker=None, judge=judge)
+    code, found = check(line)
+    assert code == 0, found
+    said = found["products"]["found"]
+    assert said.count("warning: ") == len(warned), said
+    for text in warned:
+        assert text in said and "b 38 of 40 held-out good frames" in said
 
 
 def test_a_video_that_cannot_be_decoded_is_found_before_the_line_runs(
