@@ -15,6 +15,7 @@ from andon.runtime.overrides import Overrides
 from andon.runtime.summary import _NEXT
 from andon.runtime.types import UNKNOWN_REASONS
 
+from .mqttpage import examples  # type: ignore[import-not-found]
 from .running import LIVE, andon_run, at, finish
 
 
@@ -47,7 +48,10 @@ def test_parts_of_a_folder_become_verdicts_on_mqtt(
     assert summary["verdicts"]["mono"] == {label: expected.count(label) for label in ("NG", "OK", "UNKNOWN")}
     assert summary["frames"] == 59 and summary["delivery"]["outbox"]["messages"] == 0
     consumer.until(lambda: [s["state"] for s in consumer.of("status", "cam0")][-1:] == ["stopped"])
-    assert consumer.of("status", "cam0")[0]["state"] == "online"
+    statuses = consumer.of("status", "cam0")
+    assert statuses[0]["state"] == "online"
+    shown = next(message for topic, message in examples() if topic.endswith("/status"))
+    assert set(shown) == set(statuses[-1]), "docs/mqtt.md: the schema takes further fields"
 
 
 def test_a_file_name_in_latin_1_costs_the_line_nothing(
