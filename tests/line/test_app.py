@@ -15,6 +15,7 @@ from andon.runtime.overrides import Overrides
 from andon.runtime.summary import _NEXT
 from andon.runtime.types import UNKNOWN_REASONS
 
+from ..runtime.conftest import ENCODE, SCORE, build  # type: ignore[import-not-found]
 from .mqttpage import examples  # type: ignore[import-not-found]
 from .running import LIVE, andon_run, at, finish
 
@@ -52,6 +53,20 @@ def test_parts_of_a_folder_become_verdicts_on_mqtt(
     assert statuses[0]["state"] == "online"
     shown = next(message for topic, message in examples() if topic.endswith("/status"))
     assert set(shown) == set(statuses[-1]), "docs/mqtt.md: the schema takes further fields"
+
+
+def test_a_line_that_rests_on_an_unsure_classifier_says_so_at_its_start(
+    tmp_path: Path, make_images: Any, make_line: Any
+) -> None:
+    stages = {"encode": (ENCODE, {"image": "frame"}), "score": (SCORE, {"u": "encode.u"})}
+    told = {"right_product": {"a": [20, 20], "b": [38, 40]}}
+    path = build(tmp_path / "told", stages=stages, program=[{"run": "encode"}, {"run": "score"}], verification=told)
+    source = {"kind": "folder", "path": str(make_images(tmp_path / "parts", [1, 2]))}
+    judge = {"thresholds": {"a": 1.0, "b": 1.0}}
+    line = make_line({"cam0": {"source": source, "product": "auto"}}, bundle=str(path), broker=None, judge=judge)
+    _, log = finish(andon_run(line, "--until-end"))
+    said = [text for text in log.splitlines() if "the bundle's classifier is unsure" in text]
+    assert len(said) == 1 and " WARNING " in said[0] and "b 38 of 40 held-out good frames" in said[0]
 
 
 def test_a_file_name_in_latin_1_costs_the_line_nothing(
