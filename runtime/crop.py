@@ -44,6 +44,13 @@ def box_in(crop: Crop | None, width: int, height: int) -> Box | None:
     return (0, 0, width, height) if crop is None or (width, height) == part_size(crop) else None
 
 
+def same_pixels(one: Crop | None, other: Crop | None) -> bool:
+    """Whether two crops take the same of a picture; none takes all of it."""
+    if one is not None and other is not None:
+        return one.picture == other.picture and clip_roi(one.roi, *one.picture) == clip_roi(other.roi, *other.picture)
+    return all(crop is None or part_size(crop) == crop.picture for crop in (one, other))
+
+
 def cut(image: Array, crop: Crop | None, path: Path) -> Array:
     """What is judged of a picture [h, w] or [h, w, 3], a view of it. path: whose it is, for the message.
 

@@ -4,6 +4,10 @@ A camera without a `roi` is judged as the bundle says (crop.py). One that has a 
 bundle says: under a camera that is mounted otherwise, or has another resolution, the same part lies elsewhere in the
 picture, and no one but the integrator knows that. So a difference is no refusal but a warning, at the start and in
 `andon check`; with thresholds that were set on what this camera sees (`andon calibrate --roi`) there is none.
+
+Such thresholds narrow what a camera without a `roi` judges, too, as scores and thresholds belong together. Training did
+not do that, so it is a warning until the configuration says the same; and where another camera of the product has a
+`roi` it may be that one's part of the picture, which `andon check` takes for an error.
 """
 
 from __future__ import annotations
@@ -11,14 +15,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 
 from .bundle import Bundle
-from .crop import crop_of, described, told
+from .crop import crop_of, described, same_pixels, told
 from .detector import AUTO
 from .errors import AndonError, ConfigError, quoted
 from .fingerprint import read_report
 from .lineconfig import CameraConfig, LineConfig
-from .manifest import Crop
+from .manifest import Crop, Roi
 from .regions import ROUNDING, clip_roi
 
 log = logging.getLogger("andon.line")
@@ -58,9 +63,17 @@ def require_crop(name: str, camera: CameraConfig, product: str, bundle: Bundle, 
             ) from error
 
 
-def crop_remarks(config: LineConfig, bundle: Bundle, commanded: Mapping[str, str]) -> dict[str, list[str]]:
-    """For each camera what is to be said of its region of interest: a line for what the bundle brings, and a warning
-    (of several lines) where the camera's is not what the model or its thresholds come from.
+@dataclass(frozen=True)
+class Remark:
+    """What is to be said of a camera's region of interest. level: of logging; ERROR where it is to be mended first."""
+
+    level: int
+    text: str
+
+
+def crop_remarks(config: LineConfig, bundle: Bundle, commanded: Mapping[str, str]) -> dict[str, list[Remark]]:
+    """For each camera what is to be said of its region of interest: what the bundle brings, and, in several lines,
+    where the camera's is not what the model or its thresholds come from.
 
     commanded: camera -> product, by command.
     """
@@ -68,32 +81,78 @@ def crop_remarks(config: LineConfig, bundle: Bundle, commanded: Mapping[str, str
 
 
 def log_crops(config: LineConfig, bundle: Bundle, commanded: Mapping[str, str]) -> None:
-    """Say the same in the log."""
+    """Say the same in the log; a line runs with an error, too, and is warned of it."""
     for name, remarks in crop_remarks(config, bundle, commanded).items():
-        for text in remarks:
-            said = text.removeprefix("warning: ")
-            level = logging.INFO if said == text else logging.WARNING
-            log.log(level, "camera %s: %s", name, "; ".join(line.strip() for line in said.splitlines()))
+        for remark in remarks:
+            level = min(remark.level, logging.WARNING)
+            log.log(level, "camera %s: %s", name, "; ".join(line.strip() for line in remark.text.splitlines()))
 
 
 def _remarks(
     name: str, camera: CameraConfig, config: LineConfig, bundle: Bundle, commanded: Mapping[str, str]
-) -> Iterator[str]:
-    product = commanded.get(name, camera.product)
-    products = [p for p in bundle.manifest.classes if product in (AUTO, p)]
+) -> Iterator[Remark]:
+    products = _products(name, config, bundle, commanded)
     crops = {p: crop for p in products if (crop := crop_of(bundle, p, config.program)) is not None}
-    if camera.roi is None:
-        yield from described(crops, "as the bundle says")
-        return
     sizes: dict[str, tuple[int, int]] = {}
     with suppress(OSError, ValueError):  # of a bundle that was removed while its line runs: nothing is to be said then
         sizes = read_report(bundle).get("pictures", {})
+    if camera.roi is None:
+        apart = {p: c for p, c in crops.items() if not same_pixels(c, bundle.manifest.crops.get(p))}
+        others = {p: _others_with_roi(name, p, config, bundle, commanded) for p in apart}
+        odd = [p for p in apart if others[p] or p in bundle.manifest.crops or _larger(sizes.get(p), apart[p].roi)]
+        for text in described({p: crop for p, crop in crops.items() if p not in odd}, "as the bundle says"):
+            yield Remark(logging.INFO, text)
+        for each in odd:
+            level = logging.ERROR if others[each] else logging.WARNING
+            yield Remark(level, str(_narrowed(name, bundle, each, crops[each], others[each])))
+        return
     for each in products:
-        crop, size = crops.get(each), sizes.get(each)
-        if crop is not None and clip_roi(camera.roi, *crop.picture) != clip_roi(crop.roi, *crop.picture):
-            yield f"warning: {_differs(name, camera, bundle, each, crop)}"
-        elif crop is None and size and any(size[i] > camera.roi[2 + i] + ROUNDING for i in (0, 1)):
-            yield f"warning: {_whole(name, camera, bundle, each, size)}"
+        known, size = crops.get(each), sizes.get(each)
+        if known is not None and clip_roi(camera.roi, *known.picture) != clip_roi(known.roi, *known.picture):
+            yield Remark(logging.WARNING, str(_differs(name, camera, bundle, each, known)))
+        elif known is None and size and _larger(size, camera.roi):
+            yield Remark(logging.WARNING, str(_whole(name, camera, bundle, each, size)))
+
+
+def _larger(trained: tuple[int, int] | None, roi: Roi) -> bool:
+    """Whether training took pictures of this size whole that are larger than what is cut out; of none it may have."""
+    return trained is None or any(trained[i] > roi[2 + i] + ROUNDING for i in (0, 1))
+
+
+def _products(name: str, config: LineConfig, bundle: Bundle, commanded: Mapping[str, str]) -> list[str]:
+    """What a camera's frames may be judged as."""
+    product = commanded.get(name, config.cameras[name].product)
+    return [p for p in bundle.manifest.classes if product in (AUTO, p)]
+
+
+def _others_with_roi(
+    name: str, product: str, config: LineConfig, bundle: Bundle, commanded: Mapping[str, str]
+) -> list[str]:
+    """Cameras that are judged as the same product by the same thresholds, and see it where their own `roi` is."""
+    return [
+        other
+        for other, camera in config.cameras.items()
+        if other != name and camera.roi is not None and product in _products(other, config, bundle, commanded)
+    ]
+
+
+def _narrowed(name: str, bundle: Bundle, product: str, crop: Crop, others: list[str]) -> AndonError:
+    trained = bundle.manifest.crops.get(product)
+    whole = f"{crop.picture[0]},{crop.picture[1]}"
+    again = ",".join(map(str, trained.roi)) if trained else f"0,0,{whole}"
+    about = f"cameras.{name}.roi is not set: it judges what the thresholds of {product} were set on (andon calibrate "
+    about += "--roi), not what the model was trained on"
+    if others:
+        verb = "has" if len(others) == 1 else "have"
+        about += f"; {', '.join(others)} {verb} a roi and the same thresholds, and it may be meant for there alone"
+    command = f"andon calibrate --bundle {quoted(bundle.path)} --data FOLDER --products {quoted(product)} --roi {again}"
+    return ConfigError(
+        about,
+        found=told(crop),
+        expected=told(trained) if trained else "the whole picture",
+        next_step=f"if it is meant, say so: cameras.{name}.roi: {list(crop.roi)}; if not, set thresholds on what the "
+        f"model was trained on: {command}",
+    )
 
 
 def _differs(name: str, camera: CameraConfig, bundle: Bundle, product: str, crop: Crop) -> AndonError:

@@ -11,7 +11,7 @@ from typing import Any
 from ...calib.threshold import PixelQuantile, conformal_threshold, rank, stricter
 from .. import groups
 from ..bundle import Bundle
-from ..crop import as_bundle, read_image
+from ..crop import as_bundle, crop_of, read_image, same_pixels
 from ..dataset import open_dataset, split_readable
 from ..detector import Detector
 from ..engine.select import open_backend
@@ -119,6 +119,11 @@ def _calibrate(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
         if args.confidence is None:
             _say_stricter(products, unseen, args.false_alarm_rate)
         print(f"written to {bundle.root}, now bundle {updated.id}")
+        if narrowed := [p for p in products if _narrowed(updated, p, names)]:
+            print(
+                f"a line judges this part of the pictures of {', '.join(narrowed)} from now on at every camera without "
+                "a roi of its own, and all cameras are held to these thresholds"
+            )
         thresholds = {p: {n: t.model_dump(exclude={"images"}) for n, t in e.items()} for p, e in found.items()}
         return {
             "ok": True,
@@ -186,6 +191,12 @@ def _threshold(
         crop=None if crop == detector.bundle.manifest.crops.get(product) else crop,
         set_at=calibration_time(detector.bundle.manifest),
     )
+
+
+def _narrowed(bundle: Bundle, product: str, programs: Sequence[str]) -> bool:
+    """Whether the thresholds are of another part of the picture than the model was trained on."""
+    trained = bundle.manifest.crops.get(product)
+    return any(not same_pixels(crop_of(bundle, product, program), trained) for program in programs)
 
 
 def _parts(unseen: Unseen, product: str) -> list[str]:

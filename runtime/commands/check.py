@@ -6,6 +6,7 @@ Nothing is published and no engine is built; a few golden frames go through engi
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import socket
@@ -278,13 +279,16 @@ def _crops(config: Any, commanded: Stored, bundle: Any) -> list[Finding]:
     """What is cut out of the pictures, where a camera or the bundle says so, and what the two do not agree on."""
     from ..linecrop import crop_remarks
 
-    said = []
+    said, ok = [], True
     for name, remarks in crop_remarks(config, bundle, commanded.products).items():
         roi = config.cameras[name].roi
         if roi is not None:
             said.append(f"{name}: {list(roi)}")
-        said += [text if text.startswith("warning: ") else f"{name}: {text}" for text in remarks]
-    return [Finding("region of interest", True, "\n".join(said))] if said else []
+        for remark in remarks:
+            word = {logging.WARNING: "warning", logging.ERROR: "error"}.get(remark.level, name)
+            said.append(f"{word}: {remark.text}")
+            ok = ok and remark.level < logging.ERROR
+    return [Finding("region of interest", ok, "\n".join(said))] if said else []
 
 
 def _memory(config: Any, bundle: Any) -> str:

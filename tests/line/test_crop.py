@@ -156,3 +156,78 @@ def test_a_line_that_cuts_out_and_a_model_of_whole_pictures(
     told = [r for r in caplog.records if "cuts something out" in r.getMessage()]
     assert [r.levelname for r in told] == ["WARNING"] and "camera a: cameras.a.roi" in told[0].getMessage()
     assert "pictures of 64 x 64" in told[0].getMessage() and "andon train --roi 0,0,32,32" in told[0].getMessage()
+
+
+THRESHOLD = {"value": 0.5, "false_alarm_rate": 0.05, "samples": 20, "pixel": 0.5}
+ELSEWHERE = {"roi": [0, 32, 16, 16], "picture": [64, 64]}
+
+
+@pytest.fixture
+def narrowed(make_bundle: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """Bundles whose thresholds of mono, and of nothing else, were set on a part of the picture."""
+
+    def make(name: str, crop: dict[str, Any] = ELSEWHERE, **said: Any) -> Path:
+        root = make_bundle(tmp_path / name, **said)
+        entries = {"mono": {"default": {**THRESHOLD, "crop": crop}}, "poly": {"default": THRESHOLD}}
+        rewrite(root, lambda m: m.update(thresholds=entries))
+        return root
+
+    return make
+
+
+def _row(line: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    main(["check", "--config", str(line), "--json"])
+    findings = json.loads(capsys.readouterr().out.splitlines()[-1])["findings"]
+    return {f["what"]: f for f in findings}.get("region of interest", {"ok": True, "found": ""})
+
+
+def test_what_thresholds_alone_cut_out_is_judged_as_ever_and_said_until_the_configuration_says_it_too(
+    narrowed: Callable[..., Path],
+    make_line: Any,
+    make_judge: Callable[..., Judge],
+    start_line: Any,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    whole = {"report": {"pictures": {"mono": [64, 64], "poly": [64, 64]}}}
+    root = narrowed("whole", **whole)
+    assert make_judge(root).judge(frame(picture(10), product="mono")).box == (0, 32, 16, 16), "scores and thresholds"
+    row = _row(make_line({"a": MONO, "b": {**MONO, "product": "poly"}}, bundle=str(root)), capsys)
+    assert row["ok"] and row["found"].count("warning: ") == 1
+    assert "cameras.a.roi is not set: it judges what the thresholds of mono were set on" in row["found"]
+    assert "[0, 32, 16, 16] of pictures of 64 x 64" in row["found"] and "the whole picture" in row["found"]
+    assert "cameras.a.roi: [0, 32, 16, 16]" in row["found"] and "--products mono --roi 0,0,64,64" in row["found"]
+    with caplog.at_level(logging.INFO):
+        start_line({"a": MONO}, bundle=str(root))
+    told = [r for r in caplog.records if "what the thresholds of mono were" in r.getMessage()]
+    assert [r.levelname for r in told] == ["WARNING"]
+    for path, camera in (
+        (root, {**MONO, "roi": [0, 32, 16, 16]}),
+        (narrowed("again", {"roi": [0, 0, 64, 64], "picture": [64, 64]}, **whole), MONO),
+        (narrowed("cut before", report={"pictures": {"mono": [16, 16]}}), MONO),
+    ):
+        row = _row(make_line({"a": camera}, bundle=str(path)), capsys)
+        assert row["ok"] and "warning" not in row["found"]
+    row = _row(make_line({"a": MONO}, bundle=str(narrowed("trained", crops={"mono": RECORD}))), capsys)
+    assert "[32, 0, 32, 32] of pictures" in row["found"] and "--roi 32,0,32,32" in row["found"]
+
+
+def test_thresholds_of_another_cameras_part_of_the_picture_are_an_error(
+    narrowed: Callable[..., Path],
+    make_line: Any,
+    start_line: Any,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """`calibrate --roi` for the second camera has the first one judge a corner of its pictures."""
+    root = str(narrowed("whole", report={"pictures": {"mono": [64, 64]}}))
+    cameras = {"a": MONO, "b": {**MONO, "roi": [0, 32, 16, 16]}}
+    row = _row(make_line(cameras, bundle=root), capsys)
+    assert not row["ok"] and row["found"].startswith("error: cameras.a.roi is not set")
+    assert "b has a roi and the same thresholds" in row["found"]
+    with caplog.at_level(logging.INFO):
+        start_line(cameras, bundle=root)
+    told = [r for r in caplog.records if "b has a roi and the same thresholds" in r.getMessage()]
+    assert [r.levelname for r in told] == ["WARNING"] and told[0].getMessage().startswith("camera a: cameras.a.roi")
+    for own in ({"roi": [0, 0, 64, 64]}, {"roi": [0, 32, 16, 16]}, {"product": "poly"}):
+        assert _row(make_line({**cameras, "a": {**MONO, **own}}, bundle=root), capsys)["ok"]

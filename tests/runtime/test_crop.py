@@ -144,6 +144,7 @@ def test_calibrate_and_eval_cut_out_what_the_model_was_trained_with(
     shutil.copy(data / "a/train/good/003.png", frames / "a/train/good/003.png")
     code, _, text = run(capsys, "calibrate", "--bundle", found, "--data", frames, *rate, *ENGINE)
     assert code == 0 and "a, b: [9, 5, 8, 8] is cut out of pictures of 20 x 16, as the bundle says" in text
+    assert "from now on" not in text, "as it was trained"
     assert text.count("cut out of pictures") == 1 and "8 x 8 are cut out already" in text
     for product in "ab":
         wanted, there = Bundle.load(expected).threshold(product), Bundle.load(found).threshold(product)
@@ -192,6 +193,7 @@ def test_thresholds_of_a_camera_that_sees_the_part_elsewhere(
     assert code == 1 and "neither a whole picture" in result["error"]
     code, _, text = run(capsys, *calibrate, "--roi", ROI)
     assert code == 0 and "a, b: [9, 5, 8, 8] is cut out of pictures of 20 x 16, as --roi says" in text
+    assert "pictures of a, b from now on at every camera without a roi of its own" in text
     for product in "ab":
         threshold = Bundle.load(root).threshold(product)
         assert threshold is not None and threshold.crop == CROP
