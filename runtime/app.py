@@ -33,7 +33,7 @@ from .judgement import Judgement, OnlineMemory
 from .lineconfig import CameraConfig
 from .linecrop import log_crops
 from .linestate import LineState
-from .linethresholds import configured, log_thresholds
+from .linethresholds import describe, log_thresholds, standing
 from .memory import open_memory
 from .mqtt.commands import Commands
 from .mqtt.delivery import Delivery, published_version
@@ -285,8 +285,7 @@ class LineApp:
             products=list(manifest.classes),
         )
         self.say_thresholds(judge)
-        in_force = {product: judge.threshold(product) for product in manifest.classes if judge.expects(product)}
-        for other in other_engines(bundle, [self.config.program], variant, backend.name, in_force):
+        for other in other_engines(bundle, [self.config.program], variant, backend.name, judge.in_force()):
             log.warning("%s", str(other).replace("\n", "; "))
         log_thresholds(self.config, bundle, self.overrides.stored)
         log_crops(self.config, bundle, self.overrides.products)
@@ -302,11 +301,16 @@ class LineApp:
     def say_thresholds(self, judge: Judge) -> None:
         """State which thresholds are in force, and which of them commands and the configuration have set; on the
         judging thread."""
+        bundle, commanded = judge.detector.bundle, self.overrides.stored
+        classes = bundle.manifest.classes
         self.state.fact(
-            thresholds={product: judge.threshold(product) for product in judge.detector.bundle.manifest.classes},
-            threshold_overrides=dict(self.overrides.thresholds),
-            **configured(self.config, judge.detector.bundle, self.overrides.stored),
+            thresholds={product: judge.threshold(product) for product in classes},
+            configured=describe(self.config, bundle, commanded),
         )
+        for name in self.config.cameras:
+            in_force = {product: judge.threshold(product, name) for product in classes}
+            own = standing(self.config, bundle, commanded, name)
+            self.state.thresholds(name, in_force, self.overrides.thresholds(name), own)
 
     # -- run and stop ------------------------------------------------------------------------------------------------
 

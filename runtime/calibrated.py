@@ -7,7 +7,7 @@ engines do what export's did. Of what no gate has seen nobody knows: then it has
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from .bundle import Bundle
 from .errors import CalibrationError, quoted
@@ -19,13 +19,13 @@ def other_engines(
     programs: Sequence[str],
     variant: Variant,
     backend: str,
-    in_force: Mapping[str, float | None] | None = None,
+    in_force: Mapping[str, Collection[float | None]] | None = None,
 ) -> list[CalibrationError]:
     """What to say (not to raise) of thresholds that were calibrated in a precision whose decisions nothing has shown to
     agree with those in this one; each such precision once.
 
-    programs: those that run. in_force: the thresholds that do, by product; one that is not the bundle's was set by
-    somebody who saw what runs, and promises nothing. None: the bundle's.
+    programs: those that run. in_force: the thresholds that do, by product, at any camera; one that is not the bundle's
+    was set by somebody who saw what runs, and promises nothing. None: the bundle's.
 
     Nothing is said of thresholds that do not record their precision: they are of before that was written down.
     """
@@ -49,8 +49,8 @@ def _engines(entry: Threshold) -> tuple[Variant, str] | None:
     return ("fp32", "onnxruntime") if entry.source.startswith("provisional") else None
 
 
-def _is_own(entry: Threshold, product: str, in_force: Mapping[str, float | None] | None) -> bool:
-    return in_force is None or in_force.get(product) == entry.value
+def _is_own(entry: Threshold, product: str, in_force: Mapping[str, Collection[float | None]] | None) -> bool:
+    return in_force is None or entry.value in in_force.get(product, ())
 
 
 def _agree(manifest: Manifest, program: str, one: tuple[Variant, str], other: tuple[Variant, str]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,12 +145,15 @@ class Detector:
         index = self.bundle.class_index(product)
         self._thresholds = (*self._thresholds[:index], threshold, *self._thresholds[index + 1 :])
 
-    def judge_image(self, image: Array, product: str | None = AUTO) -> Judgement:
+    def judge_image(
+        self, image: Array, product: str | None = AUTO, thresholds: Sequence[Threshold | None] | None = None
+    ) -> Judgement:
         """Resize an image, run the program, compare the score with the product's threshold.
 
         Args:
             image: uint8 [h, w, 3] RGB or [h, w] grey, any size.
             product: a product's name, or "auto" (None is the same).
+            thresholds: of every product, in the order of the bundle's classes; None: those of the detector.
 
         Returns:
             The judgement. An image that cannot be used is UNKNOWN bad_frame; a score or map that is not finite is
@@ -172,13 +175,13 @@ class Detector:
         result = self.program.run(index)
         latency = {"preprocess": (resized - start) * 1e3, **self.program.stage_ms}
         latency["total"] = (perf_counter() - start) * 1e3
-        judgement = self._judge(result, latency)
+        judgement = self._judge(result, latency, self._thresholds if thresholds is None else thresholds)
         if self.observer is not None and judgement.score is not None:
             self.observer(self.program, judgement)
         return judgement
 
-    def _judge(self, result: Result, latency: dict[str, float]) -> Judgement:
-        threshold = self._thresholds[result.class_index]
+    def _judge(self, result: Result, latency: dict[str, float], thresholds: Sequence[Threshold | None]) -> Judgement:
+        threshold = thresholds[result.class_index]
         label: Label = "UNKNOWN"
         reason, score = "", None
         if not (math.isfinite(result.score) and np.isfinite(result.map).all()):

@@ -71,7 +71,8 @@ class Handlers:
         return judge is not None and judge.takes(camera, product)
 
     def threshold(self, camera: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Override the threshold of a product; null takes the override back."""
+        """Override the threshold of a product at this camera, or at all of them; null takes the override back."""
+        everywhere = "cameras" in arguments
 
         def act() -> dict[str, Any]:
             judge = self._judge()
@@ -81,12 +82,14 @@ class Handlers:
                 if len(classes) > 1:
                     raise ConfigError("which product?", found="product: auto", expected=", ".join(classes))
                 product = classes[0]
-            changed = judge.set_threshold(product, arguments["threshold"], arguments.get("by"))
+            before = judge.threshold(product, camera)
+            judge.set_threshold(product, arguments["threshold"], arguments.get("by"), None if everywhere else camera)
             self._app.say_thresholds(judge)
-            return {"product": product, **changed}
+            cameras = judge.expecting(product) if everywhere else [camera]
+            return {"product": product, "before": before, "now": judge.threshold(product, camera), "cameras": cameras}
 
         result = self._app.worker.call(act)
-        self._app.delivery.announce()  # of every camera: the threshold is the product's
+        self._app.delivery.announce(None if everywhere else camera)
         return result
 
     def trigger(self, camera: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -104,7 +107,7 @@ class Handlers:
         return {"part_id": arguments["part_id"]}
 
     def memory(self, camera: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Freeze, unfreeze, snapshot, roll back or reset the memory, or a new drift reference for the camera."""
+        """Freeze, unfreeze, snapshot, roll back or reset the line's memory, or a new drift reference for the camera."""
         worker = self._app.worker
 
         def act() -> dict[str, Any]:
@@ -113,17 +116,20 @@ class Handlers:
                     "this line has no online memory",
                     next_step="use a bundle with a memory and set memory.enabled in the configuration",
                 )
-            return worker.memory.command(arguments["action"], {**arguments, "camera": camera})
+            action = arguments["action"]
+            acted_on = [camera] if action == "reference" else list(self._app.config.cameras)
+            return {**worker.memory.command(action, {**arguments, "camera": camera}), "cameras": acted_on}
 
         return worker.call(act)
 
     def rebuild(self, camera: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Take the bundle as it is now (a new calibration or export) and build its engines; status says when ready.
+        """Have the whole line take the bundle as it is now (a new calibration or export) and build its engines; status
+        says when ready.
 
         A bundle that is refused changes nothing. Commands that come while it is read wait.
         """
         self._judge()
-        return {"ready": False, "bundle": self._app.rebuild().id}
+        return {"ready": False, "bundle": self._app.rebuild().id, "cameras": list(self._app.config.cameras)}
 
     def _judge(self) -> Any:
         judge = self._app.worker.judge

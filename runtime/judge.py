@@ -119,11 +119,13 @@ class Judge:
                     product, name, error.what,
                 )  # fmt: skip
         self._cameras, self._settings = cameras, settings
-        for product in bundle.manifest.classes:
-            self._use_threshold(product)
+        self._use_thresholds()
 
-    def set_threshold(self, product: str, value: float | None, by: str | None = None) -> dict[str, float | None]:
-        """Override a product's threshold, or take the override back with None; kept over restarts and audited.
+    def set_threshold(
+        self, product: str, value: float | None, by: str | None = None, camera: str | None = None
+    ) -> dict[str, float | None]:
+        """Override a product's threshold at a camera, or (None) at all of them, or take the override back with a value
+        of None; kept over restarts and audited.
 
         It is for this model and program only; a new calibration does not change it.
 
@@ -132,10 +134,11 @@ class Judge:
             ConfigError: it cannot be written; nothing has changed.
         """
         self.detector.bundle.class_index(product)
-        before = self.threshold(product)
-        self._overrides.set_threshold(product, value, before, by)
-        self._use_threshold(product)
-        return {"before": before, "now": self.threshold(product)}
+        before = self.threshold(product, camera)
+        others = [name for name in self._cameras if name != camera]
+        self._overrides.set_threshold(product, value, before, by, camera, others)
+        self._use_thresholds()
+        return {"before": before, "now": self.threshold(product, camera)}
 
     def set_product(self, camera: str, product: str | None, by: str | None = None) -> dict[str, str]:
         """Change the product a camera expects; None goes back to the configuration's.
@@ -165,14 +168,20 @@ class Judge:
     def _require_change(self, camera: str, product: str) -> None:
         require_change(camera, self._cameras[camera], product, self.detector.bundle, self.detector.program.name)
 
-    def threshold(self, product: str) -> float | None:
-        """The threshold in force: a command's, else the configuration's, else the bundle's."""
+    def threshold(self, product: str, camera: str | None = None) -> float | None:
+        """The threshold in force at a camera: a command's, else the configuration's, else the bundle's. None: what
+        holds where a camera has none of its own."""
         bundle, program = self.detector.bundle, self.detector.program.name
-        return threshold_in_force(product, bundle, program, self._settings, self._overrides.stored)
+        return threshold_in_force(product, bundle, program, self._settings, self._overrides.stored, camera)
 
-    def expects(self, product: str) -> bool:
-        """Whether some camera is judged as this product, or may be: `auto` is any."""
-        return any(self.product_of(camera) in (product, AUTO) for camera in self._cameras)
+    def expecting(self, product: str) -> list[str]:
+        """The cameras that are judged as this product, or may be: `auto` is any."""
+        return [camera for camera in self._cameras if self.product_of(camera) in (product, AUTO)]
+
+    def in_force(self) -> dict[str, set[float | None]]:
+        """Product -> the thresholds in force at the cameras that expect it."""
+        products = {product: self.expecting(product) for product in self.detector.bundle.manifest.classes}
+        return {p: {self.threshold(p, camera) for camera in cameras} for p, cameras in products.items() if cameras}
 
     def require_thresholds(self, bundle: Bundle) -> None:
         """Refuse a bundle in whose place products that can be judged now could not be, for want of a threshold, or
@@ -188,9 +197,11 @@ class Judge:
         lost = [
             product
             for product in bundle.manifest.classes
-            if self.expects(product)
-            and threshold_in_force(product, bundle, program, self._settings, commanded) is None
-            and self.threshold(product) is not None
+            if any(
+                threshold_in_force(product, bundle, program, self._settings, commanded, camera) is None
+                and self.threshold(product, camera) is not None
+                for camera in self.expecting(product)
+            )
         ]
         if lost:
             raise BundleError(
@@ -204,20 +215,22 @@ class Judge:
         """The product a camera expects: a command's, else the configuration's; 'auto': by the classifier."""
         return self._overrides.products.get(camera, self._cameras[camera].product)
 
-    def _use_threshold(self, product: str) -> None:
-        """Hand the threshold in force to the detector, the one place where scores are compared."""
+    def _use_thresholds(self) -> None:
+        """Look up once what every camera hands to the detector, the one place where scores are compared."""
+        classes = self.detector.bundle.manifest.classes
+        self._thresholds = {name: tuple(self._promise(each, name) for each in classes) for name in self._cameras}
+
+    def _promise(self, product: str, camera: str) -> Threshold | None:
         calibrated = self.detector.bundle.threshold(product, self.detector.program.name)
-        value = self.threshold(product)
+        value = self.threshold(product, camera)
         pixel = in_model(self._settings.pixel_threshold, self.detector.bundle, self.detector.program.name)
         if pixel is None and calibrated is not None:
             pixel = calibrated.pixel
         if value is None:
-            self.detector.set_threshold(product, None)
-        elif calibrated is not None:
-            self.detector.set_threshold(product, calibrated.model_copy(update={"value": value, "pixel": pixel}))
-        else:
-            promise = Threshold(value=value, false_alarm_rate=1.0, samples=0, pixel=pixel, source="set by hand")
-            self.detector.set_threshold(product, promise)
+            return None
+        if calibrated is not None:
+            return calibrated.model_copy(update={"value": value, "pixel": pixel})
+        return Threshold(value=value, false_alarm_rate=1.0, samples=0, pixel=pixel, source="set by hand")
 
     def judge(self, frame: Frame) -> Judgement:
         """Judge one frame. Never raises for anything that is wrong with this frame, its product or an engine."""
@@ -268,7 +281,7 @@ class Judge:
     def _score(self, frame: Frame, box: Box) -> Scored:
         product = self._product(frame)
         try:
-            return self.detector.judge_image(cut_out(frame.image, box), product)
+            return self.detector.judge_image(cut_out(frame.image, box), product, self._thresholds[frame.camera])
         except (ProductError, ConfigError) as error:  # ConfigError: auto, where the bundle has no classifier
             raise _Refusal("wrong_product", str(error), product=product) from error
         except SourceError as error:

@@ -67,6 +67,7 @@ class _Camera:
     verdict: Verdict | None = None
     detail: str = ""
     alarms: tuple[Alarm, ...] = ()
+    thresholds: dict[str, dict[str, Any]] = field(default_factory=dict)
     labels: Counter[str] = field(default_factory=Counter)
     history: deque[tuple[str, float | None, float | None, str]] = field(default_factory=lambda: deque(maxlen=HISTORY))
     looked: float = -LOOKING
@@ -116,6 +117,18 @@ class LineState:
         """The product that a camera expects has changed."""
         with self._lock:
             self._cameras[camera].product = product
+
+    def thresholds(
+        self,
+        camera: str,
+        in_force: Mapping[str, float | None],
+        overrides: Mapping[str, float],
+        configured: Mapping[str, float],
+    ) -> None:
+        """The thresholds in force at a camera, by product, and those that commands and the configuration have set."""
+        said = {"thresholds": in_force, "threshold_overrides": overrides, "configured_thresholds": configured}
+        with self._lock:
+            self._cameras[camera].thresholds = {name: dict(each) for name, each in said.items()}
 
     def alarms(self, camera: str, alarms: tuple[Alarm, ...]) -> None:
         """A camera's alarms changed."""
@@ -191,9 +204,15 @@ class LineState:
         """What a camera's status message says about it."""
         with self._lock:
             held = self._cameras[camera]
-            names = ("method", "bundle", "backend", "variant", "ready", "threshold_overrides", "configured_thresholds")
+            names = ("method", "bundle", "backend", "variant", "ready")
             facts = {name: self._facts[name] for name in names if name in self._facts}
-            return {**facts, "product": held.product, "source": held.source.state, "detail": held.source.detail}
+            return {
+                **facts,
+                **held.thresholds,
+                "product": held.product,
+                "source": held.source.state,
+                "detail": held.source.detail,
+            }
 
     @property
     def first_judged(self) -> float | None:
@@ -241,6 +260,7 @@ class LineState:
         verdict = camera.verdict
         return {
             "product": camera.product,
+            "thresholds": camera.thresholds.get("thresholds", {}),
             "source": asdict(camera.source),
             "verdict": None
             if verdict is None

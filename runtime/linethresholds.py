@@ -56,7 +56,7 @@ def require_model(settings: JudgeConfig, present: Bundle, found: Bundle, program
 
 def describe(config: LineConfig, bundle: Bundle, commanded: Stored) -> dict[str, Any]:
     """What the configuration sets, as plain JSON values. model: null for whatever model runs; in_force: false also
-    where a command's threshold stands before it."""
+    where a command's threshold of all cameras stands before it."""
 
     def entry(own: Own, stands: bool) -> dict[str, Any]:
         named = own.model_dump() if isinstance(own, ModelThreshold) else {"value": own, "model": None, "program": None}
@@ -65,19 +65,21 @@ def describe(config: LineConfig, bundle: Bundle, commanded: Stored) -> dict[str,
     pixel = config.judge.pixel_threshold
     return {
         "thresholds": {
-            product: entry(own, not _by_command(product, bundle, config.program, commanded))
+            product: entry(own, commanded.in_force(product, bundle, config.program) is None)
             for product, own in config.judge.thresholds.items()
         },
         "pixel_threshold": None if pixel is None else entry(pixel, True),
     }
 
 
-def configured(config: LineConfig, bundle: Bundle, commanded: Stored) -> dict[str, Any]:
-    """The same as the line's state has it (`configured`), and the thresholds that are in force as the status says them
-    (`configured_thresholds`: product -> threshold)."""
-    described = describe(config, bundle, commanded)
-    standing = {product: each["value"] for product, each in described["thresholds"].items() if each["in_force"]}
-    return {"configured": described, "configured_thresholds": standing}
+def standing(config: LineConfig, bundle: Bundle, commanded: Stored, camera: str) -> dict[str, float]:
+    """Those of them that are in force at a camera: product -> threshold."""
+    own = {product: in_model(each, bundle, config.program) for product, each in config.judge.thresholds.items()}
+    return {
+        product: value
+        for product, value in own.items()
+        if value is not None and commanded.in_force(product, bundle, config.program, camera) is None
+    }
 
 
 def threshold_remarks(config: LineConfig, bundle: Bundle, commanded: Stored) -> Iterator[tuple[int, AndonError]]:
@@ -86,7 +88,7 @@ def threshold_remarks(config: LineConfig, bundle: Bundle, commanded: Stored) -> 
     bundle's, or whose bundle may be another tomorrow."""
     judge, program = config.judge, config.program
     for product, own in judge.thresholds.items():
-        if not _by_command(product, bundle, program, commanded):
+        if commanded.in_force(product, bundle, program) is None:
             entry = bundle.threshold(product, program)
             kept = None if entry is None else f"{entry.value:.6g}, {promise(entry)}"
             broken = "its promise does not hold, and " * bool(entry and entry.promises and entry.value != own)
@@ -107,14 +109,13 @@ def log_thresholds(config: LineConfig, bundle: Bundle, commanded: Stored) -> Non
             told = "the configuration's for this model: it promises no false-alarm rate"
             log.info("threshold of %s: %g, %s", product, each["value"], told)
     for product, entry in by_hand(bundle, config.program).items():
-        if not (product in own and own[product]["in_force"]) and not _by_command(
-            product, bundle, config.program, commanded
-        ):
+        commanded_here = commanded.in_force(product, bundle, config.program) is not None
+        if not commanded_here and not (product in own and own[product]["in_force"]):
             log.info("threshold of %s: %g, %s", product, entry.value, promise(entry))
 
 
-def whose(product: str, config: LineConfig, bundle: Bundle) -> str:
-    """Who set a product's threshold, as `andon check` shows it, commands aside; empty: calibration."""
+def whose(product: str, config: LineConfig, bundle: Bundle, camera: str) -> str:
+    """Who set a product's threshold at a camera, as `andon check` shows it, commands aside; empty: calibration."""
     own, entry = config.judge.thresholds.get(product), bundle.threshold(product, config.program)
     if in_model(own, bundle, config.program) is not None:
         return " (by the configuration" + (")" if entry is None else f"; without it: {entry.value:.4g})")
@@ -122,11 +123,6 @@ def whose(product: str, config: LineConfig, bundle: Bundle) -> str:
     if isinstance(own, ModelThreshold):
         hand += f" ({own.value:.4g} of the configuration is ignored: set for another model or program)"
     return hand
-
-
-def _by_command(product: str, bundle: Bundle, program: str, commanded: Stored) -> bool:
-    override = commanded.thresholds.get(product)
-    return override is not None and override.fits(bundle, program)
 
 
 def _remarks(

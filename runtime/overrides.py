@@ -1,14 +1,14 @@
-"""What commands have set: thresholds per product, product per camera. Kept over restarts, every change audited."""
+"""What commands have set: thresholds of a product at one camera or at all, and the product of a camera. Kept over
+restarts, every change audited."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from ..calib.atomic import write_atomic
@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 #: The file in the state folder.
 FILE = "overrides.json"
+#: Its key for thresholds of one camera, which earlier versions do not know and pass over; left out where there is none.
+CAMERAS = "camera_thresholds"
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,27 @@ class ThresholdOverride:
 
 @dataclass(frozen=True)
 class Stored:
-    """What a state folder holds: product -> threshold, camera -> product."""
+    """What a state folder holds: product -> threshold at every camera, camera -> product, and camera -> product ->
+    threshold at this one, which stands first."""
 
     thresholds: Mapping[str, ThresholdOverride] = field(default_factory=dict)
     products: Mapping[str, str] = field(default_factory=dict)
+    camera_thresholds: Mapping[str, Mapping[str, ThresholdOverride]] = field(default_factory=dict)
+
+    def of(self, product: str, camera: str | None = None) -> list[ThresholdOverride]:
+        """What was set of a product's threshold that may be about a camera, its own first."""
+        own = self.camera_thresholds.get(camera, {}) if camera is not None else {}
+        return [each[product] for each in (own, self.thresholds) if product in each]
+
+    def each(self) -> Iterator[tuple[str | None, str, ThresholdOverride]]:
+        """Camera (None: all), product and threshold of all that was set."""
+        for camera, thresholds in [(None, self.thresholds), *self.camera_thresholds.items()]:
+            for product, override in thresholds.items():
+                yield camera, product, override
+
+    def in_force(self, product: str, bundle: Bundle, program: str, camera: str | None = None) -> float | None:
+        """The threshold by command of a product at a camera, None: of all; None if there is none for this model."""
+        return next((each.value for each in self.of(product, camera) if each.fits(bundle, program)), None)
 
 
 class DamagedOverrides(ConfigError):
@@ -62,8 +81,9 @@ def read_overrides(folder: Path) -> Stored:
     path, expected = folder / FILE, "products and thresholds, as commands have set them"
     try:
         content = json.loads(path.read_bytes())
-        thresholds = {str(name): _threshold(entry) for name, entry in content["thresholds"].items()}
-        return Stored(thresholds, {str(k): str(v) for k, v in content["products"].items()})
+        products = {str(camera): str(product) for camera, product in content["products"].items()}
+        own = {str(camera): _thresholds(entries) for camera, entries in content.get(CAMERAS, {}).items()}
+        return Stored(_thresholds(content["thresholds"]), products, own)
     except (FileNotFoundError, NotADirectoryError):
         return Stored()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -111,8 +131,7 @@ class Overrides:
         """
         self._path = folder / FILE
         # Replaced, never changed: other threads read them, and a change that cannot be written must not be in force.
-        self._thresholds: Mapping[str, ThresholdOverride] = {}
-        self._products: Mapping[str, str] = {}
+        self._stored = Stored()
         self._used: tuple[Bundle, str] | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -122,20 +141,25 @@ class Overrides:
         except OSError as error:
             raise unusable_state(folder, error) from error
 
-    @property
-    def thresholds(self) -> MappingProxyType[str, float]:
-        """Product -> threshold, of those in force."""
-        return MappingProxyType({name: each.value for name, each in self._thresholds.items() if self._fits(each)})
+    def thresholds(self, camera: str | None = None) -> dict[str, float]:
+        """Product -> threshold, of those in force at a camera; None: of those of all cameras."""
+        stored, found = self._stored, {}
+        own = stored.camera_thresholds.get(camera, {}) if camera is not None else {}
+        for product in {**stored.thresholds, **own}:
+            value = None if self._used is None else stored.in_force(product, *self._used, camera)
+            if value is not None:
+                found[product] = value
+        return found
 
     @property
     def stored(self) -> Stored:
         """All of it, thresholds that rest too."""
-        return Stored(self._thresholds, self._products)
+        return self._stored
 
     @property
     def products(self) -> Mapping[str, str]:
         """Camera -> product. Read for every frame."""
-        return self._products
+        return self._stored.products
 
     def use(self, bundle: Bundle, program: str) -> None:
         """Say whose scores are judged from now on: at the start and after a rebuild.
@@ -144,48 +168,81 @@ class Overrides:
         `threshold` replaces them or takes them back. Each is logged as an error and audited.
         """
         self._used = bundle, program
-        for product, override in self._thresholds.items():
+        for camera, product, override in self._stored.each():
+            where = "" if camera is None else f" at {camera}"
             if self._fits(override):
                 entry = bundle.threshold(product, program)
                 calibrated = "none" if entry is None else f"{entry.value:g}"
                 log.warning(
-                    "threshold of %s is overridden by an earlier command: %g (calibrated: %s); a new calibration of "
+                    "threshold of %s%s is overridden by an earlier command: %g (calibrated: %s); a new calibration of "
                     "this model does not change that, the command threshold with null does",
-                    product, override.value, calibrated,
+                    product, where, override.value, calibrated,
                 )  # fmt: skip
             else:
                 was = f"model {override.model}, program {override.program}" if override.model else "no named model"
                 why = f"set for {was}; this is model {bundle.model_id}, program {program}"
                 log.error(
-                    "threshold %g of %s by command is ignored: %s; send the command again if it is meant for this "
+                    "threshold %g of %s%s by command is ignored: %s; send the command again if it is meant for this "
                     "model, or with null to forget it",
-                    override.value, product, why,
+                    override.value, product, where, why,
                 )  # fmt: skip
-                self._note("threshold ignored", product, override.value, None, None, why=why)
+                self._note("threshold ignored", product, override.value, None, None, cameras=_named(camera), why=why)
 
     def describe(self) -> dict[str, Any]:
         """What is overridden, as plain JSON values; thresholds with `in_force`."""
-        thresholds, products = self._thresholds, self._products
+
+        def shown(thresholds: Mapping[str, ThresholdOverride]) -> dict[str, Any]:
+            return {name: {**asdict(each), "in_force": self._fits(each)} for name, each in thresholds.items()}
+
+        stored = self._stored
         return {
-            "thresholds": {name: {**asdict(each), "in_force": self._fits(each)} for name, each in thresholds.items()},
-            "products": dict(products),
+            "thresholds": shown(stored.thresholds),
+            "products": dict(stored.products),
+            CAMERAS: {camera: shown(each) for camera, each in stored.camera_thresholds.items()},
         }
 
-    def set_threshold(self, product: str, value: float | None, before: float | None, by: str | None) -> None:
-        """Override a product's threshold for the model in use; None takes the override back, whatever model it is of.
+    def set_threshold(
+        self,
+        product: str,
+        value: float | None,
+        before: float | None,
+        by: str | None,
+        camera: str | None = None,
+        others: Sequence[str] = (),
+    ) -> None:
+        """Override a product's threshold for the model in use, at a camera or (None) at all, in place of what any of
+        them has of its own. A value of None takes the override back, whatever model it is of.
 
-        before: the threshold in force until now.
+        before: the threshold in force until now. others: the line's other cameras. An override of all cameras that
+        one of them takes back becomes the others' own, so that it stays in force there.
 
         Raises:
             ConfigError: it cannot be written; then nothing has changed.
         """
-        thresholds = {name: each for name, each in self._thresholds.items() if name != product}
+        stored = self._stored
         model, program = (None, None) if self._used is None else (self._used[0].model_id, self._used[1])
-        if value is not None:
-            thresholds[product] = ThresholdOverride(value, model, program)
-        self._save(f"threshold of {product}", thresholds, self._products)
-        log.warning("threshold of %s: %s -> %s (by %s)", product, before, value, by or "unknown")
-        self._note("threshold", product, before, value, by, model=model, program=program)
+        override = None if value is None else ThresholdOverride(value, model, program)
+        everywhere = dict(stored.thresholds)
+        own = {name: dict(each) for name, each in stored.camera_thresholds.items()}
+        replaced = {name: each[product].value for name, each in own.items() if product in each and camera is None}
+        for name in [*own] if camera is None else [camera]:
+            own.get(name, {}).pop(product, None)
+        if camera is None:
+            everywhere.pop(product, None)
+            everywhere |= {} if override is None else {product: override}
+        elif override is not None:
+            own.setdefault(camera, {})[product] = override
+        elif (shared := everywhere.pop(product, None)) is not None:
+            for name in others:
+                own.setdefault(name, {}).setdefault(product, shared)
+        own = {name: each for name, each in own.items() if each}
+        self._save(f"threshold of {product}", replace(stored, thresholds=everywhere, camera_thresholds=own))
+        where = "all cameras" if camera is None else camera
+        log.warning("threshold of %s at %s: %s -> %s (by %s)", product, where, before, value, by or "unknown")
+        more = {"replaced": replaced} if replaced else {}
+        self._note(
+            "threshold", product, before, value, by, cameras=_named(camera), model=model, program=program, **more
+        )
 
     def set_product(self, camera: str, product: str | None, before: str, by: str | None) -> None:
         """Change the product a camera expects; None goes back to the configuration's.
@@ -193,10 +250,10 @@ class Overrides:
         Raises:
             ConfigError: it cannot be written; then nothing has changed.
         """
-        products = {name: each for name, each in self._products.items() if name != camera}
+        products = {name: each for name, each in self._stored.products.items() if name != camera}
         if product is not None:
             products[camera] = product
-        self._save(f"product of {camera}", self._thresholds, products)
+        self._save(f"product of {camera}", replace(self._stored, products=products))
         log.warning("product of %s: %s -> %s (by %s)", camera, before, product, by or "unknown")
         self._note("product", camera, before, product, by)
 
@@ -211,8 +268,10 @@ class Overrides:
     def _fits(self, override: ThresholdOverride) -> bool:
         return self._used is not None and override.fits(*self._used)
 
-    def _save(self, what: str, thresholds: Mapping[str, ThresholdOverride], products: Mapping[str, str]) -> None:
-        content = {"thresholds": {name: asdict(each) for name, each in thresholds.items()}, "products": products}
+    def _save(self, what: str, stored: Stored) -> None:
+        content = asdict(stored)
+        if not stored.camera_thresholds:
+            del content[CAMERAS]
         try:
             write_atomic(self._path, json.dumps(content, indent=1, sort_keys=True).encode())
         except OSError as error:
@@ -222,7 +281,7 @@ class Overrides:
                 expected="space and permission in the state folder",
                 next_step=f"make room in {self._path.parent}, then send the command again",
             ) from error
-        self._thresholds, self._products = thresholds, products
+        self._stored = stored
 
     def _note(self, what: str, key: str, before: Any, now: Any, by: str | None, **more: Any) -> None:
         """Audit what has happened already: the answer must not say otherwise because the trail cannot be written."""
@@ -235,15 +294,24 @@ class Overrides:
 
     def _load(self) -> None:
         try:
-            stored = read_overrides(self._path.parent)
-            self._thresholds, self._products = stored.thresholds, stored.products
+            self._stored = read_overrides(self._path.parent)
         except DamagedOverrides as error:
             aside = self._path.with_suffix(".damaged")
             self._path.replace(aside)
             found = error.found
             log.error("%s is damaged (%s) and set aside as %s: nothing is overridden", self._path, found, aside.name)
-        for camera, product in self._products.items():
+        for camera, product in self._stored.products.items():
             log.warning("product of %s is overridden by an earlier command: %s", camera, product)
+
+
+def _named(camera: str | None) -> list[str] | str:
+    """Cameras in the audit trail."""
+    return "all" if camera is None else [camera]
+
+
+def _thresholds(entries: Any) -> dict[str, ThresholdOverride]:
+    """Product -> threshold, of the file."""
+    return {str(product): _threshold(entry) for product, entry in entries.items()}
 
 
 def _threshold(entry: Any) -> ThresholdOverride:

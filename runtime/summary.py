@@ -82,6 +82,7 @@ def closing_summary(app: LineApp) -> dict[str, Any]:
                 "restarts": camera.state.restarts,
                 "skipped": camera.state.skipped,
                 "verdicts": sum(snapshot["cameras"][name]["labels"].values()),
+                "thresholds": snapshot["cameras"][name]["thresholds"],
             }
             for name, camera in app.cameras.items()
         },

@@ -1,4 +1,4 @@
-"""Which threshold a product is judged against, and what to do where it has none."""
+"""Which threshold a product is judged against at a camera, and what to do where it has none."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from .overrides import Stored
 
 
 def threshold_in_force(
-    product: str, bundle: Bundle, program: str, settings: JudgeConfig, commanded: Stored
+    product: str, bundle: Bundle, program: str, settings: JudgeConfig, commanded: Stored, camera: str | None = None
 ) -> float | None:
-    """A command's threshold, else the configuration's, each if it is for this model and program, else the bundle's."""
-    override = commanded.thresholds.get(product)
-    if override is not None and override.fits(bundle, program):
-        return override.value
+    """A command's threshold, else the configuration's, each if it is for this model and program, else the bundle's.
+
+    camera: where; what was set for it alone stands before what was set for all. None: what holds for all.
+    """
+    override = commanded.in_force(product, bundle, program, camera)
+    if override is not None:
+        return override
     if (own := in_model(settings.thresholds.get(product), bundle, program)) is not None:
         return own
     entry = bundle.threshold(product, program)

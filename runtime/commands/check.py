@@ -232,47 +232,60 @@ def _products(config: Any, commanded: Stored, bundle: Any) -> str:
 def _thresholds(config: Any, commanded: Stored, bundle: Any, runs: bool) -> str:
     """The thresholds in force and who set them, those that rest, as they are of another model or program, and, where
     it `runs` at all, a warning of those that were calibrated with engines that may decide otherwise."""
-    from ..linethresholds import threshold_remarks, whose
-    from ..overrides import Stored
-    from ..thresholds import calibration_step, threshold_in_force
+    from ..linethresholds import threshold_remarks
+    from ..thresholds import calibration_step
 
-    named = {commanded.products.get(name, camera.product) for name, camera in config.cameras.items()}
-    wanted = bundle.manifest.classes if "auto" in named else sorted(named)
-    values, remarks = {}, {}
+    products = {name: commanded.products.get(name, camera.product) for name, camera in config.cameras.items()}
+    wanted = bundle.manifest.classes if "auto" in products.values() else sorted({*products.values()})
+    said, in_force = [], {}
     for product in wanted:
-        without = threshold_in_force(product, bundle, config.program, config.judge, Stored())
-        values[product], remarks[product] = without, whose(product, config, bundle)
-        if (override := commanded.thresholds.get(product)) is None:
-            continue
-        shown = "none" if without is None else f"{without:.4g}"
-        if override.fits(bundle, config.program):
-            values[product], remarks[product] = override.value, f" (by command; without it: {shown})"
-        else:
-            remarks[product] += f" ({override.value:.4g} by command is ignored: set for another model or program)"
+        cameras = [name for name, expected in products.items() if expected in (product, "auto")]
+        found = {name: _threshold(product, name, config, commanded, bundle) for name in cameras}
+        in_force[product] = {value for value, _ in found.values()}
+        for value, remark in dict.fromkeys(found.values()):
+            of = [name for name, each in found.items() if each == (value, remark)]
+            where = "" if len(of) == len(cameras) else f" at {', '.join(of)}"
+            said.append(f"{product} {'none' if value is None else f'{value:.4g}'}{where}{remark}")
     own = [error for _, error in threshold_remarks(config, bundle, commanded)]
-    missing = [product for product, value in values.items() if value is None]
+    missing = [product for product, values in in_force.items() if None in values]
     if missing:
         raise BundleError(
             f"no threshold for {', '.join(missing)} under program {config.program}: every verdict would be UNKNOWN",
             found="; ".join(f"{each.what} ({each.found})" for each in own) or None,
             next_step=calibration_step(bundle),
         )
-    said = [f"{product} {value:.4g}{remarks[product]}" for product, value in values.items()]
-    for product, override in commanded.thresholds.items():  # of what is judged when a command or an image names it
-        if product not in values:
+    for camera, product, override in commanded.each():  # of what is judged when a command or an image names it
+        if product not in in_force if camera is None else products.get(camera) not in (product, "auto"):
             fits = override.fits(bundle, config.program)
             why = "once it is judged" if fits else "is ignored: set for another model or program"
-            said.append(f"{product} ({override.value:.4g} by command {why})")
-    other = _other_engines(config, bundle, values) if runs else []
+            where = "" if camera is None else f" at {camera}"
+            said.append(f"{product} ({override.value:.4g} by command{where} {why})")
+    other = _other_engines(config, bundle, in_force) if runs else []
     return "\n".join([", ".join(said), *(f"warning: {text}" for text in (*own, *other))])
 
 
-def _other_engines(config: Any, bundle: Any, thresholds: dict[str, float | None]) -> list[Any]:
+def _threshold(product: str, camera: str, config: Any, commanded: Stored, bundle: Any) -> tuple[float | None, str]:
+    """The threshold in force of a product at a camera, and who set it."""
+    from ..linethresholds import whose
+    from ..overrides import Stored
+    from ..thresholds import threshold_in_force
+
+    without = threshold_in_force(product, bundle, config.program, config.judge, Stored(), camera)
+    by_command = commanded.in_force(product, bundle, config.program, camera)
+    if by_command is not None:
+        return by_command, f" (by command; without it: {'none' if without is None else f'{without:.4g}'})"
+    remark = whose(product, config, bundle, camera)
+    if overrides := commanded.of(product, camera):
+        remark += f" ({overrides[0].value:.4g} by command is ignored: set for another model or program)"
+    return without, remark
+
+
+def _other_engines(config: Any, bundle: Any, in_force: dict[str, set[float | None]]) -> list[Any]:
     from ..calibrated import other_engines
     from ..startup import require_engine
 
     backend, variant = require_engine(config, bundle)
-    return other_engines(bundle, [config.program], variant, backend, thresholds)
+    return other_engines(bundle, [config.program], variant, backend, in_force)
 
 
 def _crops(config: Any, commanded: Stored, bundle: Any) -> list[Finding]:

@@ -360,7 +360,7 @@ def _run(detector: Detector, samples: Sequence[Sample], args: argparse.Namespace
 def _warn_of_engines(detector: Detector) -> None:
     """Warn of thresholds that were calibrated with engines whose decisions these have not been shown to keep."""
     bundle, program = detector.bundle, detector.program
-    in_force = {p: t.value if (t := detector.threshold(p)) else None for p in bundle.manifest.classes}
+    in_force = {p: [t.value if (t := detector.threshold(p)) else None] for p in bundle.manifest.classes}
     for other in other_engines(bundle, [program.name], program.variant, detector.backend.name, in_force):
         print(f"warning: {other}")
 

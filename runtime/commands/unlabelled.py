@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                 f"{bundle.manifest.name}: {bundle.manifest.method}, {backend.name} {program.variant}, program "
                 f"{program.name}; {len(samples)} pictures that nobody has labelled, judged as {product}"
             )
-            for other in other_engines(bundle, [program.name], program.variant, backend.name, {product: value}):
+            for other in other_engines(bundle, [program.name], program.variant, backend.name, {product: [value]}):
                 print(f"warning: {other}")
             for text in said_of(before, detector).values():
                 print(f"{product}: {text}")

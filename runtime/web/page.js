@@ -119,6 +119,9 @@ async function acknowledge(button, camera, kind) {
 // Which products have one; an override of another model is ignored, and nobody should believe it is there.
 function byCommand(overrides) {
   const all = Object.entries(overrides?.thresholds ?? {});
+  for (const [camera, own] of Object.entries(overrides?.camera_thresholds ?? {})) {
+    all.push(...Object.entries(own).map(([product, each]) => [`${product} at ${camera}`, each]));
+  }
   return all.map(([product, each]) => product + (each.in_force ? "" : " (ignored: another model's)")).join(", ");
 }
 

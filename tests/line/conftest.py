@@ -271,15 +271,23 @@ def make_bundle() -> Callable[..., Path]:
 
 @pytest.fixture
 def make_judge(tmp_path: Path, bundle: Path) -> Iterator[Callable[..., Judge]]:
-    """Judges of one camera, cam, that share a state folder; settings of the camera are given by name."""
+    """Judges of one camera, cam, or of several alike, that share a state folder; settings of the camera are given by
+    name."""
     opened: list[Detector] = []
 
-    def make(path: Path = bundle, memory: Any = None, judge: Mapping[str, Any] | None = None, **settings: Any) -> Judge:
+    def make(
+        path: Path = bundle,
+        memory: Any = None,
+        judge: Mapping[str, Any] | None = None,
+        cameras: tuple[str, ...] = ("cam",),
+        **settings: Any,
+    ) -> Judge:
         detector = Detector.open(path, backend="onnxruntime", threads=1)
         opened.append(detector)
         overrides = Overrides(tmp_path / "state")
         camera = CameraConfig.model_validate({"source": {"kind": "test"}, **settings})
-        return Judge(detector, {"cam": camera}, JudgeConfig(**judge or {}), overrides, Ids().next, memory)
+        alike = dict.fromkeys(cameras, camera)
+        return Judge(detector, alike, JudgeConfig(**judge or {}), overrides, Ids().next, memory)
 
     yield make
     for detector in opened:

@@ -18,6 +18,6 @@ def picture(shade: int, spot: tuple[int, int, int, int] | None = None, size: tup
     return image
 
 
-def frame(image: Any, **fields: Any) -> Frame:
+def frame(image: Any, camera: str = "cam", **fields: Any) -> Frame:
     now = time.monotonic()
-    return Frame("cam", 7, datetime.now(timezone.utc), now, image, **{"product": "mono", **fields})
+    return Frame(camera, 7, datetime.now(timezone.utc), now, image, **{"product": "mono", **fields})

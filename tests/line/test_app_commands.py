@@ -80,8 +80,8 @@ def test_a_trigger_without_a_frame_is_unknown(start_line: Callable[..., RunningL
 def test_commands_change_the_line_and_are_answered(start_line: Callable[..., RunningLine], consumer: Any) -> None:
     line = start_line({"cam0": {"source": LIVE, "product": "mono"}}, alarm={"k": 2, "n": 3})
     answer = line.command("cam0", "threshold", threshold=-1.0, by="me")
-    assert answer["result"] == {"product": "mono", "before": 0.5, "now": -1.0}
-    shown = line.app.state.snapshot()["overrides"]["thresholds"]["mono"]
+    assert answer["result"] == {"product": "mono", "before": 0.5, "now": -1.0, "cameras": ["cam0"]}
+    shown = line.app.state.snapshot()["overrides"]["camera_thresholds"]["cam0"]["mono"]
     assert (shown["value"], shown["in_force"]) == (-1.0, True)
     consumer.until(lambda: any(alarm["state"] == "raised" for alarm in consumer.of("alarm")))
     assert line.command("cam0", "threshold", threshold=None)["result"]["now"] == 0.5
@@ -106,25 +106,56 @@ def test_the_retained_status_says_which_thresholds_commands_have_set(
 ) -> None:
     schema = json.loads((Path(andon.__file__).parent / "configs/schema/status.json").read_text())
 
-    def said(watcher: Any, camera: str) -> Any:
-        return [status.get("threshold_overrides") for status in watcher.of("status", camera)][-1:]
+    def said(watcher: Any, camera: str, what: str = "threshold_overrides") -> Any:
+        return ([status.get(what) for status in watcher.of("status", camera)] or [None])[-1]
+
+    def by_command(watcher: Any) -> list[Any]:
+        return [said(watcher, "cam0"), said(watcher, "cam1")]
 
     cameras = {name: {"source": LIVE, "product": "mono"} for name in ("cam0", "cam1")}
     line = start_line(cameras)
-    consumer.until(lambda: said(consumer, "cam1") == [{}])
-    assert line.command("cam0", "threshold", threshold=0.6)["ok"]
-    consumer.until(lambda: said(consumer, "cam0") == said(consumer, "cam1") == [{"mono": 0.6}])
+    consumer.until(lambda: by_command(consumer) == [{}, {}])
+    assert line.command("cam0", "threshold", threshold=0.6)["result"]["cameras"] == ["cam0"]
+    consumer.until(lambda: by_command(consumer) == [{"mono": 0.6}, {}])
+    assert said(consumer, "cam0", "thresholds") == {"mono": 0.6, "poly": 0.5}
+    assert said(consumer, "cam1", "thresholds") == {"mono": 0.5, "poly": 0.5}
     with make_consumer(broker.port) as later:
-        later.until(lambda: said(later, "cam0") == said(later, "cam1") == [{"mono": 0.6}])
+        later.until(lambda: by_command(later) == [{"mono": 0.6}, {}])
     line.app.stop()
     line.thread.join(20)
+    assert {name: each["thresholds"]["mono"] for name, each in line.summary["cameras"].items()} == {
+        "cam0": 0.6,
+        "cam1": 0.5,
+    }
     consumer.forget()
     line = start_line(cameras)
-    consumer.until(lambda: said(consumer, "cam0") == said(consumer, "cam1") == [{"mono": 0.6}])
-    assert line.command("cam1", "threshold", threshold=None)["ok"]
-    consumer.until(lambda: said(consumer, "cam0") == said(consumer, "cam1") == [{}])
+    consumer.until(lambda: by_command(consumer) == [{"mono": 0.6}, {}])
+    answer = line.command("cam1", "threshold", threshold=0.7, cameras="all")
+    assert answer["result"] == {"product": "mono", "before": 0.5, "now": 0.7, "cameras": ["cam0", "cam1"]}
+    consumer.until(lambda: by_command(consumer) == [{"mono": 0.7}, {"mono": 0.7}])
+    assert line.command("cam1", "threshold", threshold=None)["result"]["now"] == 0.5
+    consumer.until(lambda: by_command(consumer) == [{"mono": 0.7}, {}])
+    assert line.command("cam1", "threshold", threshold=None, cameras="all")["ok"]
+    consumer.until(lambda: by_command(consumer) == [{}, {}])
+    refused = line.command("cam1", "threshold", threshold=0.1, cameras="some")
+    assert not refused["ok"] and "'some' is not one of ['all']" in refused["found"]
     for status in consumer.of("status"):
         Draft202012Validator(schema).validate(status)
+
+
+def test_a_threshold_is_the_cameras_that_was_asked_for(start_line: Callable[..., RunningLine], consumer: Any) -> None:
+    """Two lanes with other lenses and light: every part of the second one became NG."""
+    line = start_line({name: {"source": LIVE, "product": "mono"} for name in ("cam0", "cam1")})
+    assert line.command("cam0", "threshold", threshold=-1.0)["ok"]
+    consumer.until(lambda: [v["label"] for v in consumer.of("verdict", "cam0")][-1:] == ["NG"])
+    seen = len(consumer.of("verdict", "cam1"))
+    consumer.until(lambda: len(consumer.of("verdict", "cam1")) > seen + 1)
+    assert {(v["label"], v["threshold"]) for v in consumer.of("verdict", "cam1")} == {("OK", 0.5)}
+    answer = line.command("cam1", "rebuild")
+    assert answer["result"]["cameras"] == ["cam0", "cam1"]
+    consumer.until(lambda: consumer.of("status", "cam0")[-1]["ready"] is True)
+    assert line.command("cam1", "memory", action="reference")["result"]["cameras"] == ["cam1"]
+    assert line.command("cam1", "memory", action="reset")["result"]["cameras"] == ["cam0", "cam1"]
 
 
 def test_a_command_that_cannot_be_kept_is_refused_and_changes_nothing(

@@ -181,7 +181,7 @@ def test_rebuild_takes_over_the_newest_export(
     consumer.until(lambda: consumer.of("verdict")[-1]["bundle"] == loaded.id)
     last = consumer.of("verdict")[-1]
     assert (last["threshold"], last["label"]) == (0.005, "NG"), "0.6 was about the scores of another model"
-    assert line.app.state.snapshot()["overrides"]["thresholds"]["mono"]["in_force"] is False
+    assert line.app.state.snapshot()["overrides"]["camera_thresholds"]["cam0"]["mono"]["in_force"] is False
     consumer.until(lambda: consumer.of("status")[-1]["threshold_overrides"] == {})
     damaged = export("hvq-3", 3)
     (damaged / "stages/judge.onnx").write_bytes(b"damaged")

@@ -290,6 +290,28 @@ def test_what_commands_have_set_stands_before_the_configuration(
     assert "poly 0.5 (by the configuration) (0.6 by command is ignored" in found["thresholds"]["found"]
 
 
+def test_thresholds_by_command_at_one_camera_are_shown_as_such(
+    check: Any, make_line: Any, bundle: Path, tmp_path: Path
+) -> None:
+    overrides = Overrides(tmp_path / "state")
+    with Bundle.load(bundle) as loaded:
+        overrides.use(loaded, "default")
+    overrides.set_threshold("mono", 0.6, 0.5, None, "cam1")
+    overrides.set_threshold("poly", 0.7, 0.5, None, "cam1")
+    sections = {"bundle": str(bundle), "broker": None, "state": "state"}
+    cameras = dict.fromkeys(("cam0", "cam1", "cam2"), PATTERN)
+    _, found = check(make_line(cameras, **sections))
+    assert found["thresholds"]["found"] == (
+        "mono 0.5 at cam0, cam2, mono 0.6 at cam1 (by command; without it: 0.5), "
+        "poly (0.7 by command at cam1 once it is judged)"
+    )
+    overrides.set_threshold("mono", 0.6, 0.5, None)
+    _, found = check(make_line(cameras, **sections))
+    assert found["thresholds"]["found"].startswith("mono 0.6 (by command; without it: 0.5), poly (")
+    _, found = check(make_line(cameras, **sections, program="fast", judge={"thresholds": {"mono": 0.5}}))
+    assert "mono 0.5 (0.6 by command is ignored" in found["thresholds"]["found"]
+
+
 def test_thresholds_of_engines_that_may_decide_otherwise_are_said_by_check_and_at_the_start(
     check: Any, make_line: Any, bundle: Path, tmp_path: Path, make_images: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -13,8 +13,12 @@ from andon.runtime.bundle import Bundle
 from andon.runtime.errors import ConfigError, ProductError
 from andon.runtime.judge import Judge
 from andon.runtime.overrides import Overrides
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from .judging import frame, picture
+
+LANES = ("lane1", "lane2", "lane3")
 
 
 def test_overrides_outlive_a_restart_and_are_audited(make_judge: Callable[..., Judge], tmp_path: Path) -> None:
@@ -124,9 +128,9 @@ def test_a_threshold_by_command_is_for_one_program(make_judge: Callable[..., Jud
     judge.set_threshold("mono", 0.6)
     overrides = Overrides(tmp_path / "state")
     overrides.use(judge.detector.bundle, "default")
-    assert dict(overrides.thresholds) == {"mono": 0.6}
+    assert overrides.thresholds() == {"mono": 0.6}
     overrides.use(judge.detector.bundle, "fast")
-    assert dict(overrides.thresholds) == {}
+    assert overrides.thresholds() == {}
     described = overrides.describe()["thresholds"]["mono"]
     model = judge.detector.bundle.model_id
     assert described == {"value": 0.6, "model": model, "program": "default", "in_force": False}
@@ -203,7 +207,7 @@ def test_a_change_that_cannot_be_audited_is_answered_as_it_is(
 def test_damaged_overrides_are_set_aside(tmp_path: Path, threshold: str) -> None:
     (tmp_path / "overrides.json").write_text(f'{{"products": {{}}, "thresholds": {{"mono": {threshold}}}')
     overrides = Overrides(tmp_path)
-    assert dict(overrides.thresholds) == {} and (tmp_path / "overrides.damaged").exists()
+    assert overrides.thresholds() == {} and (tmp_path / "overrides.damaged").exists()
 
 
 def test_overrides_that_cannot_be_read_this_time_refuse_the_start_and_stay(
@@ -221,3 +225,75 @@ def test_overrides_that_cannot_be_read_this_time_refuse_the_start_and_stay(
             Overrides(tmp_path)
     assert "Too many open files" in str(refused.value.found)
     assert dict(Overrides(tmp_path).products) == {"cam": "poly"} and not (tmp_path / "overrides.damaged").exists()
+
+
+def test_a_threshold_of_one_camera_is_nothing_to_the_others(make_judge: Callable[..., Judge], tmp_path: Path) -> None:
+    judge = make_judge(cameras=LANES, product="mono")
+    assert judge.set_threshold("mono", 0.2, "ann", "lane2") == {"before": 0.5, "now": 0.2}
+    for judged in (judge, make_judge(cameras=LANES, product="mono")):
+        verdicts = [judged.judge(frame(picture(80), camera=lane, product=None)).verdict for lane in LANES]
+        assert [(v.threshold, v.label) for v in verdicts] == [(0.5, "OK"), (0.2, "NG"), (0.5, "OK")]
+    assert judge.in_force() == {"mono": {0.5, 0.2}}
+    judge.set_threshold("mono", 0.3, "bob")
+    assert [judge.threshold("mono", lane) for lane in LANES] == [0.3] * 3, "in place of its own"
+    audit = [json.loads(line) for line in (tmp_path / "state/audit.jsonl").read_text().splitlines()]
+    found = [
+        (e["cameras"], e["before"], e["now"], e["by"], e.get("replaced")) for e in audit if e["what"] == "threshold"
+    ]
+    assert found == [(["lane2"], 0.5, 0.2, "ann", None), ("all", 0.5, 0.3, "bob", {"lane2": 0.2})]
+
+
+def test_a_threshold_of_before_there_were_cameras_is_in_force_at_all_until_it_is_taken_back(
+    make_judge: Callable[..., Judge], bundle: Path, tmp_path: Path
+) -> None:
+    with Bundle.load(bundle) as loaded:
+        override = {"value": 0.6, "model": loaded.model_id, "program": "default"}
+    file = tmp_path / "state/overrides.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({"thresholds": {"mono": override}, "products": {}}))
+    judge = make_judge(cameras=LANES)
+    assert [judge.threshold("mono", lane) for lane in LANES] == [0.6, 0.6, 0.6]
+    judge.set_product("lane1", "mono")
+    assert set(json.loads(file.read_text())) == {"thresholds", "products"}, "as a station of before wrote it"
+    assert judge.set_threshold("mono", 0.1, None, "lane2") == {"before": 0.6, "now": 0.1}
+    assert judge.set_threshold("mono", None, None, "lane3") == {"before": 0.6, "now": 0.5}
+    again = make_judge(cameras=LANES)
+    assert [again.threshold("mono", lane) for lane in LANES] == [0.6, 0.1, 0.5], "taken back where that was asked for"
+    again.set_threshold("mono", None)
+    assert [again.threshold("mono", lane) for lane in LANES] == [0.5, 0.5, 0.5]
+    alone = json.loads(file.read_text())
+    assert alone["thresholds"] == {} and "camera_thresholds" not in alone
+
+
+def test_a_resting_threshold_of_one_camera_hides_none_that_is_in_force(
+    make_judge: Callable[..., Judge], make_bundle: Callable[..., Path], dim: str, tmp_path: Path
+) -> None:
+    make_judge(cameras=LANES).set_threshold("mono", 0.6)
+    other = make_judge(make_bundle(tmp_path / "other", dim, thresholds=0.005), cameras=LANES)
+    other.set_threshold("mono", 0.004, None, "lane1")
+    assert [other.threshold("mono", lane) for lane in LANES] == [0.004, 0.005, 0.005]
+    back = make_judge(cameras=LANES)
+    assert [back.threshold("mono", lane) for lane in LANES] == [0.6, 0.6, 0.6]
+
+
+COMMAND = st.tuples(st.sampled_from(("mono", "poly")), st.none() | st.floats(0, 1), st.none() | st.sampled_from(LANES))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(COMMAND, max_size=8), st.booleans())
+def test_whatever_is_commanded_acts_on_the_cameras_it_names_and_on_no_other(
+    make_judge: Callable[..., Judge], tmp_path: Path, commands: list[Any], old: bool
+) -> None:
+    (tmp_path / "state/overrides.json").unlink(missing_ok=True)
+    judge = make_judge(cameras=LANES)
+    expected = {(lane, product): 0.5 for lane in LANES for product in ("mono", "poly")}
+    for product, value, camera in [("mono", 0.25, None)] * old + commands:
+        judge.set_threshold(product, value, None, camera)
+        expected |= {(lane, product): 0.5 if value is None else value for lane in LANES if camera in (None, lane)}
+    kept = Overrides(tmp_path / "state")
+    kept.use(judge.detector.bundle, "default")
+    for (lane, product), value in expected.items():
+        assert judge.threshold(product, lane) == value
+        assert kept.thresholds(lane).get(product, 0.5) == value, "after a restart, too"
+        assert judge.judge(frame(picture(0), camera=lane, product=product)).verdict.threshold == value
+    kept.close()

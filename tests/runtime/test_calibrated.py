@@ -91,7 +91,7 @@ def test_what_no_gate_has_shown_is_said_and_nothing_else(
         assert error.expected == f"{precision} on {backend}, as calibrated"
         step = f"andon calibrate --bundle {root} --data GOOD-IMAGES --variant {runs_in[0]} --backend {runs_in[1]} "
         assert str(error.next_step).startswith(f"{step}--programs {program}")
-        (error,) = other_engines(bundle, [program], *runs_in, in_force={"a": 0.5, "b": 0.7})
+        (error,) = other_engines(bundle, [program], *runs_in, in_force={"a": {0.7, 0.5}, "b": {0.7}})
         assert error.what.startswith("thresholds of a (program"), "b's was set by hand, which promised nothing"
         assert not other_engines(bundle, [program], *runs_in, in_force={})
 
