@@ -20,7 +20,7 @@ from typing import Any
 from .alarm import AlarmBoard, Kind
 from .alarm import payload as alarm_payload
 from .bundle import Bundle
-from .calibrated import other_engines
+from .calibrated import other_engines, unknown_cameras
 from .classifier import log_classifier
 from .deliverywatch import DeliveryWatch
 from .detector import Detector
@@ -285,7 +285,10 @@ class LineApp:
             products=list(manifest.classes),
         )
         self.say_thresholds(judge)
-        for other in other_engines(bundle, [self.config.program], variant, backend.name, judge.in_force()):
+        others = other_engines(
+            bundle, [self.config.program], variant, backend.name, judge.in_force(), self.config.cameras
+        )
+        for other in [*others, *unknown_cameras(bundle, self.config.cameras)]:
             log.warning("%s", str(other).replace("\n", "; "))
         log_thresholds(self.config, bundle, self.overrides.stored)
         log_crops(self.config, bundle, self.overrides.products)

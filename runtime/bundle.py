@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ from ..calib.atomic import write_atomic
 from .bundlefiles import COPY_AGAIN, MAX_FILE_BYTES, MAX_FILES, MAX_TOTAL_BYTES, inside
 from .errors import BundleError, ConfigError, ProductError, quoted
 from .manifest import Manifest, State, Table, Threshold, Variant
+from .modelid import former_ids, model_id
 from .tempfolder import TemporaryFolder
 from .unpack import unpack
 from .wiring import check
@@ -55,8 +56,8 @@ class Bundle:
         self.root = root
         self.manifest = manifest
         self.id = digest[:12]
-        self.model_id = _model_id(manifest)
-        self.former_ids = _former_ids(manifest)
+        self.model_id = model_id(manifest)
+        self.former_ids = former_ids(manifest)
         self._unpacked = unpacked
 
     @classmethod
@@ -153,9 +154,16 @@ class Bundle:
                 next_step="give one of these products, or train on images of the new one",
             ) from None
 
-    def threshold(self, product: str, program: str = "default") -> Threshold | None:
-        """The calibrated threshold of a product under a program, or None before `andon calibrate`."""
-        return self.manifest.thresholds.get(product, {}).get(program)
+    def threshold(self, product: str, program: str = "default", camera: str | None = None) -> Threshold | None:
+        """The calibrated threshold of a product under a program, or None before `andon calibrate`: the camera's own
+        before that of all cameras."""
+        own = self.own_threshold(product, program, camera)
+        return self.manifest.thresholds.get(product, {}).get(program) if own is None else own
+
+    def own_threshold(self, product: str, program: str, camera: str | None) -> Threshold | None:
+        """The threshold that was calibrated for one camera alone."""
+        own = self.manifest.camera_thresholds.get(camera) if camera is not None else None
+        return None if own is None else own.get(product, {}).get(program)
 
     def require_folder(self, command: str) -> None:
         """Refuse a bundle that cannot be changed, before any work is done for the change.
@@ -180,8 +188,9 @@ class Bundle:
             next_step=f"{command} --bundle {target}" if folder.is_dir() else f"{unpack} && {command} --bundle {target}",
         )
 
-    def save_thresholds(self, thresholds: Mapping[str, Mapping[str, Threshold]]) -> Bundle:
-        """Write thresholds (product -> program -> threshold) into the bundle, merged with those it has now.
+    def save_thresholds(self, thresholds: Mapping[str, Mapping[str, Threshold]], camera: str | None = None) -> Bundle:
+        """Write thresholds (product -> program -> threshold) into the bundle, merged with those it has now: of all
+        cameras, or of one.
 
         Atomic: after a crash the bundle holds either the old or the new thresholds. Several processes may do it at
         once: they wait for each other, and each merges into what the one before has written.
@@ -191,21 +200,62 @@ class Bundle:
                 model since this bundle was loaded; nothing is written.
         """
         self.require_folder("andon calibrate")
+
+        def change(present: Manifest) -> Manifest:
+            merged = {product: dict(entries) for product, entries in present.thresholds.items()}
+            own = {name: {p: dict(e) for p, e in each.items()} for name, each in present.camera_thresholds.items()}
+            into = merged if camera is None else own.setdefault(camera, {})
+            for product, entries in thresholds.items():
+                into.setdefault(product, {}).update(entries)
+            return present.model_copy(update={"thresholds": merged, "camera_thresholds": own})
+
+        return self._save(change)
+
+    def forget_camera(self, camera: str) -> Bundle:
+        """Take the thresholds of one camera out of the bundle: those of all cameras hold there again.
+
+        Raises:
+            BundleError: as :meth:`save_thresholds`.
+            ConfigError: the camera has none.
+        """
+        self.require_folder(f"andon calibrate --forget-camera {quoted(camera)}")
+
+        def change(present: Manifest) -> Manifest:
+            require_own_thresholds(present, camera)
+            kept = {name: each for name, each in present.camera_thresholds.items() if name != camera}
+            return present.model_copy(update={"camera_thresholds": kept})
+
+        return self._save(change)
+
+    def _save(self, change: Callable[[Manifest], Manifest]) -> Bundle:
+        """Change the manifest's thresholds as they are now."""
         with _locked(self.root, fcntl.LOCK_EX):
             present = _signed_manifest(self.root)[0]
-            if (model := _model_id(present)) != self.model_id:
+            if (model := model_id(present)) != self.model_id:
                 raise BundleError(
                     f"{self.path} was replaced by another model in the meantime",
                     found=f"model {model}",
                     expected=f"model {self.model_id}, which the thresholds are for",
                     next_step=f"andon calibrate --bundle {quoted(self.path)} again, with the data set of the new model",
                 )
-            merged = {product: dict(entries) for product, entries in present.thresholds.items()}
-            for product, entries in thresholds.items():
-                merged.setdefault(product, {}).update(entries)
-            manifest = present.model_copy(update={"thresholds": merged})
+            manifest = change(present)
             check(manifest)
             return Bundle(self.path, self.root, manifest, write_manifest(self.root, manifest))
+
+
+def require_own_thresholds(manifest: Manifest, camera: str) -> None:
+    """Refuse a camera for which nothing was calibrated, as one of another name.
+
+    Raises:
+        ConfigError: the bundle has no thresholds of that camera.
+    """
+    if camera not in manifest.camera_thresholds:
+        raise ConfigError(
+            f"the bundle has no thresholds of camera {camera}",
+            found=camera,
+            expected=", ".join(manifest.camera_thresholds) or "none has any: those of the product hold at all cameras",
+            next_step=f"name one of these, or calibrate it: andon calibrate --camera {quoted(camera)}",
+        )
 
 
 def parse_manifest(raw: bytes, where: str) -> Manifest:
@@ -278,33 +328,6 @@ def read_npz(path: Path, keys: tuple[str, ...] | None = None, limit: int = MAX_F
 def schema() -> dict[str, Any]:
     """The published JSON Schema of manifest.json (configs/schema/bundle.json)."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Manifest.model_json_schema(by_alias=True)}
-
-
-def _model_id(manifest: Manifest) -> str:
-    """Identity of the model: of all that the manifest says but thresholds.
-
-    Without what is as it is by default: a field that a later Andon adds, or that `andon calibrate` of one writes into
-    the file, must not make another model of it, whose memory and overrides would not be taken any more.
-    """
-    said = manifest.model_dump(mode="json", by_alias=True, exclude={"thresholds"}, exclude_defaults=True)
-    return _short_hash(json.dumps(said, sort_keys=True))
-
-
-#: Fields that the manifest got after the first and after the second of the former ids; one that it gets now is added
-#: to both. Not all steps run a stage, and a program is a step deep in `program`, two in `alternatives`.
-_NO_RUN_INPUTS = {"program": {"__all__": {"inputs"}}, "alternatives": {"__all__": {"__all__": {"inputs"}}}}
-_LATER_FIELDS: tuple[dict[str, Any], ...] = (_NO_RUN_INPUTS, {})
-
-
-def _former_ids(manifest: Manifest) -> tuple[str, ...]:
-    """The model's ids of earlier versions: hashes of the whole manifest, fields as they are by default included."""
-    bare = manifest.model_copy(update={"thresholds": {}})
-    texts = [bare.model_dump_json(by_alias=True, exclude=later) for later in _LATER_FIELDS]
-    return tuple(dict.fromkeys(_short_hash(text) for text in texts))
-
-
-def _short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @contextmanager

@@ -196,9 +196,10 @@ def crop_for(roi: Roi, sizes: Mapping[Size, Path], product: str) -> Crop:
     return crop
 
 
-def crop_of(bundle: Bundle, product: str, program: str = "default") -> Crop | None:
-    """What is judged of a product's pictures: of those that its threshold was set on, or that were trained on."""
-    threshold = bundle.threshold(product, program)
+def crop_of(bundle: Bundle, product: str, program: str = "default", camera: str | None = None) -> Crop | None:
+    """What is judged of a product's pictures, at a camera: of those that its threshold there was set on, or that were
+    trained on."""
+    threshold = bundle.threshold(product, program, camera)
     return bundle.manifest.crops.get(product) if threshold is None or threshold.crop is None else threshold.crop
 
 
@@ -209,10 +210,12 @@ def as_bundle(
     bar: Bar,
     only: Sequence[str] | None = None,
     program: str = "default",
+    camera: str | None = None,
 ) -> Dataset:
     """The set with what of its pictures the bundle judges, or what --roi says; it is printed.
 
-    only: the products that are used; None: all of the set.
+    only: the products that are used; None: all of the set. camera: whose pictures they are, if it has thresholds of
+    its own.
 
     Raises:
         ProductError, ConfigError, SourceError: --roi cannot be used, see :func:`rois_by_product` and :func:`measured`.
@@ -222,17 +225,17 @@ def as_bundle(
     crops = measured(dataset.samples, rois, bar)
     for text in described(crops, "as --roi says"):
         print(text)
-    own = {p: crop_of(bundle, p, program) for p in used if p in bundle.manifest.classes and p not in crops}
+    own = {p: crop_of(bundle, p, program, camera) for p in used if p in bundle.manifest.classes and p not in crops}
     known = {product: crop for product, crop in own.items() if crop is not None}
     for text in described(known, "as the bundle says"):
         print(text)
     return replace(dataset, samples=cropped(dataset.samples, {**known, **crops}))
 
 
-def as_judged(samples: Sequence[Sample], bundle: Bundle, program: str) -> tuple[Sample, ...]:
+def as_judged(samples: Sequence[Sample], bundle: Bundle, program: str, camera: str | None = None) -> tuple[Sample, ...]:
     """The samples with what of their pictures another program of the bundle judges: its thresholds may say another."""
     known = {s.product for s in samples}.intersection(bundle.manifest.classes)
-    crops = {product: crop for product in known if (crop := crop_of(bundle, product, program)) is not None}
+    crops = {product: crop for product in known if (crop := crop_of(bundle, product, program, camera)) is not None}
     return cropped(samples, crops)
 
 

@@ -123,10 +123,11 @@ class Detector:
             detector._owned = stack.pop_all()
         return detector
 
-    def use_thresholds(self, bundle: Bundle) -> None:
-        """Take the thresholds of a newly calibrated manifest of the same model, from the next frame on."""
+    def use_thresholds(self, bundle: Bundle, camera: str | None = None) -> None:
+        """Take the thresholds of a newly calibrated manifest of the same model, from the next frame on: of all cameras,
+        or those that hold at one."""
         name = self.program.name
-        self._thresholds = tuple(bundle.threshold(product, name) for product in self._classes)
+        self._thresholds = tuple(bundle.threshold(product, name, camera) for product in self._classes)
 
     def threshold(self, product: str) -> Threshold | None:
         """The threshold in use for a product.

@@ -76,8 +76,7 @@ class Seen:
         recorded = read_report(bundle).get("fingerprints")
         if recorded is None:
             return None
-        thresholds = [t for entries in bundle.manifest.thresholds.values() for t in entries.values()]
-        return cls({**recorded, "calibrated": "".join(t.images for t in thresholds)})
+        return cls({**recorded, "calibrated": "".join(t.images for *_, t in bundle.manifest.calibrated())})
 
     def sort(self, samples: Sequence[Sample]) -> list[Known]:
         """Each sample with what became of its image before; every file is read once.

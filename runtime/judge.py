@@ -221,7 +221,7 @@ class Judge:
         self._thresholds = {name: tuple(self._promise(each, name) for each in classes) for name in self._cameras}
 
     def _promise(self, product: str, camera: str) -> Threshold | None:
-        calibrated = self.detector.bundle.threshold(product, self.detector.program.name)
+        calibrated = self.detector.bundle.threshold(product, self.detector.program.name, camera)
         value = self.threshold(product, camera)
         pixel = in_model(self._settings.pixel_threshold, self.detector.bundle, self.detector.program.name)
         if pixel is None and calibrated is not None:
@@ -270,7 +270,7 @@ class Judge:
         else:
             product = self._product(frame)
             try:
-                crop = common_crop(self.detector.bundle, self.detector.program.name, product)
+                crop = common_crop(self.detector.bundle, self.detector.program.name, product, frame.camera)
             except ConfigError as error:
                 raise _Refusal("wrong_product", str(error), product=product) from error
             box, meant = box_in(crop, width, height), f"the bundle judges {crop and told(crop)}, not the picture"

@@ -3,11 +3,12 @@
 A camera without a `roi` is judged as the bundle says (crop.py). One that has a `roi` is judged by it, whatever the
 bundle says: under a camera that is mounted otherwise, or has another resolution, the same part lies elsewhere in the
 picture, and no one but the integrator knows that. So a difference is no refusal but a warning, at the start and in
-`andon check`; with thresholds that were set on what this camera sees (`andon calibrate --roi`) there is none.
+`andon check`; with thresholds that were set on what this camera sees (`andon calibrate --camera NAME --roi`) there is
+none.
 
-Such thresholds narrow what a camera without a `roi` judges, too, as scores and thresholds belong together. Training did
-not do that, so it is a warning until the configuration says the same; and where another camera of the product has a
-`roi` it may be that one's part of the picture, which `andon check` takes for an error.
+Thresholds of all cameras narrow what one without a `roi` judges, too, as scores and thresholds belong together.
+Training did not do that, so it is a warning until the configuration says the same; and where another camera of the
+product has a `roi` it may be that one's part of the picture, which `andon check` takes for an error.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from .regions import ROUNDING, clip_roi
 log = logging.getLogger("andon.line")
 
 
-def common_crop(bundle: Bundle, program: str, product: str | None) -> Crop | None:
-    """What the bundle judges of pictures of a product, None: of whichever product its classifier will see there.
+def common_crop(bundle: Bundle, program: str, product: str | None, camera: str) -> Crop | None:
+    """What the bundle judges of a camera's pictures of a product, None: of whichever its classifier will see there.
 
     Raises:
         ConfigError: the bundle judges another part of the picture for each product, and nobody says which it is.
     """
-    found = [crop_of(bundle, each, program) for each in ((product,) if product else bundle.manifest.classes)]
+    found = [crop_of(bundle, each, program, camera) for each in ((product,) if product else bundle.manifest.classes)]
     if any(crop != found[0] for crop in found):
         shown = zip(bundle.manifest.classes, found, strict=True)
         raise ConfigError(
@@ -55,7 +56,7 @@ def require_crop(name: str, camera: CameraConfig, product: str, bundle: Bundle, 
     """
     if product == AUTO and camera.roi is None and camera.source.kind != "dataset":  # which says the product
         try:
-            common_crop(bundle, program, None)
+            common_crop(bundle, program, None, name)
         except ConfigError as error:
             step = f"set cameras.{name}.roi, or its product"
             raise ConfigError(
@@ -92,26 +93,31 @@ def _remarks(
     name: str, camera: CameraConfig, config: LineConfig, bundle: Bundle, commanded: Mapping[str, str]
 ) -> Iterator[Remark]:
     products = _products(name, config, bundle, commanded)
-    crops = {p: crop for p in products if (crop := crop_of(bundle, p, config.program)) is not None}
+    crops = {p: crop for p in products if (crop := crop_of(bundle, p, config.program, name)) is not None}
     sizes: dict[str, tuple[int, int]] = {}
     with suppress(OSError, ValueError):  # of a bundle that was removed while its line runs: nothing is to be said then
         sizes = read_report(bundle).get("pictures", {})
     if camera.roi is None:
-        apart = {p: c for p, c in crops.items() if not same_pixels(c, bundle.manifest.crops.get(p))}
+        shared = {p: c for p, c in crops.items() if bundle.own_threshold(p, config.program, name) is None}
+        apart = {p: c for p, c in shared.items() if not same_pixels(c, bundle.manifest.crops.get(p))}
         others = {p: _others_with_roi(name, p, config, bundle, commanded) for p in apart}
         odd = [p for p in apart if others[p] or p in bundle.manifest.crops or _larger(sizes.get(p), apart[p].roi)]
         for text in described({p: crop for p, crop in crops.items() if p not in odd}, "as the bundle says"):
             yield Remark(logging.INFO, text)
         for each in odd:
             level = logging.ERROR if others[each] else logging.WARNING
-            yield Remark(level, str(_narrowed(name, bundle, each, crops[each], others[each])))
+            yield Remark(level, str(_narrowed(name, config, bundle, each, crops[each], others[each])))
         return
     for each in products:
         known, size = crops.get(each), sizes.get(each)
+        alone = all(
+            other == name or each not in _products(other, config, bundle, commanded) for other in config.cameras
+        )
+        of = None if alone else name
         if known is not None and clip_roi(camera.roi, *known.picture) != clip_roi(known.roi, *known.picture):
-            yield Remark(logging.WARNING, str(_differs(name, camera, bundle, each, known)))
+            yield Remark(logging.WARNING, str(_differs(name, camera, bundle, each, known, of)))
         elif known is None and size and _larger(size, camera.roi):
-            yield Remark(logging.WARNING, str(_whole(name, camera, bundle, each, size)))
+            yield Remark(logging.WARNING, str(_whole(name, camera, bundle, each, size, of)))
 
 
 def _larger(trained: tuple[int, int] | None, roi: Roi) -> bool:
@@ -132,54 +138,59 @@ def _others_with_roi(
     return [
         other
         for other, camera in config.cameras.items()
-        if other != name and camera.roi is not None and product in _products(other, config, bundle, commanded)
+        if other != name
+        and camera.roi is not None
+        and product in _products(other, config, bundle, commanded)
+        and bundle.own_threshold(product, config.program, other) is None
     ]
 
 
-def _narrowed(name: str, bundle: Bundle, product: str, crop: Crop, others: list[str]) -> AndonError:
+def _narrowed(name: str, config: LineConfig, bundle: Bundle, product: str, crop: Crop, others: list[str]) -> AndonError:
     trained = bundle.manifest.crops.get(product)
-    whole = f"{crop.picture[0]},{crop.picture[1]}"
-    again = ",".join(map(str, trained.roi)) if trained else f"0,0,{whole}"
+    again = trained.roi if trained else (0, 0, *crop.picture)
+    steps = [_calibrate(bundle, product, config.cameras[other].roi, other) for other in others]
+    steps.append(f"thresholds of all cameras on what the model was trained on: {_calibrate(bundle, product, again)}")
     about = f"cameras.{name}.roi is not set: it judges what the thresholds of {product} were set on (andon calibrate "
     about += "--roi), not what the model was trained on"
     if others:
         verb = "has" if len(others) == 1 else "have"
         about += f"; {', '.join(others)} {verb} a roi and the same thresholds, and it may be meant for there alone"
-    command = f"andon calibrate --bundle {quoted(bundle.path)} --data FOLDER --products {quoted(product)} --roi {again}"
     return ConfigError(
         about,
         found=told(crop),
         expected=told(trained) if trained else "the whole picture",
-        next_step=f"if it is meant, say so: cameras.{name}.roi: {list(crop.roi)}; if not, set thresholds on what the "
-        f"model was trained on: {command}",
+        next_step=f"if it is meant, say so: cameras.{name}.roi: {list(crop.roi)}; if not, {'; '.join(steps)}",
     )
 
 
-def _differs(name: str, camera: CameraConfig, bundle: Bundle, product: str, crop: Crop) -> AndonError:
+def _differs(name: str, camera: CameraConfig, bundle: Bundle, product: str, crop: Crop, of: str | None) -> AndonError:
     return ConfigError(
         f"cameras.{name}.roi is not what the bundle judges of {product}: its scores and thresholds may not hold",
         found=str(list(camera.roi or ())),
         expected=told(crop),
         next_step=f"remove cameras.{name}.roi, which takes the bundle's; or, where this camera sees {product} "
-        f"elsewhere, set thresholds on its pictures: {_calibrate(camera, bundle, product)}",
+        f"elsewhere, set thresholds on its pictures: {_calibrate(bundle, product, camera.roi, of)}",
     )
 
 
-def _whole(name: str, camera: CameraConfig, bundle: Bundle, product: str, size: tuple[int, int]) -> AndonError:
+def _whole(
+    name: str, camera: CameraConfig, bundle: Bundle, product: str, size: tuple[int, int], of: str | None
+) -> AndonError:
     return ConfigError(
         f"cameras.{name}.roi cuts something out, and the bundle was trained on larger pictures of {product}, whole: "
         "its scores and thresholds may not hold",
         found=str(list(camera.roi or ())),
         expected=f"pictures of {size[0]} x {size[1]}",
-        next_step=f"andon train --roi {_shown(camera)} with those pictures, then export and calibrate; where parts "
-        f"look alike in both, set the thresholds: {_calibrate(camera, bundle, product)}",
+        next_step=f"andon train --roi {_shown(camera.roi)} with those pictures, then export and calibrate; where parts "
+        f"look alike in both, set the thresholds: {_calibrate(bundle, product, camera.roi, of)}",
     )
 
 
-def _calibrate(camera: CameraConfig, bundle: Bundle, product: str) -> str:
-    given = f"--products {quoted(product)} --roi {_shown(camera)}"
+def _calibrate(bundle: Bundle, product: str, roi: Roi | None, camera: str | None = None) -> str:
+    """The command that sets thresholds on a part of the picture: of one camera, or of all."""
+    given = f"--products {quoted(product)} {'' if camera is None else f'--camera {quoted(camera)} '}--roi {_shown(roi)}"
     return f"andon calibrate --bundle {quoted(bundle.path)} --data FOLDER {given}"
 
 
-def _shown(camera: CameraConfig) -> str:
-    return ",".join(map(str, camera.roi or ()))
+def _shown(roi: Roi | None) -> str:
+    return ",".join(map(str, roi or ()))

@@ -18,7 +18,7 @@ from .bundle import Bundle
 from .errors import AndonError, BundleError, ConfigError
 from .lineconfig import JudgeConfig, LineConfig, ModelThreshold
 from .overrides import Stored, ThresholdOverride
-from .promise import by_hand, promise
+from .promise import promise
 
 log = logging.getLogger("andon.line")
 Own = float | ModelThreshold
@@ -89,9 +89,14 @@ def threshold_remarks(config: LineConfig, bundle: Bundle, commanded: Stored) -> 
     judge, program = config.judge, config.program
     for product, own in judge.thresholds.items():
         if commanded.in_force(product, bundle, program) is None:
-            entry = bundle.threshold(product, program)
-            kept = None if entry is None else f"{entry.value:.6g}, {promise(entry)}"
-            broken = "its promise does not hold, and " * bool(entry and entry.promises and entry.value != own)
+            entries = {
+                f" at {camera}" if camera else "": entry
+                for camera, of, under, entry in bundle.manifest.calibrated()
+                if (of, under) == (product, program) and (camera is None or camera in config.cameras)
+            }
+            kept = "; ".join(f"{entry.value:.6g}{at}, {promise(entry)}" for at, entry in entries.items()) or None
+            unkept = any(entry.promises and entry.value != own for entry in entries.values())
+            broken = "its promise does not hold, and " * unkept
             yield from _remarks(f"{KEY}.{product}", own, kept, broken, config, bundle)
     if judge.pixel_threshold is not None:
         entries = {p: entry for p in bundle.manifest.classes if (entry := bundle.threshold(p, program)) is not None}
@@ -108,18 +113,24 @@ def log_thresholds(config: LineConfig, bundle: Bundle, commanded: Stored) -> Non
         if each["in_force"] and each["model"] is not None:
             told = "the configuration's for this model: it promises no false-alarm rate"
             log.info("threshold of %s: %g, %s", product, each["value"], told)
-    for product, entry in by_hand(bundle, config.program).items():
-        commanded_here = commanded.in_force(product, bundle, config.program) is not None
-        if not commanded_here and not (product in own and own[product]["in_force"]):
-            log.info("threshold of %s: %g, %s", product, entry.value, promise(entry))
+    for camera, product, program, entry in bundle.manifest.calibrated():
+        if entry.promises or program != config.program or not (camera is None or camera in config.cameras):
+            continue
+        by_command = commanded.in_force(product, bundle, program, camera) is not None
+        if not by_command and in_model(config.judge.thresholds.get(product), bundle, program) is None:
+            at = "" if camera is None else f" at {camera}"
+            log.info("threshold of %s%s: %g, %s", product, at, entry.value, promise(entry))
 
 
 def whose(product: str, config: LineConfig, bundle: Bundle, camera: str) -> str:
     """Who set a product's threshold at a camera, as `andon check` shows it, commands aside; empty: calibration."""
-    own, entry = config.judge.thresholds.get(product), bundle.threshold(product, config.program)
+    own = config.judge.thresholds.get(product)
+    entry = bundle.threshold(product, config.program, camera)
     if in_model(own, bundle, config.program) is not None:
         return " (by the configuration" + (")" if entry is None else f"; without it: {entry.value:.4g})")
-    hand = " (set by hand in the bundle: it promises nothing)" if entry is not None and not entry.promises else ""
+    alone = entry is not None and entry is bundle.own_threshold(product, config.program, camera)
+    hand = " (its own)" if alone else ""
+    hand += " (set by hand in the bundle: it promises nothing)" if entry is not None and not entry.promises else ""
     if isinstance(own, ModelThreshold):
         hand += f" ({own.value:.4g} of the configuration is ignored: set for another model or program)"
     return hand

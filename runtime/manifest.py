@@ -7,6 +7,7 @@ The published JSON Schema (configs/schema/bundle.json) is generated from these m
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
@@ -15,6 +16,9 @@ SCHEMA = "andon.bundle/1"
 Dtype = Literal["uint8", "float32", "float16", "int32", "int8", "bool"]
 Variant = Literal["fp32", "fp16", "int8"]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+#: A camera's name, as a line's configuration has it.
+CAMERA = r"^[A-Za-z0-9_.-]{1,64}$"
+CameraName = Annotated[str, Field(pattern=CAMERA)]
 
 
 def _positive(roi: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
@@ -251,6 +255,11 @@ class Manifest(Model):
     thresholds: dict[str, dict[str, Threshold]] = Field(
         default={}, description="Class -> program name -> threshold; empty until `andon calibrate`"
     )
+    camera_thresholds: dict[CameraName, dict[str, dict[str, Threshold]]] = Field(
+        default={},
+        description="Camera -> class -> program name -> threshold that stands before the class's at that camera of a "
+        "line (andon calibrate --camera); left out where there is none",
+    )
     verification: dict[str, object] = Field(default={}, description="Summary of report.json")
     licenses: dict[str, str] = Field(default={}, description="Licences of weights and data")
     files: dict[str, FileEntry] = Field(description="Every other file of the bundle, by relative path")
@@ -259,7 +268,14 @@ class Manifest(Model):
 
     @model_serializer(mode="wrap")
     def _without_nothing(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without(write(self), crops=self.crops)
+        return _without(write(self), crops=self.crops, camera_thresholds=self.camera_thresholds)
+
+    def calibrated(self) -> Iterator[tuple[str | None, str, str, Threshold]]:
+        """Camera (None: of all), product, program and threshold of all that there are."""
+        for camera, products in [(None, self.thresholds), *self.camera_thresholds.items()]:
+            for product, programs in products.items():
+                for program, threshold in programs.items():
+                    yield camera, product, program, threshold
 
     def gated(self, variant: Variant, program: str) -> bool:
         """Whether export has shown that a program keeps FP32's decisions in a precision.

@@ -65,7 +65,7 @@ def export_time(older: Iterable[Path]) -> datetime:
 
 def calibration_time(manifest: Manifest) -> str:
     """The time of a calibration now, RFC 3339 in whole seconds: later than the last one whatever the clock says."""
-    before = [_time(each.set_at) for entries in manifest.thresholds.values() for each in entries.values()]
+    before = [_time(threshold.set_at) for *_, threshold in manifest.calibrated()]
     return _later(before).isoformat().replace("+00:00", "Z")
 
 
@@ -86,10 +86,14 @@ def _time(text: object) -> datetime | None:
 
 
 def _thresholds(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of all products and programs, in a manifest that nobody has checked yet."""
-    products = document.get("thresholds")
-    programs = [each for each in products.values() if isinstance(each, dict)] if isinstance(products, dict) else []
-    return [threshold for each in programs for threshold in each.values() if isinstance(threshold, dict)]
+    """Of all products, programs and cameras, in a manifest that nobody has checked yet."""
+    products = [document.get("thresholds"), *_objects(document.get("camera_thresholds"))]
+    return [threshold for each in products for programs in _objects(each) for threshold in _objects(programs)]
+
+
+def _objects(found: object) -> list[dict[str, Any]]:
+    """The objects in an object."""
+    return [each for each in found.values() if isinstance(each, dict)] if isinstance(found, dict) else []
 
 
 def _document(path: Path) -> dict[str, Any]:

@@ -171,7 +171,7 @@ class Overrides:
         for camera, product, override in self._stored.each():
             where = "" if camera is None else f" at {camera}"
             if self._fits(override):
-                entry = bundle.threshold(product, program)
+                entry = bundle.threshold(product, program, camera)
                 calibrated = "none" if entry is None else f"{entry.value:g}"
                 log.warning(
                     "threshold of %s%s is overridden by an earlier command: %g (calibrated: %s); a new calibration of "

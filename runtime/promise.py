@@ -14,7 +14,7 @@ def promise(entry: Threshold) -> str:
     return f"calibrated: at most {percent(entry.false_alarm_rate)} false alarms"
 
 
-def by_hand(bundle: Bundle, program: str) -> dict[str, Threshold]:
-    """The bundle's thresholds of a program that promise nothing, by product."""
-    found = {product: bundle.threshold(product, program) for product in bundle.manifest.classes}
+def by_hand(bundle: Bundle, program: str, camera: str | None = None) -> dict[str, Threshold]:
+    """The bundle's thresholds of a program that promise nothing, by product; at a camera, None: at all."""
+    found = {product: bundle.threshold(product, program, camera) for product in bundle.manifest.classes}
     return {product: entry for product, entry in found.items() if entry is not None and not entry.promises}

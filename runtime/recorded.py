@@ -51,8 +51,8 @@ class Origin:
         )
 
 
-def read_verdicts(path: Path) -> list[dict[str, Any]]:
-    """Verdicts of a file that `andon watch --out` wrote, first of each id only.
+def read_verdicts(path: Path, camera: str | None = None) -> list[dict[str, Any]]:
+    """Verdicts of a file that `andon watch --out` wrote, first of each id only; of one camera, if it is named.
 
     Raises:
         ConfigError: the file is missing, a line is not JSON or not a verdict, or there is none.
@@ -60,16 +60,27 @@ def read_verdicts(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ConfigError(f"no verdicts at {path}", next_step=_watch(path))
     verdicts: dict[str, dict[str, Any]] = {}
+    others: set[str] = set()
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             verdict = json.loads(line)
             kept = {field: verdict[field] for field in _FIELDS}
             kept |= {_MEMORY: verdict.get(_MEMORY), _WHY: verdict.get(_WHY), _WHERE: _regions(verdict)}
-            verdicts.setdefault(verdict["id"], kept)
+            if camera is None or camera == verdict["camera"]:
+                verdicts.setdefault(verdict["id"], kept)
+            else:
+                others.add(str(verdict["camera"]))
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{path} line {number} is not a verdict", found=line[:80], expected="one andon.verdict/1 object a line"
             ) from error
+    if not verdicts and others:
+        raise ConfigError(
+            f"{path} holds no verdict of camera {camera}",
+            found=f"verdicts of {', '.join(sorted(others))}",
+            expected=f"some of {camera}",
+            next_step="name one of these with --camera, or leave it out: all of them",
+        )
     if not verdicts:
         raise ConfigError(f"{path} holds no verdict", next_step=_watch(path))
     return list(verdicts.values())

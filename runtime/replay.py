@@ -166,14 +166,18 @@ class _Golden:
         """Of frames whose product has a threshold, and of a classifier."""
         variant, bundle = self._program.variant, self._program.bundle
         ids = self._recorded("class_ids")
-        entries = [bundle.threshold(name, self._program.name) for name in bundle.manifest.classes]
-        threshold = np.array([np.nan if entry is None else entry.value for entry in entries])[ids]
-        known = np.isfinite(threshold)
+        classes, program = bundle.manifest.classes, self._program.name
+        sets = {"verdicts": [bundle.threshold(name, program) for name in classes]}
+        for camera in bundle.manifest.camera_thresholds:
+            sets[f"verdicts at {camera}"] = [bundle.own_threshold(name, program, camera) for name in classes]
         found = []
-        if known.any():
-            scores, recorded = np.array(self._scores)[known], self._recorded("score")[known]
-            flips = float(np.mean(flipped(variant, scores, recorded, threshold[known])))
-            found.append(_upper("verdicts", "share of flips", flips, most_flips(variant, int(known.sum()))))
+        for subject, entries in sets.items():
+            threshold = np.array([np.nan if entry is None else entry.value for entry in entries])[ids]
+            known = np.isfinite(threshold)
+            if known.any():
+                scores, recorded = np.array(self._scores)[known], self._recorded("score")[known]
+                flips = float(np.mean(flipped(variant, scores, recorded, threshold[known])))
+                found.append(_upper(subject, "share of flips", flips, most_flips(variant, int(known.sum()))))
         if self._logits:
             recorded = self._recorded(bundle.manifest.outputs.logits or "").reshape(len(self._frames), -1)
             found.append(_products(self._program, np.stack(self._logits), recorded))

@@ -21,7 +21,7 @@ def threshold_in_force(
         return override
     if (own := in_model(settings.thresholds.get(product), bundle, program)) is not None:
         return own
-    entry = bundle.threshold(product, program)
+    entry = bundle.threshold(product, program, camera)
     return None if entry is None else entry.value
 
 

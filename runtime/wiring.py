@@ -108,12 +108,11 @@ def check(manifest: Manifest) -> None:
         wire(manifest, name)
     _check_memory(manifest)
     _check_crops(manifest)
-    for product, thresholds in manifest.thresholds.items():
+    for _, product, name, _ in manifest.calibrated():
         if product not in manifest.classes:
             _refuse("a threshold names an unknown product", product, ", ".join(manifest.classes))
-        for name in thresholds:
-            if name not in programs(manifest):
-                _refuse(f"a threshold of {product} names an unknown program", name, ", ".join(programs(manifest)))
+        if name not in programs(manifest):
+            _refuse(f"a threshold of {product} names an unknown program", name, ", ".join(programs(manifest)))
 
 
 def _check_memory(manifest: Manifest) -> None:
@@ -140,7 +139,7 @@ def _check_memory(manifest: Manifest) -> None:
 
 def _check_crops(manifest: Manifest) -> None:
     crops = [*manifest.crops.items()]
-    crops += [(p, t.crop) for p, each in manifest.thresholds.items() for t in each.values() if t.crop is not None]
+    crops += [(product, t.crop) for _, product, _, t in manifest.calibrated() if t.crop is not None]
     for product, crop in crops:
         if product not in manifest.classes:
             _refuse("a crop names an unknown product", product, ", ".join(manifest.classes))

@@ -25,8 +25,9 @@ def configure(parser: argparse.ArgumentParser, instead: Any) -> None:
         type=numbers.product_value,
         action="append",
         metavar="[PRODUCT=]VALUE",
-        help="no images: a threshold of your own, which promises no false-alarm rate; where products differ once for "
-        "each. Of the program default, or of those that --programs names. Calibrating again replaces it",
+        help="no images: a threshold of your own (with --camera: of that camera), which promises no false-alarm rate; "
+        "where products differ once for each. Of the program default, or of those that --programs names. Calibrating "
+        "again replaces it",
     )
     parser.add_argument(
         "--pixel",
@@ -75,17 +76,19 @@ def main(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
     pixels = by_product("--pixel", "PRODUCT=VALUE", args.pixel or (), list(values))
     when = calibration_time(bundle.manifest)
     found = {
-        product: {name: _chosen(bundle, product, name, value, pixels.get(product), when) for name in names}
+        product: {name: _chosen(bundle, product, name, value, pixels.get(product), when, args.camera) for name in names}
         for product, value in values.items()
     }
-    updated = bundle.save_thresholds(found)
+    updated = bundle.save_thresholds(found, args.camera)
+    where = "" if args.camera is None else f" at camera {args.camera}"
+    camera = "" if args.camera is None else f" --camera {quoted(args.camera)}"
     for product, entries in found.items():
         for name, entry in entries.items():
-            before = bundle.threshold(product, name)
+            before = bundle.threshold(product, name, args.camera)
             was = "none" if before is None else f"{before.value:.6g} ({promise(before)})"
             pixel = "" if entry.pixel is None else f", pixel {entry.pixel:.6g}"
-            print(f"{product}, program {name}: threshold {entry.value:.6g}{pixel}, before: {was}")
-    again = f"andon calibrate --bundle {quoted(bundle.path)} --data GOOD-IMAGES"
+            print(f"{product}{where}, program {name}: threshold {entry.value:.6g}{pixel}, before: {was}")
+    again = f"andon calibrate --bundle {quoted(bundle.path)} --data GOOD-IMAGES{camera}"
     print(f"set by hand: no false-alarm rate is promised. {again} replaces them by thresholds that promise one")
     print(f"written to {bundle.root}, now bundle {updated.id}")
     return {
@@ -96,7 +99,9 @@ def main(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def _chosen(bundle: Bundle, product: str, program: str, value: float, pixel: float | None, when: str) -> Threshold:
+def _chosen(
+    bundle: Bundle, product: str, program: str, value: float, pixel: float | None, when: str, camera: str | None
+) -> Threshold:
     """Of the calibration before it keeps what it does not replace: the pixel threshold, the images that this one comes
     from, which are no test images therefore, and what was cut out of them."""
     chosen = Threshold(
@@ -108,7 +113,7 @@ def _chosen(bundle: Bundle, product: str, program: str, value: float, pixel: flo
         source=f"set by hand, {datetime.now(timezone.utc):%Y-%m-%d}, andon calibrate --set",
         set_at=when,
     )
-    if (before := bundle.threshold(product, program)) is None:
+    if (before := bundle.threshold(product, program, camera)) is None:
         return chosen
     kept = {"pixel": before.pixel if pixel is None else pixel, "images": before.images, "crop": before.crop}
     return chosen.model_copy(update=kept)

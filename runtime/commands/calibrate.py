@@ -15,7 +15,7 @@ from ..crop import as_bundle, crop_of, read_image, same_pixels
 from ..dataset import open_dataset, split_readable
 from ..detector import Detector
 from ..engine.select import open_backend
-from ..errors import CalibrationError, quoted
+from ..errors import CalibrationError, ConfigError, quoted
 from ..fingerprint import counted, image_hash, pack
 from ..manifest import Threshold
 from ..newest import calibration_time
@@ -38,6 +38,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="the training set (its held-out good images are used), or new images of good parts; told apart by content",
     )
     byhand.configure(parser, from_where)
+    from_where.add_argument(
+        "--forget-camera",
+        type=options.camera_name,
+        metavar="NAME",
+        help="calibrate nothing: take out the thresholds that this camera has of its own",
+    )
     parser.add_argument(
         "--false-alarm-rate",
         type=float,
@@ -63,6 +69,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help=f"{groups.HELP}; all of them then count as one. Default: as training had it (andon train --group-by)",
     )
     options.add_roi(parser, "what was cut out for training, or for the thresholds that are there")
+    parser.add_argument(
+        "--camera",
+        type=options.camera_name,
+        metavar="NAME",
+        help="thresholds of this camera of a line alone (its name in the line's configuration), from its own pictures; "
+        "they stand before those of all cameras, which stay as they are. Stations of before cannot read such a bundle",
+    )
     options.add_on_corrupt(parser)
     options.add_engine(parser, program=False)
 
@@ -75,12 +88,34 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         AndonError: bundle, data set or engine cannot be used.
     """
     byhand.require_sense(args)
+    if args.forget_camera is not None:
+        return _forget(args)
     with Bundle.load(args.bundle) as bundle:
+        camera = "" if args.camera is None else f" --camera {quoted(args.camera)}"
         if args.set is not None:
-            bundle.require_folder("andon calibrate --set PRODUCT=VALUE")
+            bundle.require_folder(f"andon calibrate --set PRODUCT=VALUE{camera}")
             return byhand.main(args, bundle)
-        bundle.require_folder(f"andon calibrate --data {quoted(args.data)}")  # refuse before the work, not after it
+        bundle.require_folder(f"andon calibrate --data {quoted(args.data)}{camera}")  # before the work, not after it
         return _calibrate(args, bundle)
+
+
+def _forget(args: argparse.Namespace) -> dict[str, Any]:
+    """Take a camera's own thresholds out of the bundle.
+
+    Raises:
+        ConfigError: a camera to calibrate is named, too, or this one has none.
+    """
+    if args.camera is not None:
+        raise ConfigError(
+            "--forget-camera calibrates nothing",
+            found="--camera",
+            expected="--bundle and --forget-camera alone",
+            next_step="do the one and then the other",
+        )
+    with Bundle.load(args.bundle) as bundle:
+        updated = bundle.forget_camera(args.forget_camera)
+        print(f"thresholds of all cameras hold at {args.forget_camera} again: {bundle.root}, now bundle {updated.id}")
+        return {"ok": True, "bundle": updated.id, "forgotten": args.forget_camera}
 
 
 def _calibrate(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
@@ -89,7 +124,7 @@ def _calibrate(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
         products = options.chosen_products(bundle, args.products)
         names = options.chosen_programs(bundle, args.programs)
         options.say_remarks(dataset)
-        dataset = as_bundle(dataset, bundle, args.roi, options.progress, products, names[0])
+        dataset = as_bundle(dataset, bundle, args.roi, options.progress, products, names[0], args.camera)
         unseen = unseen_good(bundle, dataset, products, args.group_by)
         samples, skipped = split_readable(unseen.samples, args.on_corrupt)
         origin = unseen.origin
@@ -114,20 +149,17 @@ def _calibrate(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
                 with options.open_detector(bundle, backend, args, program=name) as detector:
                     for product in products:
                         found[product][name] = _threshold(detector, product, unseen, args, source, bar)
-        updated = bundle.save_thresholds(found)
+        updated = bundle.save_thresholds(found, args.camera)
         _print(found)
         if args.confidence is None:
             _say_stricter(products, unseen, args.false_alarm_rate)
         print(f"written to {bundle.root}, now bundle {updated.id}")
-        if narrowed := [p for p in products if _narrowed(updated, p, names)]:
-            print(
-                f"a line judges this part of the pictures of {', '.join(narrowed)} from now on at every camera without "
-                "a roi of its own, and all cameras are held to these thresholds"
-            )
+        _print_cameras(updated, products, names, args.camera)
         thresholds = {p: {n: t.model_dump(exclude={"images"}) for n, t in e.items()} for p, e in found.items()}
         return {
             "ok": True,
             "bundle": updated.id,
+            "camera": args.camera,
             "origin": origin,
             "images": len(samples),
             "parts": parts,
@@ -193,10 +225,29 @@ def _threshold(
     )
 
 
-def _narrowed(bundle: Bundle, product: str, programs: Sequence[str]) -> bool:
+def _print_cameras(bundle: Bundle, products: Sequence[str], programs: Sequence[str], camera: str | None) -> None:
+    """Say at which cameras of a line the thresholds hold, and which part of the picture that makes them judge."""
+    if camera is not None:
+        print(f"they hold at camera {camera} alone, in place of those of all cameras")
+    where = "at every camera without a roi of its own" if camera is None else f"at {camera}, unless it has a roi"
+    if narrowed := [p for p in products if _narrowed(bundle, p, programs, camera)]:
+        print(
+            f"from now on a line judges this part of the pictures of {', '.join(narrowed)} {where}, and not what the "
+            "model was trained on" + ("; for one camera alone calibrate with --camera NAME" if camera is None else "")
+        )
+    apart = [
+        c
+        for c in bundle.manifest.camera_thresholds
+        if any(bundle.own_threshold(p, n, c) for p in products for n in programs)
+    ]
+    if camera is None and apart:
+        print(f"thresholds of their own, which stay as they are: {', '.join(apart)} (--camera)")
+
+
+def _narrowed(bundle: Bundle, product: str, programs: Sequence[str], camera: str | None) -> bool:
     """Whether the thresholds are of another part of the picture than the model was trained on."""
     trained = bundle.manifest.crops.get(product)
-    return any(not same_pixels(crop_of(bundle, product, program), trained) for program in programs)
+    return any(not same_pixels(crop_of(bundle, product, program, camera), trained) for program in programs)
 
 
 def _parts(unseen: Unseen, product: str) -> list[str]:

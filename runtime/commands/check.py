@@ -232,12 +232,13 @@ def _products(config: Any, commanded: Stored, bundle: Any) -> str:
 def _thresholds(config: Any, commanded: Stored, bundle: Any, runs: bool) -> str:
     """The thresholds in force and who set them, those that rest, as they are of another model or program, and, where
     it `runs` at all, a warning of those that were calibrated with engines that may decide otherwise."""
+    from ..calibrated import unknown_cameras
     from ..linethresholds import threshold_remarks
     from ..thresholds import calibration_step
 
     products = {name: commanded.products.get(name, camera.product) for name, camera in config.cameras.items()}
     wanted = bundle.manifest.classes if "auto" in products.values() else sorted({*products.values()})
-    said, in_force = [], {}
+    said, in_force, missing = [], {}, []
     for product in wanted:
         cameras = [name for name, expected in products.items() if expected in (product, "auto")]
         found = {name: _threshold(product, name, config, commanded, bundle) for name in cameras}
@@ -245,9 +246,11 @@ def _thresholds(config: Any, commanded: Stored, bundle: Any, runs: bool) -> str:
         for value, remark in dict.fromkeys(found.values()):
             of = [name for name, each in found.items() if each == (value, remark)]
             where = "" if len(of) == len(cameras) else f" at {', '.join(of)}"
-            said.append(f"{product} {'none' if value is None else f'{value:.4g}'}{where}{remark}")
+            if value is None:
+                missing.append(product + where)
+            else:
+                said.append(f"{product} {value:.4g}{where}{remark}")
     own = [error for _, error in threshold_remarks(config, bundle, commanded)]
-    missing = [product for product, values in in_force.items() if None in values]
     if missing:
         raise BundleError(
             f"no threshold for {', '.join(missing)} under program {config.program}: every verdict would be UNKNOWN",
@@ -261,6 +264,7 @@ def _thresholds(config: Any, commanded: Stored, bundle: Any, runs: bool) -> str:
             where = "" if camera is None else f" at {camera}"
             said.append(f"{product} ({override.value:.4g} by command{where} {why})")
     other = _other_engines(config, bundle, in_force) if runs else []
+    other += unknown_cameras(bundle, config.cameras)
     return "\n".join([", ".join(said), *(f"warning: {text}" for text in (*own, *other))])
 
 
@@ -285,7 +289,7 @@ def _other_engines(config: Any, bundle: Any, in_force: dict[str, set[float | Non
     from ..startup import require_engine
 
     backend, variant = require_engine(config, bundle)
-    return other_engines(bundle, [config.program], variant, backend, in_force)
+    return other_engines(bundle, [config.program], variant, backend, in_force, config.cameras)
 
 
 def _crops(config: Any, commanded: Stored, bundle: Any) -> list[Finding]:

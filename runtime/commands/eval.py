@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from ..bundle import Bundle
+from ..bundle import Bundle, require_own_thresholds
 from ..bydefect import defect_metrics
 from ..byparts import part_metrics
 from ..calibrated import other_engines
@@ -80,6 +80,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help=f"{HELP}; figures are then by part, too, and a part counts once beside the promise. Default: as training "
         "had it (andon train --group-by)",
     )
+    parser.add_argument(
+        "--camera",
+        type=options.camera_name,
+        metavar="NAME",
+        help="judge by the thresholds that `andon calibrate --camera NAME` set; of recorded verdicts take those of "
+        "that camera",
+    )
     options.add_roi(parser, "what was cut out for the thresholds, or for training")
     options.add_on_corrupt(parser)
     parser.add_argument(
@@ -140,18 +147,21 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if args.unlabelled:
         return unlabelled.main(args)
     with Bundle.load(args.bundle) as bundle, open_backend(args.backend, threads=args.threads) as backend:
+        if args.camera is not None and args.verdicts is None:
+            require_own_thresholds(bundle.manifest, args.camera)
         torch = None if args.checkpoint is None else torch_figures(args.checkpoint, bundle)  # refused before the work
         tested = _tested(args, bundle)
         tried = values_by_product(args.threshold or (), sorted({s.product for s in tested.samples}))
-        recorded, whose, lines = _recorded(args.verdicts, tested.samples, bundle, tried)
+        recorded, whose, lines = _recorded(args, tested.samples, bundle, tried)
         names = [args.program] + [n for n in options.program_names(bundle) if args.samplers and n != args.program]
         results: dict[str, Any] = {}
         for name in names:
             with options.open_detector(bundle, backend, args, program=name) as detector:
+                detector.use_thresholds(bundle, args.camera)
                 before = use_thresholds(detector, tried)
                 if recorded is None:
                     samples = tested.samples if args.roi or name == args.program else None
-                    evaluated = _run(detector, samples or as_judged(tested.samples, bundle, name), args)
+                    evaluated = _run(detector, samples or as_judged(tested.samples, bundle, name, args.camera), args)
                 else:
                     evaluated, before = recorded, lines
                 results[name] = _evaluated(args, detector, tested, evaluated, whose, before, torch)
@@ -171,12 +181,12 @@ def _tested(args: argparse.Namespace, bundle: Bundle) -> _Tested:
     """The images that are asked for; what is left out of them is said."""
     dataset = open_dataset(args.data)
     options.say_remarks(dataset)
-    dataset = as_bundle(dataset, bundle, args.roi, options.progress, args.products, args.program)
+    dataset = as_bundle(dataset, bundle, args.roi, options.progress, args.products, args.program, args.camera)
     chosen = choose(dataset, args.split, args.products, args.limit)
     samples, skipped = split_readable(chosen, args.on_corrupt)
     options.say_skipped(skipped)
     samples, seen = unseen_tests(bundle, samples, dataset.spec)
-    remark = evaltext.left_out(seen)
+    remark = ". ".join(filter(None, [evaltext.at_camera(args.camera), evaltext.left_out(seen)]))
     parts, about_parts = tested_parts(samples, args.group_by, str(read_report(bundle).get("group_by", "")))
     if about_parts:
         print(f"warning: {about_parts}")
@@ -199,7 +209,7 @@ def _evaluated(
     judged = evaluated.judged
     evaltext.figures(detector, evaluated, whose, auto=args.product == "auto")
     if whose is None:  # verdicts do not say what engines gave them
-        _warn_of_engines(detector)
+        _warn_of_engines(detector, args.camera)
     by_defect = defect_metrics(judged)
     evaltext.by_defects(by_defect)
     by_part = part_metrics(judged, tested.parts) if tested.parts is not None and tested.grouped else {}
@@ -207,8 +217,8 @@ def _evaluated(
     promises = held(detector, judged, tested.parts)
     unlike, over = unlike_calibration(promises), over_promise(promises)
     apart = not_compared(detector, judged, tested.parts)
-    evaltext.promised(detector, promises, unlike, apart)
-    chosen = by_hand(detector.bundle, detector.program_name)
+    evaltext.promised(detector, promises, unlike, apart, args.camera)
+    chosen = by_hand(detector.bundle, detector.program_name, args.camera)
     unpromised = {
         p: f"its threshold was {promise(chosen[p])}" for p in evaluated.products if p in chosen.keys() - before
     }
@@ -323,13 +333,14 @@ def _require_sense(args: argparse.Namespace) -> None:
 
 
 def _recorded(
-    file: Path | None, samples: Sequence[Sample], bundle: Bundle, tried: Mapping[str, float]
+    args: argparse.Namespace, samples: Sequence[Sample], bundle: Bundle, tried: Mapping[str, float]
 ) -> tuple[Evaluated | None, Origin | None, dict[str, float | None]]:
     """The recorded verdicts of the samples, whose they are, and the line's thresholds of the products for which others
     are tried; nothing where no verdicts are given."""
+    file = args.verdicts
     if file is None:
         return None, None, {}
-    verdicts = read_verdicts(file)
+    verdicts = read_verdicts(file, args.camera)
     whose = origin(verdicts, samples, file, bundle)
     lines = thresholds_of(verdicts, samples)
     return from_verdicts(decided_by(verdicts, tried), samples), whose, {p: lines.get(p) for p in tried}
@@ -348,6 +359,7 @@ def _about(
         "split": args.split,
         "product_mode": args.product,
         "program": args.program if whose is None else None,
+        "camera": args.camera,
         "verdicts": None if whose is None else {"file": str(whose.file), "bundles": list(whose.bundles)},
     }
 
@@ -357,11 +369,12 @@ def _run(detector: Detector, samples: Sequence[Sample], args: argparse.Namespace
         return evaluate(detector, samples, auto=args.product == "auto", step=bar.update)
 
 
-def _warn_of_engines(detector: Detector) -> None:
+def _warn_of_engines(detector: Detector, camera: str | None) -> None:
     """Warn of thresholds that were calibrated with engines whose decisions these have not been shown to keep."""
     bundle, program = detector.bundle, detector.program
     in_force = {p: [t.value if (t := detector.threshold(p)) else None] for p in bundle.manifest.classes}
-    for other in other_engines(bundle, [program.name], program.variant, detector.backend.name, in_force):
+    at = [] if camera is None else [camera]
+    for other in other_engines(bundle, [program.name], program.variant, detector.backend.name, in_force, at):
         print(f"warning: {other}")
 
 

@@ -92,10 +92,24 @@ def next_threshold(points: Mapping[str, Sequence[Point]], detector: Detector, ar
         these = f"--bundle {quoted(args.bundle)} --data {quoted(args.data)}"
         these += "" if args.program == "default" else f" --program {quoted(args.program)}"
         these += "" if args.verdicts is None else f" --verdicts {quoted(args.verdicts)}"
+        these += _at(args.camera)
         print(
             f"next, to miss fewer: andon eval {these} {tried}; to keep it: andon calibrate --bundle "
-            f"{quoted(args.bundle)} {kept} (by hand: it promises nothing)"
+            f"{quoted(args.bundle)} {kept}{_at(args.camera)} (by hand: it promises nothing)"
         )
+
+
+def at_camera(camera: str | None) -> str:
+    """Say at which camera of a line it would be judged so; what was said."""
+    if camera is None:
+        return ""
+    text = f"judged as at camera {camera}"
+    print(text)
+    return text
+
+
+def _at(camera: str | None) -> str:
+    return "" if camera is None else f" --camera {quoted(camera)}"
 
 
 def left_out(seen: Mapping[str, int] | None) -> str:
@@ -108,7 +122,11 @@ def left_out(seen: Mapping[str, int] | None) -> str:
 
 
 def promised(
-    detector: Detector, promises: Mapping[str, Held], unlike: Mapping[str, str], apart: Mapping[str, str]
+    detector: Detector,
+    promises: Mapping[str, Held],
+    unlike: Mapping[str, str],
+    apart: Mapping[str, str],
+    camera: str | None,
 ) -> None:
     """Of every product the rate beside the promise, kept or not, and what of it could not be compared."""
     for product, found in promises.items():
@@ -117,8 +135,8 @@ def promised(
     if unlike:
         print(
             "next, if the line looks like this: train again with such images among the good ones, or move the "
-            f"thresholds alone: andon calibrate --bundle {quoted(detector.bundle.path)} --data FOLDER (good "
-            "images of every product)"
+            f"thresholds alone: andon calibrate --bundle {quoted(detector.bundle.path)} --data FOLDER"
+            f"{_at(camera)} (good images of every product)"
         )
 
 

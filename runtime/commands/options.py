@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..dataset import Dataset, Sample
 from ..detector import Detector
 from ..engine.select import BACKENDS
 from ..errors import ConfigError
-from ..manifest import Variant
+from ..manifest import CAMERA, Variant
 from ..remarks import remarks
 from ..wiring import programs
 from . import numbers
@@ -56,6 +57,16 @@ def add_roi(parser: argparse.ArgumentParser, default: str) -> None:
         help="what to cut out of the images, in pixels, as the line's roi does; where products differ once for each. "
         f"Default: {default}",
     )
+
+
+def camera_name(text: str) -> str:
+    """The name of a line's camera, for --camera."""
+    if not re.fullmatch(CAMERA, text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no name of a camera: 1 to 64 of the characters A-Z, a-z, 0-9, '_', '.' and '-', as in the "
+            "line's configuration"
+        )
+    return text
 
 
 def require_writable(path: Path, option: str) -> None:

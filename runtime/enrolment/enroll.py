@@ -170,6 +170,7 @@ def _write(
             "crops": {} if crop is None else {product: crop},
             "state": entries,
             "thresholds": {},
+            "camera_thresholds": {},
             "verification": {"enrolled_from": source.id, **{k: v for k, v in manifest.verification.items()}},
             "licenses": {k: v for k, v in manifest.licenses.items() if not k.startswith("images")},
             "files": _hashes(root),

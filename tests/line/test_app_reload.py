@@ -159,6 +159,23 @@ def test_rebuild_takes_over_a_new_calibration(
     assert len({verdict["bundle"] for verdict in consumer.of("verdict")}) == 2
 
 
+def test_rebuild_takes_over_what_was_calibrated_for_one_camera(
+    start_line: Callable[..., RunningLine], consumer: Any, bundle: Path
+) -> None:
+    line = start_line({name: {"source": LIVE, "product": "mono"} for name in ("cam0", "cam1")})
+    consumer.wait_for("verdict", 2)
+    with Bundle.load(bundle) as loaded:
+        lower = loaded.manifest.thresholds["mono"]["default"].model_copy(update={"value": -1.0})
+        loaded.save_thresholds({"mono": {"default": lower}}, "cam1")
+    assert line.command("cam0", "rebuild")["ok"]
+    consumer.until(lambda: [v["label"] for v in consumer.of("verdict", "cam1")][-1:] == ["NG"])
+    seen = len(consumer.of("verdict", "cam0"))
+    consumer.until(lambda: len(consumer.of("verdict", "cam0")) > seen)
+    assert {v["threshold"] for v in consumer.of("verdict", "cam0")} == {0.5}
+    assert consumer.of("status", "cam1")[-1]["thresholds"]["mono"] == -1.0
+    assert consumer.of("status", "cam0")[-1]["thresholds"]["mono"] == 0.5
+
+
 def test_rebuild_takes_over_the_newest_export(
     start_line: Callable[..., RunningLine], consumer: Any, make_bundle: Any, dim: str, tmp_path: Path
 ) -> None:

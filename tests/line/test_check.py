@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import tarfile
 from collections.abc import Callable
@@ -309,7 +310,30 @@ def test_thresholds_by_command_at_one_camera_are_shown_as_such(
     _, found = check(make_line(cameras, **sections))
     assert found["thresholds"]["found"].startswith("mono 0.6 (by command; without it: 0.5), poly (")
     _, found = check(make_line(cameras, **sections, program="fast", judge={"thresholds": {"mono": 0.5}}))
-    assert "mono 0.5 (0.6 by command is ignored" in found["thresholds"]["found"]
+    assert "mono 0.5 (by the configuration) (0.6 by command is ignored" in found["thresholds"]["found"]
+
+
+def test_thresholds_that_were_calibrated_for_a_camera_are_shown_and_those_of_another_lines_said(
+    check: Any, make_line: Any, bundle: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path, make_images: Any
+) -> None:
+    with Bundle.load(bundle) as loaded:
+        entry = loaded.manifest.thresholds["mono"]["default"].model_copy(update={"value": 0.3})
+        loaded.save_thresholds({"mono": {"default": entry}}, "cam1")
+    sections = {"bundle": str(bundle), "broker": None}
+    _, found = check(make_line(dict.fromkeys(("cam0", "cam1"), PATTERN), **sections))
+    assert found["thresholds"]["found"] == "mono 0.5 at cam0, mono 0.3 at cam1 (its own)"
+    alone = tmp_path / "alone"
+    shutil.copytree(bundle, alone)
+    rewrite(alone, lambda m: m.update(thresholds={}))
+    code, found = check(make_line(dict.fromkeys(("cam0", "cam1"), PATTERN), bundle=str(alone), broker=None))
+    assert code == 1 and found["thresholds"]["found"].startswith("no threshold for mono at cam0 under program default")
+    parts = make_images(tmp_path / "parts", [1])
+    line = make_line({"lane": {"source": {"kind": "folder", "path": str(parts)}, "product": "mono"}}, **sections)
+    code, found = check(line)
+    told = "the bundle has thresholds for cameras that this line does not have, and they are not used"
+    assert code == 0 and f"warning: {told}" in found["thresholds"]["found"] and "cam1" in found["thresholds"]["found"]
+    LineApp(Options(config=line, backend="onnxruntime", threads=1, until_end=True)).run()
+    assert told in caplog.text
 
 
 def test_thresholds_of_engines_that_may_decide_otherwise_are_said_by_check_and_at_the_start(

@@ -138,7 +138,9 @@ def test_check_says_what_is_cut_out_and_warns_of_what_does_not_agree(
     warning = row["found"].partition("warning: ")[2]
     assert warning.startswith("cameras.other.roi is not what the bundle judges of mono")
     assert "[0, 32, 16, 16]" in warning and "[32, 0, 32, 32] of pictures of 64 x 64" in warning
-    assert f"andon calibrate --bundle {root} --data FOLDER --products mono --roi 0,32,16,16" in warning
+    assert f"andon calibrate --bundle {root} --data FOLDER --products mono --camera other --roi 0,32,16,16" in warning
+    row = check(make_line({"other": named["other"]}, bundle=str(root)))["region of interest"]
+    assert f"andon calibrate --bundle {root} --data FOLDER --products mono --roi 0,32,16,16" in row["found"], "alone"
 
 
 def test_a_line_that_cuts_out_and_a_model_of_whole_pictures(
@@ -225,9 +227,40 @@ def test_thresholds_of_another_cameras_part_of_the_picture_are_an_error(
     row = _row(make_line(cameras, bundle=root), capsys)
     assert not row["ok"] and row["found"].startswith("error: cameras.a.roi is not set")
     assert "b has a roi and the same thresholds" in row["found"]
+    assert "--products mono --camera b --roi 0,32,16,16; thresholds of all cameras" in row["found"]
     with caplog.at_level(logging.INFO):
         start_line(cameras, bundle=root)
     told = [r for r in caplog.records if "b has a roi and the same thresholds" in r.getMessage()]
     assert [r.levelname for r in told] == ["WARNING"] and told[0].getMessage().startswith("camera a: cameras.a.roi")
     for own in ({"roi": [0, 0, 64, 64]}, {"roi": [0, 32, 16, 16]}, {"product": "poly"}):
         assert _row(make_line({**cameras, "a": {**MONO, **own}}, bundle=root), capsys)["ok"]
+
+
+def test_a_part_of_the_picture_that_one_cameras_thresholds_were_set_on_is_that_cameras(
+    make_bundle: Callable[..., Path],
+    make_line: Any,
+    make_judge: Callable[..., Judge],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With or without a `roi` in the configuration; the others are judged as before."""
+    root = make_bundle(tmp_path / "whole", report={"pictures": {"mono": [64, 64]}})
+    own = {"mono": {"default": {**THRESHOLD, "value": 0.2, "pixel": 0.3, "crop": ELSEWHERE}}}
+    rewrite(root, lambda m: m.update(camera_thresholds={"b": own}))
+    judge = make_judge(root, cameras=("a", "b"))
+    found = [judge.judge(frame(picture(80), camera=name)) for name in ("a", "b")]
+    assert [(j.box, j.verdict.label, j.verdict.threshold) for j in found] == [
+        ((0, 0, 64, 64), "OK", 0.5),
+        ((0, 32, 16, 16), "NG", 0.2),
+    ]
+    assert [j.scored and j.scored.pixel_threshold for j in found] == [0.5, 0.3]
+    assert judge.judge(frame(picture(80), camera="b", product="poly")).box == (0, 0, 64, 64)
+    for roi in (None, [0, 32, 16, 16]):
+        row = _row(make_line({"a": MONO, "b": {**MONO, "roi": roi}}, bundle=str(root)), capsys)
+        assert row["ok"] and "warning" not in row["found"]
+    assert "b: mono: [0, 32, 16, 16] is cut out" not in row["found"]
+    row = _row(make_line({"a": MONO, "b": {**MONO, "roi": [0, 0, 16, 16]}}, bundle=str(root)), capsys)
+    assert "warning: cameras.b.roi is not what the bundle judges of mono" in row["found"]
+    rewrite(root, lambda m: m["thresholds"]["mono"]["default"].update(crop=RECORD))
+    row = _row(make_line({"a": MONO, "b": {**MONO, "roi": [0, 32, 16, 16]}}, bundle=str(root)), capsys)
+    assert row["ok"] and "warning: cameras.a.roi is not set" in row["found"], "b's roi has thresholds of its own"

@@ -187,6 +187,10 @@ def test_of_one_export_what_was_calibrated_last_counts_whatever_was_copied_last(
         os.utime(folder, (touched, touched))
         bundles.append(folder)
     assert [path.name for path in newest_first(bundles)] == ["new", "old", "by hand", "none"]
+    document = json.loads((tmp_path / "old" / MANIFEST).read_text())
+    lane = {"camera_thresholds": {"lane2": {"mono": {"default": {"set_at": "2026-01-02T00:00:02Z"}}}}}
+    (tmp_path / "old" / MANIFEST).write_text(json.dumps({**document, **lane}))
+    assert newest(bundles).name == "old", "one camera's calibration is one, too"
     later = exported(tmp_path / "later", "2026-01-01T00:00:01Z", touched=0)
     assert newest([*bundles, later]) == later, "another export, calibrated or not"
 
@@ -196,7 +200,8 @@ def test_of_one_export_what_was_calibrated_last_counts_whatever_was_copied_last(
 )
 def test_thresholds_that_are_none_are_in_nobodys_way(thresholds: object, tmp_path: Path) -> None:
     odd = exported(tmp_path / "a", "2026-01-02T00:00:00Z", touched=0)
-    (odd / MANIFEST).write_text(json.dumps({"created": "2026-01-02T00:00:00Z", "thresholds": thresholds}))
+    document = {"thresholds": thresholds, "camera_thresholds": thresholds}
+    (odd / MANIFEST).write_text(json.dumps({"created": "2026-01-02T00:00:00Z", **document}))
     assert newest([exported(tmp_path / "b", "2026-01-01T00:00:00Z", touched=3e9), odd]) == odd
 
 
@@ -215,6 +220,9 @@ def test_a_calibration_is_later_than_the_one_before_whatever_the_clock_says(bund
         loaded.save_thresholds({"mono": {"default": entry}})
     with Bundle.load(bundle) as loaded:
         assert calibration_time(loaded.manifest) == "2100-01-01T00:00:01Z"
+        later = entry.model_copy(update={"set_at": "2200-01-01T00:00:00Z"})
+        updated = loaded.save_thresholds({"mono": {"default": later}}, "lane2")
+        assert calibration_time(updated.manifest) == "2200-01-01T00:00:01Z"
 
 
 def test_a_damaged_compressed_archive_does_not_hide_the_others(tmp_path: Path) -> None:

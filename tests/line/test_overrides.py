@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from andon.runtime.bundle import Bundle
-from andon.runtime.errors import ConfigError, ProductError
+from andon.runtime.errors import BundleError, ConfigError, ProductError
 from andon.runtime.judge import Judge
 from andon.runtime.overrides import Overrides
 from hypothesis import HealthCheck, given, settings
@@ -274,6 +274,22 @@ def test_a_resting_threshold_of_one_camera_hides_none_that_is_in_force(
     assert [other.threshold("mono", lane) for lane in LANES] == [0.004, 0.005, 0.005]
     back = make_judge(cameras=LANES)
     assert [back.threshold("mono", lane) for lane in LANES] == [0.6, 0.6, 0.6]
+
+
+def test_a_bundle_that_has_thresholds_for_some_cameras_alone_is_refused_where_others_are_judged(
+    make_judge: Callable[..., Judge], make_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    entry = {"mono": {"default": {"value": 0.3, "false_alarm_rate": 0.05, "samples": 20}}}
+    judge = make_judge(cameras=LANES, product="mono")
+    for lanes in (LANES, LANES[:2]):
+        own = dict.fromkeys(lanes, entry)
+        root = make_bundle(tmp_path / f"of {len(lanes)}", thresholds=None, camera_thresholds=own)
+        with Bundle.load(root) as bundle:
+            if lanes == LANES:
+                judge.require_thresholds(bundle)
+                continue
+            with pytest.raises(BundleError, match="has no threshold for mono, which the line judges now"):
+                judge.require_thresholds(bundle)
 
 
 COMMAND = st.tuples(st.sampled_from(("mono", "poly")), st.none() | st.floats(0, 1), st.none() | st.sampled_from(LANES))

@@ -53,7 +53,7 @@ def kept(manifest: Manifest) -> Bundle:
 def test_a_models_name_stays_for_every_version_of_andon() -> None:
     """What a line has learnt is bound to it.
 
-    Where this fails, a field came into the manifest: see _LATER_FIELDS of bundle.py, and leave the numbers alone.
+    Where this fails, a field came into the manifest: see _LATER_FIELDS of modelid.py, and leave the numbers alone.
     """
     bundle = kept(Manifest.model_validate(KEPT))
     assert (bundle.model_id, *bundle.former_ids) == ("071f0f5e268d", *FORMER_IDS)

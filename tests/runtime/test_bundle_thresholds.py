@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from andon.runtime.bundle import MANIFEST, Bundle
-from andon.runtime.errors import BundleError
+from andon.runtime.errors import BundleError, ConfigError
 
 from .bundles import OPEN, THRESHOLD, MakeBundle, rewrite
 
@@ -28,6 +28,38 @@ def test_thresholds_are_written_back_and_merged(make_bundle: MakeBundle) -> None
         before.save_thresholds({"c": {"default": THRESHOLD}})
     with pytest.raises(BundleError, match="unknown program"):
         before.save_thresholds({"a": {"fast": THRESHOLD}})
+
+
+def test_thresholds_of_one_camera_stand_beside_those_of_all(make_bundle: MakeBundle) -> None:
+    root = make_bundle(alternatives={"fast": [{"run": "encode"}, {"run": "score"}]})
+    before = Bundle.load(root).save_thresholds({"a": {"default": THRESHOLD}})
+    plain = (root / MANIFEST).read_bytes()
+    assert b"camera" not in plain, "stations of before refuse a manifest that has the field"
+    own = THRESHOLD.model_copy(update={"value": 2.0})
+    before.save_thresholds({"a": {"default": own}}, "lane2")
+    after = before.save_thresholds({"b": {"fast": own}}, "lane2")
+    found = Bundle.load(root)
+    assert found.id == after.id != before.id
+    assert (found.model_id, *found.former_ids) == (before.model_id, *before.former_ids), "the same model"
+    assert [found.threshold("a", "default", camera) for camera in (None, "lane1", "lane2")] == [
+        THRESHOLD,
+        THRESHOLD,
+        own,
+    ]
+    assert found.threshold("b", "fast", "lane2") == own and found.threshold("b", "fast") is None
+    assert found.threshold("a", "fast", "lane2") is None
+    for product, program in (("c", "default"), ("a", "slow")):
+        with pytest.raises(BundleError, match="names an unknown p"):
+            before.save_thresholds({product: {program: own}}, "lane2")
+    with pytest.raises(ConfigError, match="no thresholds of camera lane1") as refused:
+        before.forget_camera("lane1")
+    assert refused.value.expected == "lane2"
+    before.forget_camera("lane2")
+    assert (root / MANIFEST).read_bytes() == plain
+    for change in ({"no/level": {}}, {"lane2": {"c": {"default": {}}}}):
+        rewrite(root, lambda m, c=change: m.update(camera_thresholds=c))
+        with pytest.raises(BundleError, match="is not a valid manifest"):
+            Bundle.load(root)
 
 
 def test_a_crash_while_thresholds_are_written_leaves_a_bundle_that_loads(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from andon.runtime.bundle import Bundle
-from andon.runtime.calibrated import other_engines
+from andon.runtime.calibrated import other_engines, unknown_cameras
 from andon.runtime.manifest import Variant
 
 from .bundles import rewrite
@@ -94,6 +94,23 @@ def test_what_no_gate_has_shown_is_said_and_nothing_else(
         (error,) = other_engines(bundle, [program], *runs_in, in_force={"a": {0.7, 0.5}, "b": {0.7}})
         assert error.what.startswith("thresholds of a (program"), "b's was set by hand, which promised nothing"
         assert not other_engines(bundle, [program], *runs_in, in_force={})
+
+
+def test_thresholds_of_one_camera_are_held_against_its_line_alone(make_bundle: MakeBundle) -> None:
+    root = calibrated(make_bundle, "fp32")
+    entry = {"value": 0.7, "false_alarm_rate": 0.05, "samples": 19, "variant": "fp32", "backend": ORT}
+    rewrite(root, lambda m: m.update(thresholds={}, camera_thresholds={"lane2": {"a": {"long": entry}}}))
+    with Bundle.load(root) as bundle:
+        for cameras in (None, ["lane1", "lane2"]):
+            (error,) = other_engines(bundle, ["long"], "fp16", ORT, cameras=cameras)
+            assert error.what.startswith("thresholds of a at lane2 (program long) were calibrated")
+            assert "--programs long --camera lane2" in str(error.next_step)
+        assert not other_engines(bundle, ["long"], "fp16", ORT, cameras=["lane1"])
+        assert not other_engines(bundle, ["long"], "fp16", ORT, {"a": {0.5}}, ["lane2"]), "by command"
+        assert not unknown_cameras(bundle, ["lane1", "lane2"])
+        (error,) = unknown_cameras(bundle, ["lane1", "lane3"])
+        assert (error.found, error.expected) == ("lane2", "lane1, lane3")
+        assert f"andon calibrate --bundle {root} --forget-camera lane2" in str(error.next_step)
 
 
 def test_nothing_is_said_of_a_program_without_thresholds(make_bundle: MakeBundle) -> None:

@@ -193,7 +193,9 @@ def test_thresholds_of_a_camera_that_sees_the_part_elsewhere(
     assert code == 1 and "neither a whole picture" in result["error"]
     code, _, text = run(capsys, *calibrate, "--roi", ROI)
     assert code == 0 and "a, b: [9, 5, 8, 8] is cut out of pictures of 20 x 16, as --roi says" in text
-    assert "pictures of a, b from now on at every camera without a roi of its own" in text
+    assert (
+        "from now on a line judges this part of the pictures of a, b at every camera without a roi of its own" in text
+    )
     for product in "ab":
         threshold = Bundle.load(root).threshold(product)
         assert threshold is not None and threshold.crop == CROP

@@ -441,3 +441,18 @@ def test_what_is_cut_out_of_the_support(engines, tmp_path, capsys):
         cv2.imwrite(str(small / path.name), cv2.resize(cv2.imread(str(path)), (70, 64)))
     manifest, *_, text = enrolled("elsewhere", small, source)
     assert manifest.crops == {} and "cut out" not in text, "pictures of another camera are its own affair"
+
+
+def test_a_cameras_thresholds_of_another_product_do_not_travel(engines, tmp_path, capsys):
+    from andon.cli import main
+
+    made, folder = engines
+    source = tmp_path / "source"
+    shutil.copytree(made["knn"], source)
+    with Bundle.load(source) as bundle:
+        bundle.save_thresholds({"disc": {"default": bundle.threshold("disc")}}, "lane2")
+    arguments = ["--method", "knn", "--support", str(folder), "--shots", "2", "--name", "other"]
+    arguments += ["--out", str(tmp_path / "made")]
+    assert main(["enroll", *arguments, "--backbone-bundle", str(source)]) == 0, capsys.readouterr().err
+    with Bundle.load(tmp_path / "made") as bundle:
+        assert list(bundle.manifest.thresholds) == ["other"] and bundle.manifest.camera_thresholds == {}

@@ -57,6 +57,16 @@ def test_figures_are_those_of_the_published_labels(tmp_path: Path) -> None:
     assert [line.split() for line in confusion_table(evaluated).splitlines()][1] == ["tile", "1", "1", "0", "1", "1"]
 
 
+def test_verdicts_of_one_camera_alone(tmp_path: Path) -> None:
+    file = tmp_path / "verdicts.jsonl"
+    cameras = ("lane1", "lane2", "lane1", "lane1")
+    file.write_text("".join(json.dumps({**v, "camera": c}) + "\n" for v, c in zip(VERDICTS, cameras, strict=True)))
+    assert [v["score"] for v in read_verdicts(file, "lane2")] == [2.5] and len(read_verdicts(file)) == 4
+    with pytest.raises(ConfigError, match="no verdict of camera lane3") as refused:
+        read_verdicts(file, "lane3")
+    assert refused.value.found == "verdicts of lane1, lane2"
+
+
 @pytest.mark.parametrize("jump", [0, -3600, 86400 * 800, 120])
 def test_a_clock_that_is_set_while_it_is_recorded_changes_no_figure(jump: int) -> None:
     """A station that started before its network; 120 s: a pause of the line is none of its speed either."""

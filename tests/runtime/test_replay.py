@@ -157,6 +157,8 @@ def test_the_verdicts_of_the_golden_set_at_the_bundles_thresholds(make_bundle: M
         thresholds = {} if value is None else {"a": {"default": {"value": value, **entry}}}
         path = make_bundle(stages=stages, npz={GOLDEN: made}, thresholds=thresholds)
         assert failing(path, "int8") == ({"verdicts"} if wrong else set())
+        path = make_bundle(stages=stages, npz={GOLDEN: made}, camera_thresholds={"lane2": thresholds})
+        assert failing(path, "int8") == ({"verdicts at lane2"} if wrong else set())
 
 
 # -- loops -------------------------------------------------------------------------------------------------------------
