@@ -11,19 +11,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from numpy.typing import NDArray
 
 from .bundle import Bundle
+from .byproduct import by_product
 from .dataset import Dataset, Sample
-from .errors import ConfigError, ProductError, SourceError
+from .errors import SourceError
 from .images import read_mask, read_rgb
 from .manifest import Crop, Roi
 from .regions import Box, clip_roi, cut_out
 
 Array = NDArray[Any]
-T = TypeVar("T")
 Size = tuple[int, int]
 #: Opens a progress bar, of so many pictures and what is done with them; it has `update`.
 Bar = Callable[[int, str], AbstractContextManager[Any]]
@@ -107,41 +107,9 @@ def rois_by_product(given: Given, products: Sequence[str]) -> dict[str, Roi]:
     """What --roi says of each of these products; of some perhaps nothing.
 
     Raises:
-        ProductError, ConfigError: see :func:`by_product`.
+        ProductError, ConfigError: see :func:`.byproduct.by_product`.
     """
     return by_product("--roi", "PRODUCT=X,Y,WIDTH,HEIGHT", given, products)
-
-
-def by_product(option: str, form: str, given: Sequence[tuple[str, T]], products: Sequence[str]) -> dict[str, T]:
-    """What an option that may name a product says of each of these products; of some perhaps nothing.
-
-    form: how it is given for one. given: product and value, '' for all products that have none of their own.
-
-    Raises:
-        ProductError: it names another product.
-        ConfigError: it says two things of one.
-    """
-    named = [product for product, _ in given if product]
-    if unknown := [product for product in named if product not in products]:
-        raise ProductError(
-            f"{option} of an unknown product {unknown[0]!r}",
-            found=", ".join(unknown),
-            expected=", ".join(products),
-            next_step=f"name one of these, as {option} {form}, or none: for all",
-        )
-    if len({product for product, _ in given}) < len(given):
-        raise ConfigError(
-            f"{option} says twice what is meant",
-            found=", ".join(f"{product or 'every product'}: {_plain(value)}" for product, value in given),
-            expected="one value for each product, or one for all",
-            next_step=f"give {option} once, or once for each product as {option} {form}",
-        )
-    said = dict(given)
-    return {p: said[p if p in said else ""] for p in products if p in said or "" in said}
-
-
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def measured(samples: Iterable[Sample], rois: Mapping[str, Roi], bar: Bar) -> dict[str, Crop]:

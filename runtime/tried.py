@@ -2,40 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from .detector import Detector
-from .errors import ConfigError, ProductError
 from .manifest import Threshold
 from .tradeoff import BUNDLES
-
-
-def values_by_product(given: Sequence[tuple[str, float]], products: Sequence[str]) -> dict[str, float]:
-    """What --threshold says of each of these products; of some perhaps nothing.
-
-    given: a product and its value, or no product and that of all which have none of their own.
-
-    Raises:
-        ProductError: it names another product.
-        ConfigError: it says two things of one.
-    """
-    named = [product for product, _ in given]
-    if unknown := [product for product in named if product and product not in products]:
-        raise ProductError(
-            f"--threshold of a product that is not evaluated, {unknown[0]!r}",
-            found=", ".join(unknown),
-            expected=", ".join(products),
-            next_step="name one of these, as --threshold PRODUCT=VALUE, or none: for all",
-        )
-    if len({*named}) < len(named):
-        raise ConfigError(
-            "--threshold says twice what to hold scores against",
-            found=", ".join(f"{product or 'every product'}: {value:g}" for product, value in given),
-            expected="one value for each product, or one for all",
-            next_step="give --threshold once, or once for each product as --threshold PRODUCT=VALUE",
-        )
-    values = dict(given)
-    return {p: values[p if p in values else ""] for p in products if p in values or "" in values}
 
 
 def use_thresholds(detector: Detector, tried: Mapping[str, float]) -> dict[str, float | None]:

@@ -7,7 +7,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from ..bundle import Bundle
-from ..crop import by_product
+from ..byproduct import by_product
 from ..errors import ConfigError, quoted
 from ..manifest import Threshold
 from ..newest import calibration_time

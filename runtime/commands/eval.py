@@ -12,6 +12,7 @@ from typing import Any
 from ..bundle import Bundle, require_own_thresholds
 from ..bydefect import defect_metrics
 from ..byparts import part_metrics
+from ..byproduct import by_product
 from ..calibrated import other_engines
 from ..crop import as_bundle, as_judged
 from ..dataset import Dataset, Sample, open_dataset, split_readable
@@ -29,7 +30,7 @@ from ..recorded import Origin, decided_by, from_verdicts, origin, read_verdicts,
 from ..testset import choose, unseen_tests
 from ..torchfigures import TorchFigures, past_of, torch_figures
 from ..tradeoff import BUNDLES, LINES, Point, trade_offs
-from ..tried import said_of, use_thresholds, values_by_product
+from ..tried import said_of, use_thresholds
 from ..unlike import Held, held, not_compared, over_promise, unlike_calibration
 from . import evaltext, fewshot, numbers, options, unlabelled
 
@@ -151,7 +152,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             require_own_thresholds(bundle.manifest, args.camera)
         torch = None if args.checkpoint is None else torch_figures(args.checkpoint, bundle)  # refused before the work
         tested = _tested(args, bundle)
-        tried = values_by_product(args.threshold or (), sorted({s.product for s in tested.samples}))
+        tried = by_product(
+            "--threshold", "PRODUCT=VALUE", args.threshold or (), sorted({s.product for s in tested.samples})
+        )
         recorded, whose, lines = _recorded(args, tested.samples, bundle, tried)
         names = [args.program] + [n for n in options.program_names(bundle) if args.samplers and n != args.program]
         results: dict[str, Any] = {}

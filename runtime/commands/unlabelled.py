@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from ..bundle import Bundle
+from ..byproduct import by_product
 from ..calibrated import other_engines
 from ..crop import as_bundle
 from ..dataset import Sample, split_readable
@@ -14,7 +15,7 @@ from ..engine.select import open_backend
 from ..errors import quoted
 from ..evaluation import Judged, latency_table, percentiles
 from ..perimage import write_images
-from ..tried import said_of, use_thresholds, values_by_product
+from ..tried import said_of, use_thresholds
 from ..unlabelled import Scored, open_unlabelled, product_of, score
 from . import options
 
@@ -33,7 +34,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     options.exclude("--unlabelled", needing, ": there are no figures of quality, and the pictures are of one product")
     with Bundle.load(args.bundle) as bundle, open_backend(args.backend, threads=args.threads) as backend:
         product = product_of(bundle, args.products)
-        tried = values_by_product(args.threshold or (), [product])
+        tried = by_product("--threshold", "PRODUCT=VALUE", args.threshold or (), [product])
         dataset = open_unlabelled(args.data, product)
         options.say_remarks(dataset)
         dataset = as_bundle(dataset, bundle, args.roi, options.progress, program=args.program)

@@ -15,8 +15,9 @@ from andon.cli import main
 from andon.runtime.app import LineApp
 from andon.runtime.bundle import Bundle
 from andon.runtime.judge import Judge
-from andon.runtime.lineconfig import JudgeConfig
-from andon.runtime.overrides import Overrides
+from andon.runtime.lineconfig import JudgeConfig, load_line
+from andon.runtime.linethresholds import log_thresholds, standing
+from andon.runtime.overrides import Overrides, Stored, ThresholdOverride
 from andon.runtime.startup import Options
 from jsonschema import Draft202012Validator
 
@@ -165,6 +166,35 @@ def test_a_threshold_set_by_hand_in_the_bundle_is_said_to_promise_nothing(
     line = make_line({"cam0": PATTERN}, bundle=str(bundle), broker=None, judge={"thresholds": {"mono": 0.7}})
     _, said = checked(line)
     assert "its promise" not in said and "0.3, set by hand in the bundle" in said and "plain number" in said
+
+
+def test_what_a_camera_has_of_its_own_is_told_apart_and_the_configuration_stands_before_it(
+    checked: Any, make_line: Any, bundle: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert main(["calibrate", "--bundle", str(bundle), "--set", "mono=0.3", "--camera", "cam1"]) == 0
+    capsys.readouterr()
+    cameras = dict.fromkeys(("cam0", "cam1"), PATTERN)
+    code, said = checked(make_line(cameras, bundle=str(bundle), broker=None))
+    assert code == 0
+    assert said == "mono 0.5 at cam0, mono 0.3 at cam1 (its own) (set by hand in the bundle: it promises nothing)"
+    settings = {"bundle": str(bundle), "broker": None, "judge": {"thresholds": {"mono": 0.7}}}
+    _, said = checked(make_line(cameras, **settings))
+    by = "by the configuration; without it"
+    assert said.startswith(f"mono 0.7 at cam0 ({by}: 0.5), mono 0.7 at cam1 ({by}: 0.3)")
+    assert "; 0.3 at cam1, set by hand in the bundle" in said and "its promise does not hold" in said
+    with Bundle.load(bundle) as loaded:
+        plain = load_line(make_line(cameras, bundle=str(bundle), broker=None))
+        log_thresholds(plain, loaded, Stored())
+        told = "threshold of mono at cam1: 0.3, set by hand in the bundle: it promises no false-alarm rate"
+        assert [r.getMessage() for r in caplog.records if r.getMessage().startswith("threshold of")] == [told]
+        caplog.clear()
+        own = Stored(camera_thresholds={"cam1": {"mono": ThresholdOverride(0.6, loaded.model_id, "default")}})
+        log_thresholds(plain, loaded, own)
+        log_thresholds(load_line(make_line(dict.fromkeys(["cam0"], PATTERN), **settings)), loaded, Stored())
+        assert not [r for r in caplog.records if r.getMessage().startswith("threshold of")]
+        assert standing(load_line(make_line(cameras, **settings)), loaded, own, "cam0") == {"mono": 0.7}
+        assert standing(load_line(make_line(cameras, **settings)), loaded, own, "cam1") == {}
 
 
 def test_no_warning_of_a_number_that_a_command_stands_before(

@@ -159,3 +159,18 @@ def test_the_defaults_that_say_nothing_are_those_of_the_options() -> None:
     parser = ArgumentParser()
     calibrate.configure(parser)
     assert {name: parser.get_default(name) for name in byhand.ABOUT_IMAGES} == byhand.ABOUT_IMAGES
+
+
+def test_one_camera_may_have_its_own(calibrated: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = Bundle.load(calibrated)
+    code, _, text = run(capsys, "calibrate", "--bundle", calibrated, "--set", "a=0.3", "--camera", "lane2")
+    assert code == 0 and "a at camera lane2, program default: threshold 0.3, pixel 0.189" in text
+    assert "before: 0.19 (calibrated" in text and "--data GOOD-IMAGES --camera lane2 replaces them" in text
+    after = Bundle.load(calibrated)
+    assert after.manifest.thresholds == before.manifest.thresholds
+    assert [of[:3] for of in after.manifest.calibrated() if of[0]] == [("lane2", "a", "default")]
+    evaluate = ("eval", "--bundle", calibrated, "--data", data, *ENGINE)
+    code, result, text = run(capsys, *evaluate, "--camera", "lane2")
+    assert code == 0 and result["by_hand"] == ["a"] and result["products"]["a"]["threshold"] == 0.3, text
+    code, result, _ = run(capsys, *evaluate)
+    assert code == 0 and not result["by_hand"] and result["products"]["a"]["threshold"] == pytest.approx(0.19)

@@ -99,8 +99,8 @@ def test_a_threshold_can_be_tried_on_recorded_verdicts(
 @pytest.mark.parametrize(
     ("given", "error"),
     [
-        ("--threshold c=1", "--threshold of a product that is not evaluated, 'c'"),
-        ("--threshold a=1 --threshold a=2", "--threshold says twice what to hold scores against"),
+        ("--threshold c=1", "--threshold of an unknown product 'c'"),
+        ("--threshold a=1 --threshold a=2", "--threshold says twice what is meant"),
         ("--threshold 1 --samplers", "--samplers and --threshold exclude each other"),
         ("--threshold 1 --few-shot 1", "--few-shot and --threshold exclude each other"),
         ("--threshold a=", "is not a number as 36.9 or PRODUCT=36.9"),
