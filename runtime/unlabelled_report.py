@@ -25,8 +25,10 @@ _PICTURES = (
 )
 
 
-def write_report(path: Path, detector: Detector, dataset: Dataset, product: str, scored: Scored) -> Path:
-    """Write the report; the pictures that it shows are judged once more."""
+def write_report(
+    path: Path, detector: Detector, dataset: Dataset, product: str, scored: Scored, remark: str = ""
+) -> Path:
+    """Write the report; the pictures that it shows are judged once more. remark: on the whole."""
     threshold = detector.threshold(product)
     value = threshold.value if threshold else None
     scores = np.array([j.score for j in scored.judged if np.isfinite(j.score)])
@@ -53,6 +55,7 @@ def write_report(path: Path, detector: Detector, dataset: Dataset, product: str,
         f"{count} pictures of {dataset.spec} that nobody has labelled, judged as {product} by the engines of this "
         "machine: how good these decisions are, nothing here says."
     )
+    lead += f" {remark}." if remark else ""
     manifest = detector.bundle.manifest
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(readable(page.page(f"{manifest.name}: {manifest.method}", lead, body)), encoding="utf-8")

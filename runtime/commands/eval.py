@@ -299,9 +299,8 @@ def as_dict(evaluated: Evaluated) -> dict[str, Any]:
 def _require_files(args: argparse.Namespace) -> None:
     """Refuse files that cannot be written, and their options where nothing would be written, before the work."""
     if args.few_shot is not None:
-        options.exclude(
-            "--few-shot", {"--out": args.out, "--threshold": args.threshold, "--unlabelled": args.unlabelled}
-        )
+        others = {"--out": args.out, "--threshold": args.threshold, "--camera": args.camera}
+        options.exclude("--few-shot", {**others, "--unlabelled": args.unlabelled})
     if args.out is not None:
         require_kind(args.out)
         options.require_writable(args.out, "--out")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..bundle import Bundle
+from ..bundle import Bundle, require_own_thresholds
 from ..byproduct import by_product
 from ..calibrated import other_engines
 from ..crop import as_bundle
@@ -17,7 +17,7 @@ from ..evaluation import Judged, latency_table, percentiles
 from ..perimage import write_images
 from ..tried import said_of, use_thresholds
 from ..unlabelled import Scored, open_unlabelled, product_of, score
-from . import options
+from . import evaltext, options
 
 #: So many pictures are printed; a file has all of them.
 _PRINTED = 20
@@ -33,14 +33,18 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     needing |= {"--samplers": args.samplers, "--product auto": args.product == "auto"}
     options.exclude("--unlabelled", needing, ": there are no figures of quality, and the pictures are of one product")
     with Bundle.load(args.bundle) as bundle, open_backend(args.backend, threads=args.threads) as backend:
+        if args.camera is not None:
+            require_own_thresholds(bundle.manifest, args.camera)
         product = product_of(bundle, args.products)
         tried = by_product("--threshold", "PRODUCT=VALUE", args.threshold or (), [product])
         dataset = open_unlabelled(args.data, product)
         options.say_remarks(dataset)
-        dataset = as_bundle(dataset, bundle, args.roi, options.progress, program=args.program)
+        dataset = as_bundle(dataset, bundle, args.roi, options.progress, None, args.program, args.camera)
         samples, skipped = split_readable(_some(dataset.samples, args.limit), args.on_corrupt)
         options.say_skipped(skipped)
+        remark = evaltext.at_camera(args.camera)
         with options.open_detector(bundle, backend, args) as detector:
+            detector.use_thresholds(bundle, args.camera)
             before = use_thresholds(detector, tried)
             with options.progress(len(samples), "eval") as bar:
                 scored = score(detector, samples, bar.update)
@@ -50,7 +54,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                 f"{bundle.manifest.name}: {bundle.manifest.method}, {backend.name} {program.variant}, program "
                 f"{program.name}; {len(samples)} pictures that nobody has labelled, judged as {product}"
             )
-            for other in other_engines(bundle, [program.name], program.variant, backend.name, {product: [value]}):
+            at = [] if args.camera is None else [args.camera]
+            in_force = {product: [value]}
+            for other in other_engines(bundle, [program.name], program.variant, backend.name, in_force, at):
                 print(f"warning: {other}")
             for text in said_of(before, detector).values():
                 print(f"{product}: {text}")
@@ -61,7 +67,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             if args.report is not None:
                 from ..unlabelled_report import write_report
 
-                write_report(args.report, detector, dataset, product, scored)
+                write_report(args.report, detector, dataset, product, scored, remark)
             return {
                 "ok": True,
                 "bundle": bundle.id,
@@ -71,6 +77,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                 "program": program.name,
                 "data": args.data,
                 "unlabelled": True,
+                "camera": args.camera,
                 "product": product,
                 "threshold": value,
                 "thresholds_tried": tried or None,
