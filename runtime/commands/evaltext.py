@@ -82,7 +82,7 @@ def next_threshold(points: Mapping[str, Sequence[Point]], detector: Detector, ar
     found = {}
     for product, each in points.items():
         own = detector.threshold(product)
-        has_promised = own is not None and own.samples and own.false_alarm_rate < 1
+        has_promised = own is not None and own.promises
         if (point := better(each, own.false_alarm_rate if own and has_promised else _ALLOWED)) is not None:
             found[product] = point.shown
     if found:
@@ -93,9 +93,10 @@ def next_threshold(points: Mapping[str, Sequence[Point]], detector: Detector, ar
         these += "" if args.program == "default" else f" --program {quoted(args.program)}"
         these += "" if args.verdicts is None else f" --verdicts {quoted(args.verdicts)}"
         these += _at(args.camera)
+        of = "" if args.program == "default" else f" --programs {quoted(args.program)}"
         print(
             f"next, to miss fewer: andon eval {these} {tried}; to keep it: andon calibrate --bundle "
-            f"{quoted(args.bundle)} {kept}{_at(args.camera)} (by hand: it promises nothing)"
+            f"{quoted(args.bundle)} {kept}{of}{_at(args.camera)} (by hand: it promises nothing)"
         )
 
 

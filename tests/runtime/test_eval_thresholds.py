@@ -14,7 +14,7 @@ from andon.runtime.dataset import open_dataset
 from andon.runtime.report import charts
 
 from .conftest import ENGINE, run  # type: ignore[import-not-found]
-from .parts import held, level, write
+from .parts import golden, held, level, write
 
 MakeBundle = Callable[..., Path]
 
@@ -22,7 +22,8 @@ MakeBundle = Callable[..., Path]
 @pytest.fixture
 def calibrated(make_bundle: MakeBundle, data: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     """Thresholds of 0.19; good test parts of b score 0.03, 0.08 ... 0.38 , defects 0.61 to 0.64; those of a less."""
-    root = make_bundle(report={"holdout": held()})
+    steps = {"alternatives": {"short": [{"run": "encode"}, {"run": "score"}]}}
+    root = make_bundle(report={"holdout": held()}, npz={"golden/golden.npz": golden([10, 40])}, **steps)
     assert run(capsys, "calibrate", "--bundle", root, "--data", data, "--false-alarm-rate", 0.05, *ENGINE)[0] == 0
     for kind, levels in (("bright", (10, 16, 17, 50)), ("good", (0, 2, 3, 4, 5, 7, 8, 14))):
         for i, brightness in enumerate(levels):
@@ -50,6 +51,9 @@ def test_eval_says_what_other_thresholds_would_do(
     value = points["good NG <= 5%"]["threshold"]  # 5% are promised
     assert f"andon eval --bundle {calibrated} --data {data} --threshold a={value}; to keep it" in next_step
     assert f"andon calibrate --bundle {calibrated} --set a={value} (by hand" in next_step and "b=" not in next_step
+    _, _, text = run(capsys, "eval", "--bundle", calibrated, "--data", data, "--program", "short", *ENGINE)
+    next_step = next(line for line in text.splitlines() if line.startswith("next, to miss fewer"))
+    assert "--program short --threshold a=" in next_step and "--programs short (by hand" in next_step, "of its scale"
 
 
 def test_a_threshold_can_be_tried_and_leaves_the_bundle_as_it_is(
@@ -102,6 +106,7 @@ def test_a_threshold_can_be_tried_on_recorded_verdicts(
         ("--threshold c=1", "--threshold of an unknown product 'c'"),
         ("--threshold a=1 --threshold a=2", "--threshold says twice what is meant"),
         ("--threshold 1 --samplers", "--samplers and --threshold exclude each other"),
+        ("--camera lane2 --few-shot 1", "--few-shot and --camera exclude each other"),
         ("--threshold 1 --few-shot 1", "--few-shot and --threshold exclude each other"),
         ("--threshold a=", "is not a number as 36.9 or PRODUCT=36.9"),
         ("--threshold a=nan", "is not a number as 36.9 or PRODUCT=36.9"),
