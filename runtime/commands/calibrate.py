@@ -103,14 +103,15 @@ def _forget(args: argparse.Namespace) -> dict[str, Any]:
     """Take a camera's own thresholds out of the bundle.
 
     Raises:
-        ConfigError: a camera to calibrate is named, too, or this one has none.
+        ConfigError: something to calibrate is named, too, or this camera has none.
     """
-    if args.camera is not None:
+    others = {name: getattr(args, name) for name in ("camera", "products", "programs", "group_by", "roi", "confidence")}
+    if given := [f"--{name.replace('_', '-')}" for name, value in others.items() if value is not None]:
         raise ConfigError(
-            "--forget-camera calibrates nothing",
-            found="--camera",
+            f"--forget-camera calibrates nothing, and takes out all that {args.forget_camera} has",
+            found=", ".join(given),
             expected="--bundle and --forget-camera alone",
-            next_step="do the one and then the other",
+            next_step=f"leave {' and '.join(given)} out, or do the one and then the other",
         )
     with Bundle.load(args.bundle) as bundle:
         updated = bundle.forget_camera(args.forget_camera)

@@ -105,6 +105,7 @@ def test_a_part_of_the_picture_is_recorded_with_the_camera(
         (("--camera", "lane 2"), "is no name of a camera"),
         (("--forget-camera", "lane2", "--data", "."), "not allowed with argument"),
         (("--forget-camera", "lane2", "--camera", "lane2"), "--forget-camera calibrates nothing"),
+        (("--forget-camera", "lane2", "--products", "a", "--programs", "default"), "takes out all that lane2 has"),
         (("--forget-camera", "lane3"), "the bundle has no thresholds of camera lane3"),
         ((), "one of the arguments --data --set --forget-camera is required"),
     ],
