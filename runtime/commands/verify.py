@@ -14,7 +14,7 @@ from ..calibrated import other_engines
 from ..engine.select import open_backend
 from ..manifest import Variant
 from ..program import Program
-from ..promise import by_hand, promise
+from ..promise import promise
 from ..replay import (
     GATE,
     WARM,
@@ -70,10 +70,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         warnings = [str(each) for variant in variants for each in other_engines(bundle, names, variant, backend.name)]
         for text in warnings:
             print(f"warning: {text}")
-        chosen = {name: by_hand(bundle, name) for name in names}
-        for name, entries in chosen.items():
-            for product, entry in entries.items():
-                print(f"threshold of {product}, program {name}: {entry.value:.4g}, {promise(entry)}")
+        chosen: dict[str, list[str]] = {}
+        for camera, product, name, entry in bundle.manifest.calibrated():
+            if not entry.promises:
+                chosen.setdefault(name, []).append(product if camera is None else f"{product} at {camera}")
+                print(f"threshold of {chosen[name][-1]}, program {name}: {entry.value:.4g}, {promise(entry)}")
         print("verified" if ok else "NOT verified: do not run this bundle on this machine")
         return {
             "ok": ok,
@@ -81,7 +82,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             "backend": backend.name,
             "not_checked": unchecked,
             "warnings": warnings,
-            "by_hand": {name: list(entries) for name, entries in chosen.items() if entries},
+            "by_hand": chosen,
             "checks": {variant: [_plain(check) for check in group] for variant, group in checks.items()},
         }
 

@@ -151,6 +151,10 @@ def test_eval_and_verify_say_that_it_promises_nothing(
             run(capsys, "calibrate", "--bundle", calibrated, "--data", data, "--false-alarm-rate", 0.05, *ENGINE)
         else:
             assert result["by_hand"] == {"default": ["b"]} and f"threshold of b, program default: 0.3, {told}" in text
+            run(capsys, "calibrate", "--bundle", calibrated, "--set", "a=0.4", "--camera", "lane2")
+            code, result, text = run(capsys, command, "--bundle", calibrated, *ENGINE)
+            assert code == 0 and result["by_hand"] == {"default": ["b", "a at lane2"]}
+            assert f"threshold of a at lane2, program default: 0.4, {told}" in text
 
 
 def test_the_defaults_that_say_nothing_are_those_of_the_options() -> None:
