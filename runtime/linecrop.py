@@ -98,7 +98,7 @@ def _remarks(
     with suppress(OSError, ValueError):  # of a bundle that was removed while its line runs: nothing is to be said then
         sizes = read_report(bundle).get("pictures", {})
     if camera.roi is None:
-        shared = {p: c for p, c in crops.items() if bundle.own_threshold(p, config.program, name) is None}
+        shared = {p: c for p, c in crops.items() if not _apart(bundle, p, config.program, name)}
         apart = {p: c for p, c in shared.items() if not same_pixels(c, bundle.manifest.crops.get(p))}
         others = {p: _others_with_roi(name, p, config, bundle, commanded) for p in apart}
         odd = [p for p in apart if others[p] or p in bundle.manifest.crops or _larger(sizes.get(p), apart[p].roi)]
@@ -131,6 +131,13 @@ def _products(name: str, config: LineConfig, bundle: Bundle, commanded: Mapping[
     return [p for p in bundle.manifest.classes if product in (AUTO, p)]
 
 
+def _apart(bundle: Bundle, product: str, program: str, camera: str) -> bool:
+    """Whether a camera's thresholds say which part of the picture it judges: not those that somebody has chosen for it
+    (andon calibrate --set), which took over what those of all cameras cut out."""
+    own, shared = bundle.own_threshold(product, program, camera), bundle.threshold(product, program)
+    return own is not None and (own.promises or shared is None or own.crop != shared.crop)
+
+
 def _others_with_roi(
     name: str, product: str, config: LineConfig, bundle: Bundle, commanded: Mapping[str, str]
 ) -> list[str]:
@@ -141,7 +148,7 @@ def _others_with_roi(
         if other != name
         and camera.roi is not None
         and product in _products(other, config, bundle, commanded)
-        and bundle.own_threshold(product, config.program, other) is None
+        and not _apart(bundle, product, config.program, other)
     ]
 
 

@@ -232,6 +232,8 @@ def test_thresholds_of_another_cameras_part_of_the_picture_are_an_error(
         start_line(cameras, bundle=root)
     told = [r for r in caplog.records if "b has a roi and the same thresholds" in r.getMessage()]
     assert [r.levelname for r in told] == ["WARNING"] and told[0].getMessage().startswith("camera a: cameras.a.roi")
+    assert main(["calibrate", "--bundle", root, "--set", "mono=0.4", "--camera", "a"]) == 0
+    assert _row(make_line(cameras, bundle=root), capsys)["found"] == row["found"], "it looked at no picture of a"
     for own in ({"roi": [0, 0, 64, 64]}, {"roi": [0, 32, 16, 16]}, {"product": "poly"}):
         assert _row(make_line({**cameras, "a": {**MONO, **own}}, bundle=root), capsys)["ok"]
 
