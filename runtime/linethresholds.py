@@ -99,8 +99,11 @@ def threshold_remarks(config: LineConfig, bundle: Bundle, commanded: Stored) -> 
             broken = "its promise does not hold, and " * unkept
             yield from _remarks(f"{KEY}.{product}", own, kept, broken, config, bundle)
     if judge.pixel_threshold is not None:
-        entries = {p: entry for p in bundle.manifest.classes if (entry := bundle.threshold(p, program)) is not None}
-        pixels = [f"{entry.pixel:.6g} of {p}" for p, entry in entries.items() if entry.pixel is not None]
+        pixels = [
+            f"{entry.pixel:.6g} of {product}{'' if camera is None else f' at {camera}'}"
+            for camera, product, under, entry in bundle.manifest.calibrated()
+            if entry.pixel is not None and under == program and (camera is None or camera in config.cameras)
+        ]
         yield from _remarks(PIXEL, judge.pixel_threshold, ", ".join(pixels) or None, "", config, bundle)
 
 

@@ -21,6 +21,7 @@ from andon.runtime.overrides import Overrides, Stored, ThresholdOverride
 from andon.runtime.startup import Options
 from jsonschema import Draft202012Validator
 
+from ..runtime.bundles import rewrite
 from .judging import frame, picture
 from .running import LIVE, RunningLine
 
@@ -139,6 +140,10 @@ def test_a_plain_pixel_threshold_is_said_and_one_of_the_calibrations_own_value_b
     assert said.startswith("mono 0.5\nwarning: judge.pixel_threshold is a plain number")
     assert "0.5 of mono, 0.5 of poly" in said and "promise" not in said
     assert f'pixel_threshold: {{value: 0.9, model: "{model_of(bundle)}"}} (in judge)' in said
+    rewrite(bundle, lambda m: m.update(thresholds={}, camera_thresholds={"cam0": m["thresholds"]}))
+    _, said = checked(line)
+    assert "judge.pixel_threshold is a plain number" in said and "0.5 of mono at cam0, 0.5 of poly at cam0" in said
+    rewrite(bundle, lambda m: m.update(thresholds=m.pop("camera_thresholds")["cam0"]))
     same = {"thresholds": {"mono": 0.5}}
     _, said = checked(make_line({"cam0": PATTERN}, bundle=str(bundle), broker=None, judge=same))
     assert "judge.thresholds.mono is a plain number" in said and "promise does not hold" not in said
