@@ -234,7 +234,9 @@ class Overrides:
             own.setdefault(camera, {})[product] = override
         elif (shared := everywhere.pop(product, None)) is not None:
             for name in others:
-                own.setdefault(name, {}).setdefault(product, shared)
+                present = own.setdefault(name, {}).get(product)
+                if present is None or (self._fits(shared) and not self._fits(present)):
+                    own[name][product] = shared
         own = {name: each for name, each in own.items() if each}
         self._save(f"threshold of {product}", replace(stored, thresholds=everywhere, camera_thresholds=own))
         where = "all cameras" if camera is None else camera

@@ -274,6 +274,8 @@ def test_a_resting_threshold_of_one_camera_hides_none_that_is_in_force(
     assert [other.threshold("mono", lane) for lane in LANES] == [0.004, 0.005, 0.005]
     back = make_judge(cameras=LANES)
     assert [back.threshold("mono", lane) for lane in LANES] == [0.6, 0.6, 0.6]
+    back.set_threshold("mono", None, None, "lane2")
+    assert [back.threshold("mono", lane) for lane in LANES] == [0.6, 0.5, 0.6], "others keep what is in force there"
 
 
 def test_a_bundle_that_has_thresholds_for_some_cameras_alone_is_refused_where_others_are_judged(
