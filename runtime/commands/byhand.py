@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -88,6 +89,8 @@ def main(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
             was = "none" if before is None else f"{before.value:.6g} ({promise(before)})"
             pixel = "" if entry.pixel is None else f", pixel {entry.pixel:.6g}"
             print(f"{product}{where}, program {name}: threshold {entry.value:.6g}{pixel}, before: {was}")
+    if args.camera is None:
+        say_apart(updated, list(found), names)
     again = f"andon calibrate --bundle {quoted(bundle.path)} --data GOOD-IMAGES{camera}"
     print(f"set by hand: no false-alarm rate is promised. {again} replaces them by thresholds that promise one")
     print(f"written to {bundle.root}, now bundle {updated.id}")
@@ -97,6 +100,17 @@ def main(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
         "origin": "set by hand",
         "thresholds": {p: {n: t.model_dump(exclude={"images"}) for n, t in e.items()} for p, e in found.items()},
     }
+
+
+def say_apart(bundle: Bundle, products: Sequence[str], programs: Sequence[str]) -> None:
+    """Say which cameras have thresholds of these products and programs of their own, where those of all do not hold."""
+    apart = [
+        camera
+        for camera in bundle.manifest.camera_thresholds
+        if any(bundle.own_threshold(p, n, camera) for p in products for n in programs)
+    ]
+    if apart:
+        print(f"thresholds of their own, which stay as they are: {', '.join(apart)} (--camera)")
 
 
 def _chosen(

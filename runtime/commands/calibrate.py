@@ -236,13 +236,8 @@ def _print_cameras(bundle: Bundle, products: Sequence[str], programs: Sequence[s
             f"from now on a line judges this part of the pictures of {', '.join(narrowed)} {where}, and not what the "
             "model was trained on" + ("; for one camera alone calibrate with --camera NAME" if camera is None else "")
         )
-    apart = [
-        c
-        for c in bundle.manifest.camera_thresholds
-        if any(bundle.own_threshold(p, n, c) for p in products for n in programs)
-    ]
-    if camera is None and apart:
-        print(f"thresholds of their own, which stay as they are: {', '.join(apart)} (--camera)")
+    if camera is None:
+        byhand.say_apart(bundle, products, programs)
 
 
 def _narrowed(bundle: Bundle, product: str, programs: Sequence[str], camera: str | None) -> bool:

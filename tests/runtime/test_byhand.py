@@ -173,6 +173,12 @@ def test_one_camera_may_have_its_own(calibrated: Path, data: Path, capsys: pytes
     after = Bundle.load(calibrated)
     assert after.manifest.thresholds == before.manifest.thresholds
     assert [of[:3] for of in after.manifest.calibrated() if of[0]] == [("lane2", "a", "default")]
+    stays = "thresholds of their own, which stay as they are: lane2 (--camera)"
+    assert stays not in text
+    for product in "ba":
+        _, _, text = run(capsys, "calibrate", "--bundle", calibrated, "--set", f"{product}=0.19")
+        assert (stays in text) is (product == "a")
+    run(capsys, "calibrate", "--bundle", calibrated, "--data", data, "--false-alarm-rate", 0.05, *ENGINE)
     evaluate = ("eval", "--bundle", calibrated, "--data", data, *ENGINE)
     code, result, text = run(capsys, *evaluate, "--camera", "lane2")
     assert code == 0 and result["by_hand"] == ["a"] and result["products"]["a"]["threshold"] == 0.3, text
