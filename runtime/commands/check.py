@@ -262,6 +262,9 @@ def _thresholds(config: Any, commanded: Stored, bundle: Any, runs: bool) -> str:
             fits = override.fits(bundle, config.program)
             why = "once it is judged" if fits else "is ignored: set for another model or program"
             where = "" if camera is None else f" at {camera}"
+            if camera is not None and camera not in products:
+                why = "is not used"
+                where += ", which this line does not have,"
             said.append(f"{product} ({override.value:.4g} by command{where} {why})")
     other = _other_engines(config, bundle, in_force) if runs else []
     other += unknown_cameras(bundle, config.cameras)
@@ -276,12 +279,12 @@ def _threshold(product: str, camera: str, config: Any, commanded: Stored, bundle
 
     without = threshold_in_force(product, bundle, config.program, config.judge, Stored(), camera)
     by_command = commanded.in_force(product, bundle, config.program, camera)
-    if by_command is not None:
-        return by_command, f" (by command; without it: {'none' if without is None else f'{without:.4g}'})"
     remark = whose(product, config, bundle, camera)
-    if overrides := commanded.of(product, camera):
-        remark += f" ({overrides[0].value:.4g} by command is ignored: set for another model or program)"
-    return without, remark
+    if by_command is not None:
+        remark = f" (by command; without it: {'none' if without is None else f'{without:.4g}'})"
+    if resting := [each for each in commanded.of(product, camera) if not each.fits(bundle, config.program)]:
+        remark += f" ({resting[0].value:.4g} by command is ignored: set for another model or program)"
+    return without if by_command is None else by_command, remark
 
 
 def _other_engines(config: Any, bundle: Any, in_force: dict[str, set[float | None]]) -> list[Any]:

@@ -309,6 +309,16 @@ def test_thresholds_by_command_at_one_camera_are_shown_as_such(
     overrides.set_threshold("mono", 0.6, 0.5, None)
     _, found = check(make_line(cameras, **sections))
     assert found["thresholds"]["found"].startswith("mono 0.6 (by command; without it: 0.5), poly (")
+    _, found = check(make_line(dict.fromkeys(["cam0"], PATTERN), **sections))
+    assert found["thresholds"]["found"].endswith("(0.7 by command at cam1, which this line does not have, is not used)")
+    resting = json.loads((tmp_path / "state/overrides.json").read_text())
+    resting["camera_thresholds"] = {"cam1": {"mono": {"value": 0.9, "model": "0" * 12, "program": "default"}}}
+    (tmp_path / "state/overrides.json").write_text(json.dumps(resting))
+    _, found = check(make_line(cameras, **sections))
+    ignored = " (0.9 by command is ignored: set for another model or program)"
+    by = "(by command; without it: 0.5)"
+    assert found["thresholds"]["found"] == f"mono 0.6 at cam0, cam2 {by}, mono 0.6 at cam1 {by}{ignored}"
+    (tmp_path / "state/overrides.json").write_text(json.dumps({**resting, "camera_thresholds": {}}))
     _, found = check(make_line(cameras, **sections, program="fast", judge={"thresholds": {"mono": 0.5}}))
     assert "mono 0.5 (by the configuration) (0.6 by command is ignored" in found["thresholds"]["found"]
 
