@@ -56,7 +56,7 @@ def require_model(settings: JudgeConfig, present: Bundle, found: Bundle, program
 
 def describe(config: LineConfig, bundle: Bundle, commanded: Stored) -> dict[str, Any]:
     """What the configuration sets, as plain JSON values. model: null for whatever model runs; in_force: false also
-    where a command's threshold of all cameras stands before it."""
+    where thresholds by command stand before it at every camera."""
 
     def entry(own: Own, stands: bool) -> dict[str, Any]:
         named = own.model_dump() if isinstance(own, ModelThreshold) else {"value": own, "model": None, "program": None}
@@ -65,7 +65,7 @@ def describe(config: LineConfig, bundle: Bundle, commanded: Stored) -> dict[str,
     pixel = config.judge.pixel_threshold
     return {
         "thresholds": {
-            product: entry(own, commanded.in_force(product, bundle, config.program) is None)
+            product: entry(own, _uncommanded(product, config, bundle, commanded))
             for product, own in config.judge.thresholds.items()
         },
         "pixel_threshold": None if pixel is None else entry(pixel, True),
@@ -88,7 +88,7 @@ def threshold_remarks(config: LineConfig, bundle: Bundle, commanded: Stored) -> 
     bundle's, or whose bundle may be another tomorrow."""
     judge, program = config.judge, config.program
     for product, own in judge.thresholds.items():
-        if commanded.in_force(product, bundle, program) is None:
+        if _uncommanded(product, config, bundle, commanded):
             entries = {
                 f" at {camera}" if camera else "": entry
                 for camera, of, under, entry in bundle.manifest.calibrated()
@@ -137,6 +137,11 @@ def whose(product: str, config: LineConfig, bundle: Bundle, camera: str) -> str:
     if isinstance(own, ModelThreshold):
         hand += f" ({own.value:.4g} of the configuration is ignored: set for another model or program)"
     return hand
+
+
+def _uncommanded(product: str, config: LineConfig, bundle: Bundle, commanded: Stored) -> bool:
+    """Whether there is a camera at which no command's threshold of this product is in force."""
+    return any(commanded.in_force(product, bundle, config.program, name) is None for name in config.cameras)
 
 
 def _remarks(

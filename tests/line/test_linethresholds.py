@@ -16,7 +16,7 @@ from andon.runtime.app import LineApp
 from andon.runtime.bundle import Bundle
 from andon.runtime.judge import Judge
 from andon.runtime.lineconfig import JudgeConfig, load_line
-from andon.runtime.linethresholds import log_thresholds, standing
+from andon.runtime.linethresholds import describe, log_thresholds, standing
 from andon.runtime.overrides import Overrides, Stored, ThresholdOverride
 from andon.runtime.startup import Options
 from jsonschema import Draft202012Validator
@@ -202,16 +202,23 @@ def test_what_a_camera_has_of_its_own_is_told_apart_and_the_configuration_stands
         assert standing(load_line(make_line(cameras, **settings)), loaded, own, "cam1") == {}
 
 
+@pytest.mark.parametrize("camera", [None, "cam0"])
 def test_no_warning_of_a_number_that_a_command_stands_before(
-    checked: Any, make_line: Any, bundle: Path, tmp_path: Path
+    checked: Any, make_line: Any, bundle: Path, tmp_path: Path, camera: str | None
 ) -> None:
     overrides = Overrides(tmp_path / "state")
     with Bundle.load(bundle) as loaded:
         overrides.use(loaded, "default")
-    overrides.set_threshold("mono", 0.6, 0.5, None)
-    judge = {"thresholds": {"mono": 0.7}}
-    _, said = checked(make_line({"cam0": PATTERN}, bundle=str(bundle), broker=None, state="state", judge=judge))
-    assert said == "mono 0.6 (by command; without it: 0.7)"
+        overrides.set_threshold("mono", 0.6, 0.5, None, camera)
+        sections = {"bundle": str(bundle), "broker": None, "state": "state", "judge": {"thresholds": {"mono": 0.7}}}
+        line = make_line({"cam0": PATTERN}, **sections)
+        _, said = checked(line)
+        assert said == "mono 0.6 (by command; without it: 0.7)"
+        assert not describe(load_line(line), loaded, overrides.stored)["thresholds"]["mono"]["in_force"]
+        line = make_line({"cam0": PATTERN, "cam1": PATTERN}, **sections)
+        assert ("plain number" in checked(line)[1]) is (camera is not None), "it is in force at cam1"
+        entry = describe(load_line(line), loaded, overrides.stored)["thresholds"]["mono"]
+        assert entry["in_force"] is (camera is not None)
 
 
 def test_the_log_the_status_and_the_summary_say_which_are_the_configurations(
