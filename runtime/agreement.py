@@ -48,11 +48,11 @@ class Limits:
 
 #: Measured over bundles of all six methods (elpv; knn and foct enrolled from 1 and 4 images, too), golden and gate
 #: sets, files as onnxruntime runs them and as a GPU rounds (precision.simulate), the worst: score .004 in FP16 and .032
-#: in INT8, map .012 and .080, logits .012 and .14, candidates .015 and .13, patch_score and nearest .011 and .096,
-#: transport .013 and .074, matched .07 and .17 of the rows, foct's carried moments after 16 frames .09 and .43 (1 where
-#: they are not carried); correlation of all golden maps .9999 and .988 (of one alone down to .93); FP32 score 3e-6,
-#: outputs 1.2e-5 outside loops. TensorRT on a device rounds otherwise again, which nobody has measured: so there is
-#: room for two to five times that.
+#: in INT8, map .012 and .080, logits .012 and .14, candidates .015 and .13, patch_score and nearest .011 and .096 (and
+#: anchors: of a memory that has learnt nothing they are the patch scores), transport .013 and .074, matched .07 and
+#: .17 of the rows, foct's carried moments after 16 frames .09 and .43 (1 where they are not carried); correlation of
+#: all golden maps .9999 and .988 (of one alone down to .93); FP32 score 3e-6, outputs 1.2e-5 outside loops. TensorRT on
+#: a device rounds otherwise again, which nobody has measured: so there is room for two to five times that.
 LIMITS: Mapping[Variant, Limits] = {
     "fp32": Limits(score=1e-3, output=1e-3, correlation=0.9999, flips=0.0, auroc_drop=0.001, tie=1e-3),
     "fp16": Limits(

@@ -187,7 +187,9 @@ class _Golden:
 def _read_outputs(manifest: Manifest) -> list[str]:
     """Stage outputs that the runtime reads beside score and map."""
     outputs, memory = manifest.outputs, manifest.memory
-    of_memory = [memory.candidates, memory.patch_score, memory.transport, memory.nearest] if memory else []
+    of_memory = []
+    if memory:
+        of_memory = [memory.candidates, memory.patch_score, memory.transport, memory.nearest, memory.anchor]
     return list(dict.fromkeys(n for n in (outputs.logits, *of_memory, *outputs.telemetry.values()) if n))
 
 

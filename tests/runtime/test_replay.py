@@ -83,19 +83,20 @@ def scaled(text: str, output: str, factor: float) -> str:
 
 @pytest.mark.parametrize("variant", REDUCED)
 @pytest.mark.parametrize(
-    ("output", "factor"), [("score", 0.5), ("map", 0.5), ("patch_score", 0.0), ("score", 1.002), ("patch_score", 1.01)]
+    ("output", "factor"),
+    [("score", 0.5), ("map", 0.5), ("patch_score", 0.0), ("anchor", 0.5), ("score", 1.002), ("patch_score", 1.01)],
 )
 def test_a_reduced_engine_that_gives_something_else(
     make_bundle: MakeBundle, variant: Variant, output: str, factor: float
 ) -> None:
     """Half the score, half the map, nothing for the memory to learn by: what was measured of rounding is allowed."""
-    parts = memory_parts()
+    parts = memory_parts(anchor="score.anchor")
     right = recorded(make_bundle(**parts))
     stages = dict(parts["stages"])
     stages["score"] = (scaled(SCORE, output, factor), stages["score"][1])
     path = make_bundle(**{**parts, "stages": stages}, npz={GOLDEN: right})
     wrong = factor < 0.9
-    name = {"score": "score", "map": "map", "patch_score": "score.patch_score"}[output]
+    name = output if output in ("score", "map") else f"score.{output}"
     for most in (None, 3):
         found = failing(path, variant, most)
         assert (name in found) == wrong and (wrong or not found), (most, found)
