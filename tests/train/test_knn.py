@@ -145,6 +145,24 @@ def test_anchors_are_distances_to_rows_that_nothing_learnt_moves(semantic, episo
     assert (anchor >= patch_score).all() and (anchor[:episodic] > patch_score[:episodic]).all()
 
 
+@pytest.mark.parametrize(("semantic", "episodic"), [(40, 20), (41, 20), (42, 20)])
+def test_anchors_take_no_matrix_of_minima(semantic, episodic):
+    """Whatever sizes somebody chooses: minima of single rows would be a pass over as much again."""
+    kept: list[int] = []
+
+    class Minima(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            if func.overloadpacket is torch.ops.aten.amin:
+                kept.append(made.numel())
+            return made
+
+    rows = semantic + episodic
+    with Minima():
+        BankDistance(4, 32, 1.0, semantic, episodic)(torch.randn(16, 24), torch.randn(rows, 24), torch.ones(rows))
+    assert kept and max(kept) <= 16 * rows // 8
+
+
 def test_there_is_no_training_step():
     model = made()
     with pytest.raises(CalibrationError, match="no gradient training"):

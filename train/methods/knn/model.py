@@ -18,6 +18,9 @@ from ...scoremap import ScoreMap
 from .config import KnnConfig
 from .features import EMPTY, PatchFeatures, PatchFrontend
 
+#: Rows that a block must have to be worth it, by what it costs (onnxruntime on one thread).
+_LEAST_BLOCK = 8
+
 
 class BankDistance(nn.Module):
     """Patches and a bank to map, image score, patch scores and anchors; FP32 throughout.
@@ -29,9 +32,10 @@ class BankDistance(nn.Module):
         super().__init__()
         self.grid = grid
         # The anchor is the minimum over some of the rows that the score is the minimum over: blocks of rows that lie
-        # on one side each serve both in one pass. (A second pass, or cutting the matrix, costs a tenth of this stage.)
-        self.block = gcd(semantic, episodic)
-        self.blocks, self.semantic_blocks = (semantic + episodic) // self.block, semantic // self.block
+        # on one side each serve both in one pass. (A second pass, or cutting the matrix, costs a tenth of this stage;
+        # blocks of a row, or of a few, are as many minima as the matrix has numbers, and cost half of it.)
+        self.semantic, self.block = semantic, gcd(semantic, episodic)
+        self.blocks = (semantic + episodic) // self.block
         self.score_map = ScoreMap(grid, size, align_corners=False, sigma=sigma)
 
     def forward(self, patches: Tensor, bank: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -42,12 +46,20 @@ class BankDistance(nn.Module):
         the patches, which are fewer than the bank's rows: the bits are the same, and engines fuse the transpose.
         """
         far = torch.sum(bank * bank, dim=1) + (1.0 - valid) * EMPTY
-        partial = (far[None, :] + torch.matmul(patches * -2.0, bank.T)).unflatten(1, (self.blocks, self.block)).amin(2)
+        partial, known = self._minima(far[None, :] + torch.matmul(patches * -2.0, bank.T))
         own = torch.sum(patches * patches, dim=1)
-        patch_score = torch.sqrt(torch.clamp(partial.amin(dim=1) + own, min=0.0))
-        anchor = torch.sqrt(torch.clamp(partial[:, : self.semantic_blocks].amin(dim=1) + own, min=0.0))
+        patch_score = torch.sqrt(torch.clamp(partial + own, min=0.0))
+        anchor = torch.sqrt(torch.clamp(known + own, min=0.0))
         pixel_map, score = self.score_map(patch_score.reshape(1, 1, self.grid, self.grid))
         return pixel_map, score, patch_score, anchor
+
+    def _minima(self, partial: Tensor) -> tuple[Tensor, Tensor]:
+        """[m, n] -> [m] minimum over all rows, [m] over the semantic ones."""
+        if self.block < _LEAST_BLOCK:
+            known = partial[:, : self.semantic].amin(dim=1)
+            return torch.minimum(known, partial[:, self.semantic :].amin(dim=1)), known
+        blocks = partial.unflatten(1, (self.blocks, self.block)).amin(dim=2)
+        return blocks.amin(dim=1), blocks[:, : self.semantic // self.block].amin(dim=1)
 
 
 class Knn(AnomalyModel):
