@@ -94,10 +94,7 @@ class TriggerListener:
         """One connection until its end; why it ended. A client serves one connection only: see client.py."""
         self._failure = ""
         try:
-            client = make_client(self._broker, f"andon-record-{os.getpid()}", None, tls_context(self._broker.tls))
-            client.on_connect = self._on_connect
-            client.on_subscribe = self._on_subscribe
-            client.on_message = self._on_message
+            client = self._make()
             client.connect(self._broker.host, self._broker.port, self._broker.keepalive)
             while not self._stop.is_set() and not self._failure:
                 if client.loop(0.2) != paho.MQTT_ERR_SUCCESS:
