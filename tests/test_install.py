@@ -7,7 +7,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import tomllib
+import pytest
+from andon.cli import COMMANDS
+
+tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
@@ -48,6 +51,12 @@ def test_every_extra_is_explained() -> None:
     assert told == set(PROJECT["optional-dependencies"])
     for extras in re.findall(r"\.\[([\w,]+)\]", PAGE + (ROOT / "README.md").read_text(encoding="utf-8")):
         assert {*extras.split(",")} <= told
+
+
+def test_the_page_says_what_each_command_needs() -> None:
+    rows = [line for line in PAGE.splitlines() if line.startswith(("| none:", "| `workstation`"))]
+    told = {name for row in rows for name in re.findall(r"`(\w+)", row.partition(" |")[2])}
+    assert {*COMMANDS} <= told
 
 
 def test_links_lead_somewhere() -> None:
