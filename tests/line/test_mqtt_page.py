@@ -50,6 +50,13 @@ def test_answers_are_of_the_commands_that_are_shown() -> None:
             assert message["id"] == asked[topic.removesuffix("/result")]["id"]
 
 
+def test_answers_name_the_cameras_that_were_acted_on():
+    """As the page says of these commands."""
+    said = [message for topic, message in SHOWN if topic.endswith("/result")]
+    done = [m for m in said if m["ok"] and m["command"] in ("threshold", "memory", "rebuild")]
+    assert done and all(message["result"]["cameras"] for message in done)
+
+
 def test_metrics_show_nothing_that_the_schema_does_not_describe() -> None:
     """It takes further fields, so a name that is wrong would pass."""
     described = json.loads((SCHEMAS / "metrics.json").read_text())["properties"]
