@@ -214,12 +214,13 @@ def _set_of(folder: Path) -> tuple[Path, set[str]]:
     Relative if the folder was.
     """
     product = _product_folder(folder)
-    beside = [path for path in product.parent.iterdir() if path.is_dir() and not path.name.startswith(".")]
     # Not by open_dataset: what is not a set may be a home folder with a million files.
-    if all(any((path / inside).is_dir() for inside in (*_GOOD, "train")) for path in beside):
-        found, products = product.parent, {path.name for path in beside}
-    else:
-        found, products = product, {folder_name(product)}
+    try:
+        beside = [path for path in product.parent.iterdir() if path.is_dir() and not path.name.startswith(".")]
+        whole = all(any((path / inside).is_dir() for inside in (*_GOOD, "train")) for path in beside)
+    except OSError:  # the lost+found of a disk, or other people's folders: no set
+        whole = False
+    found, products = (product.parent, {path.name for path in beside}) if whole else (product, {folder_name(product)})
     here = Path.cwd()
     near = not folder.is_absolute() and found.is_relative_to(here)
     return (found.relative_to(here) if near else found), products

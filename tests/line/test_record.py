@@ -120,6 +120,25 @@ def test_the_next_command_trains_on_what_was_recorded_alone(
     assert f"--data {tmp_path / 'set/nut'} --group-by" in said["next"], "what is no set is not looked through"
 
 
+def test_a_folder_beside_it_that_nobody_may_enter_is_no_set(
+    tmp_path: Path, parts: Path, make_line: Any, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As lost+found, which every disk that is mounted as the set has."""
+    (tmp_path / "set/lost+found").mkdir(parents=True)
+    is_dir = Path.is_dir
+
+    def refused(path: Path) -> bool:
+        if path.parent.name == "lost+found":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", refused)
+    line = make_line({"cam0": {"source": {"kind": "folder", "path": str(parts)}}})
+    code, said, text = run("--config", line, "--out", tmp_path / "set/nut/good")
+    assert code == 0 and said["pictures"] == 12, text
+    assert said["next"] == f"andon train --method hvq --data {tmp_path / 'set/nut'}"
+
+
 def test_a_second_recording_adds_to_the_first(tmp_path: Path, parts: Path, make_line: Any, run: Any) -> None:
     line = make_line({"cam0": {"source": {"kind": "folder", "path": str(parts)}}})
     out = tmp_path / "set/nut/good"
