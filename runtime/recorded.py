@@ -157,7 +157,8 @@ def join(verdicts: Sequence[dict[str, Any]], samples: Sequence[Sample]) -> list[
                 f"part {part} has several verdicts",
                 found=f"{by_part[part]['label']} and {verdict['label']}",
                 expected="one verdict a part",
-                next_step="record one pass of one camera over the data set (loop: false), with a new --out",
+                next_step="if several cameras have seen it, name one with --camera; else record one pass of one camera "
+                "over the data set (loop: false), with a new --out",
             )
     missing = [s.key for s in samples if _part_id(s) not in by_part]
     if missing:

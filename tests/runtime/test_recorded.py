@@ -138,8 +138,9 @@ def test_images_and_verdicts_that_share_a_part_id_are_refused() -> None:
         from_verdicts([_verdict(twins[0], "OK", 1.0, 0)], twins)
     assert "test/good/7.png and test/good/7.bmp" in str(error.value.found)
     twice = [*VERDICTS, {**VERDICTS[0], "id": "another", "label": "NG"}]
-    with pytest.raises(ConfigError, match="part test/good/a has several verdicts"):
+    with pytest.raises(ConfigError, match="part test/good/a has several verdicts") as error:
         from_verdicts(twice, SAMPLES)
+    assert "name one with --camera" in str(error.value.next_step)
 
 
 def test_a_verdict_that_lacks_something_is_none(tmp_path: Path) -> None:
