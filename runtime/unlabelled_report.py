@@ -54,8 +54,7 @@ def write_report(
     lead = (
         f"{count} pictures of {dataset.spec} that nobody has labelled, judged as {product} by the engines of this "
         "machine: how good these decisions are, nothing here says."
-    )
-    lead += f" {remark}." if remark else ""
+    ) + (f" {remark[0].upper()}{remark[1:]}." if remark else "")
     manifest = detector.bundle.manifest
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(readable(page.page(f"{manifest.name}: {manifest.method}", lead, body)), encoding="utf-8")

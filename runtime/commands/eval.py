@@ -19,11 +19,10 @@ from ..dataset import Dataset, Sample, open_dataset, split_readable
 from ..detector import Detector
 from ..engine.base import Backend
 from ..engine.select import open_backend
-from ..errors import ConfigError
 from ..evaluation import Evaluated, Judged, evaluate, percentiles
 from ..fingerprint import read_report
 from ..groups import HELP, several, tested_parts
-from ..perimage import require_kind, write_images
+from ..perimage import write_images
 from ..promise import by_hand, promise
 from ..quality import AUPRO_LIMIT, Metrics
 from ..recorded import Origin, decided_by, from_verdicts, origin, read_verdicts, thresholds_of
@@ -32,7 +31,7 @@ from ..torchfigures import TorchFigures, past_of, torch_figures
 from ..tradeoff import BUNDLES, LINES, Point, trade_offs
 from ..tried import said_of, use_thresholds
 from ..unlike import Held, held, not_compared, over_promise, unlike_calibration
-from . import evaltext, fewshot, numbers, options, unlabelled
+from . import evalsense, evaltext, fewshot, numbers, options, unlabelled
 
 #: Where the workstation side offers the study of all methods (export/study.py), which the device side cannot import.
 STUDY = "andon.study"
@@ -136,15 +135,16 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         AndonError: bundle, data set, product or engine cannot be used.
     """
     if getattr(args, "all", None) is not None:
+        options.exclude("--all", evalsense.of_one_evaluation(args))
         args.results = args.results or args.study_results
         study: dict[str, Any] = next(iter(entry_points(group=STUDY))).load().main(args)
         return study
-    _require_files(args)
+    evalsense.require_files(args)
     if args.few_shot is not None:
         if args.results is not None:
             options.require_writable(args.results, "--results")
         return fewshot.main(args)
-    _require_sense(args)
+    evalsense.require_sense(args)
     if args.unlabelled:
         return unlabelled.main(args)
     with Bundle.load(args.bundle) as bundle, open_backend(args.backend, threads=args.threads) as backend:
@@ -294,44 +294,6 @@ def as_dict(evaluated: Evaluated) -> dict[str, Any]:
         "latency_ms": percentiles(evaluated.latency_ms),
         "images_per_second": len(evaluated.judged) / evaluated.seconds,
     }
-
-
-def _require_files(args: argparse.Namespace) -> None:
-    """Refuse files that cannot be written, and their options where nothing would be written, before the work."""
-    if args.few_shot is not None:
-        others = {"--out": args.out, "--threshold": args.threshold, "--camera": args.camera}
-        options.exclude("--few-shot", {**others, "--unlabelled": args.unlabelled})
-    if args.out is not None:
-        require_kind(args.out)
-        options.require_writable(args.out, "--out")
-    if args.report is not None:
-        options.require_writable(args.report, "--report")
-
-
-def _require_sense(args: argparse.Namespace) -> None:
-    """Refuse what lacks bundle or data, and what asks for judging where nothing is judged."""
-    if args.bundle is None or args.data is None:
-        raise ConfigError(
-            "what shall be evaluated?",
-            found=f"--bundle {args.bundle}, --data {args.data}",
-            expected="a bundle and a data set",
-            next_step="andon eval --bundle DIR --data elpv, or andon eval --all elpv (every method)",
-        )
-    if args.samplers and args.threshold:
-        raise ConfigError(
-            "--samplers and --threshold exclude each other",
-            found=f"--samplers with {len(args.threshold)} --threshold",
-            expected="a threshold of one program: each has scores of its own scale",
-            next_step="name the program with --program NAME and leave --samplers out",
-        )
-    asked = "--samplers" if args.samplers else "--product auto" if args.product == "auto" else None
-    if args.verdicts is not None and asked is not None:
-        raise ConfigError(
-            f"{asked} and --verdicts exclude each other",
-            found=f"{asked} with --verdicts {args.verdicts}",
-            expected="recorded verdicts, which are of one program and of the products that the line judged",
-            next_step=f"leave {asked} out to evaluate the verdicts, or --verdicts to evaluate the bundle",
-        )
 
 
 def _recorded(

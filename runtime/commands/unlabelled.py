@@ -39,10 +39,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         tried = by_product("--threshold", "PRODUCT=VALUE", args.threshold or (), [product])
         dataset = open_unlabelled(args.data, product)
         options.say_remarks(dataset)
-        dataset = as_bundle(dataset, bundle, args.roi, options.progress, None, args.program, args.camera)
+        dataset = as_bundle(dataset, bundle, args.roi, options.progress, program=args.program, camera=args.camera)
         samples, skipped = split_readable(_some(dataset.samples, args.limit), args.on_corrupt)
         options.say_skipped(skipped)
-        remark = evaltext.at_camera(args.camera)
         with options.open_detector(bundle, backend, args) as detector:
             detector.use_thresholds(bundle, args.camera)
             before = use_thresholds(detector, tried)
@@ -50,13 +49,13 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                 scored = score(detector, samples, bar.update)
             program = detector.program
             value = t.value if (t := detector.threshold(product)) else None
+            remark = evaltext.at_camera(args.camera)
             print(
                 f"{bundle.manifest.name}: {bundle.manifest.method}, {backend.name} {program.variant}, program "
                 f"{program.name}; {len(samples)} pictures that nobody has labelled, judged as {product}"
             )
             at = [] if args.camera is None else [args.camera]
-            in_force = {product: [value]}
-            for other in other_engines(bundle, [program.name], program.variant, backend.name, in_force, at):
+            for other in other_engines(bundle, [program.name], program.variant, backend.name, {product: [value]}, at):
                 print(f"warning: {other}")
             for text in said_of(before, detector).values():
                 print(f"{product}: {text}")
@@ -77,8 +76,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                 "program": program.name,
                 "data": args.data,
                 "unlabelled": True,
-                "camera": args.camera,
                 "product": product,
+                "camera": args.camera,
                 "threshold": value,
                 "thresholds_tried": tried or None,
                 "images": len(scored.judged),

@@ -75,19 +75,21 @@ def test_options_that_go_with_it(
     assert (tmp_path / "r.html").read_text().count("<figure>") == 2 and "; 2 of 4." in (tmp_path / "r.html").read_text()
 
 
-def test_they_are_judged_as_at_a_camera_that_has_its_own_threshold_and_part_of_the_picture(
-    calibrated: Path, data: Path, new: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_they_are_judged_by_the_thresholds_of_the_camera_that_is_named(
+    calibrated: Path, new: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lane2 = ("--products", "a", "--camera", "lane2", "--roi", "2,2,4,4", "--false-alarm-rate", 0.05)
-    assert run(capsys, "calibrate", "--bundle", calibrated, "--data", data, *lane2, *ENGINE)[0] == 0
-    assert run(capsys, "calibrate", "--bundle", calibrated, "--set", "a=0.5", "--camera", "lane2")[0] == 0
-    arguments = ("eval", "--bundle", calibrated, "--data", new, *UNLABELLED, "--report", tmp_path / "r.html", *ENGINE)
-    code, result, text = run(capsys, *arguments, "--camera", "lane2")
-    assert code == 0 and (result["camera"], result["threshold"]) == ("lane2", 0.5) and result["labels"]["NG"] == 1
-    assert "a: [2, 2, 4, 4] is cut out of pictures of 8 x 8, as the bundle says" in text
-    assert "judged as at camera lane2" in text and "judged as at camera lane2." in (tmp_path / "r.html").read_text()
-    code, result, text = run(capsys, *arguments)
-    assert code == 0 and result["camera"] is None and result["labels"]["NG"] == 2 and "cut out" not in text
+    own = ("--products", "a", "--camera", "lane2")
+    by_hand = ("calibrate", "--bundle", calibrated, "--set", "a=0.5", *own[2:])
+    assert run(capsys, *by_hand)[0] == 0
+    page = tmp_path / "r.html"
+    arguments = ("eval", "--bundle", calibrated, "--data", new, "--unlabelled", *own, *ENGINE)
+    code, result, text = run(capsys, *arguments, "--report", page)
+    assert code == 0 and result["threshold"] == 0.5 and result["labels"] == {"OK": 3, "NG": 1, "UNKNOWN": 0}
+    assert result["camera"] == "lane2" and "judged as at camera lane2" in text
+    assert "Judged as at camera lane2." in page.read_text()
+    rate = ("--false-alarm-rate", 0.05, "--roi", "2,2,4,4")
+    assert run(capsys, "calibrate", "--bundle", calibrated, "--data", data, *own, *rate, *ENGINE)[0] == 0
+    assert "a: [2, 2, 4, 4] is cut out of pictures of 8 x 8, as the bundle says" in run(capsys, *arguments)[2]
 
 
 def test_without_a_threshold_there_are_scores_and_the_way_to_one(
@@ -111,6 +113,11 @@ def test_without_a_threshold_there_are_scores_and_the_way_to_one(
         ("--products a --group-by x --verdicts y", "--unlabelled and --verdicts and --group-by exclude each other"),
         ("--products a --camera lane2", "the bundle has no thresholds of camera lane2"),
         ("--products a --few-shot 1", "--few-shot and --unlabelled exclude each other"),
+        (
+            "--products a --all --results {new}/r.json --camera x",
+            "--all and --unlabelled and --camera exclude each other",
+        ),
+        ("--products a --camera lane3", "the bundle has no thresholds of camera lane3"),
         ("--products a --data {new}/notes.txt", "no folder of pictures at {new}/notes.txt"),
         ("--products a --data {new}/.empty", "no picture in {new}/.empty"),
     ],
