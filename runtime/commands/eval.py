@@ -223,7 +223,11 @@ def _evaluated(
     evaltext.promised(detector, promises, unlike, apart, args.camera)
     chosen = by_hand(detector.bundle, detector.program_name, args.camera)
     unpromised = {
-        p: f"its threshold was {promise(chosen[p])}" for p in evaluated.products if p in chosen.keys() - before
+        p: f"its threshold was {promise(chosen[p])}"
+        for p, metrics in evaluated.products.items()
+        if p in chosen
+        and p not in before
+        and metrics.get("threshold") == chosen[p].value  # a line may have had another
     }
     evaltext.each_product(unpromised)
     own = BUNDLES if whose is None else LINES

@@ -98,6 +98,10 @@ def test_a_threshold_can_be_tried_on_recorded_verdicts(
     figures = result["products"]["a"]
     assert figures["threshold"] == 7.5 and (figures["false_alarm_rate"], figures["miss_rate"]) == (0, 0)
     assert result["unknown"] == 1 and result["not_compared"] == [], "it is not the line's threshold that is told of"
+    for chosen, told in (("a=3", []), ("a=100", ["a"])):
+        assert run(capsys, "calibrate", "--bundle", calibrated, "--set", chosen)[0] == 0
+        _, result, text = run(capsys, *arguments)
+        assert result["by_hand"] == told and ("set by hand in the bundle" in text) is bool(told), "the line had 100"
 
 
 @pytest.mark.parametrize(
