@@ -93,6 +93,8 @@ def _refusal(recording: Recording, asked: Asked) -> AndonError | None:
     if not any(pictures.values()):
         found = "; ".join(_nothing(name, recording) for name in pictures)
         step = f"{check}; if something else has the camera open (a line that runs as a service), stop that"
+        if all(_untriggered(name, recording) for name in pictures):
+            step = "look at what sends the command trigger (docs/mqtt.md), or give --every S, which waits for none"
         return SourceError("no picture was recorded", found=found, expected="pictures", next_step=step)
     short = {name: count for name, count in pictures.items() if asked.count is not None and count < asked.count}
     if short and recording.ended != "asked":
@@ -106,7 +108,15 @@ def _refusal(recording: Recording, asked: Asked) -> AndonError | None:
 def _nothing(name: str, recording: Recording) -> str:
     recorded = recording.cameras[name]
     reasons = "".join(f", {reason} {count}" for reason, count in recorded.missed.items())
+    if _untriggered(name, recording):
+        return f"{name}: no trigger came"
     return f"{name}: {recorded.trouble or recording.sources[name].state.state}{reasons}"
+
+
+def _untriggered(name: str, recording: Recording) -> bool:
+    """Whether a camera that waits for triggers got none, and nothing else is known to be wrong with it."""
+    trigger, recorded = recording.lanes[name].config.trigger, recording.cameras[name]
+    return trigger is not None and trigger.only and not (recorded.trouble or recorded.missed or recorded.duplicates)
 
 
 def say(recording: Recording, summary: Mapping[str, Any]) -> None:

@@ -377,6 +377,15 @@ def test_a_part_whose_product_nobody_names_is_not_put_anywhere(tmp_path: Path, m
     assert [path.parts[-3] for path in (tmp_path / "s").rglob("*.png")] == ["%2Ea%2Fb"]
 
 
+def test_a_camera_whose_trigger_never_came_is_not_blamed(tmp_path: Path, eventually: Any) -> None:
+    recording = Recording({"cam": lane(Noisy(["ok"]), tmp_path, trigger={})}, PictureFolder(10**9))
+    with recorded(recording):
+        eventually(lambda: recording.sources["cam"].state.state == "live")
+    said = record_summary.summary(recording, 0, record_summary.Asked(Path("line.yaml"), "x"))
+    assert said["ok"] is False and said["found"] == "cam: no trigger came"
+    assert said["next"].startswith("look at what sends the command trigger") and "--every S" in said["next"]
+
+
 def test_a_trigger_without_a_picture_is_said(tmp_path: Path, eventually: Any) -> None:
     waiting = lane(Noisy(["silent"]), tmp_path, trigger={"timeout_ms": 100, "delay_ms": 20})
     recording = Recording({"cam": waiting}, PictureFolder(10**9))
