@@ -158,7 +158,7 @@ def _remarks(folders: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     for folder, found in folders.items():
         path = Path(folder)
         if path.name.lower() not in _GOOD:
-            if not any((_product_folder(path) / good).is_dir() for good in (*_GOOD, "train")):
+            if not _has_good(path):
                 yield (
                     f"warning: training looks for good parts in SET/PRODUCT/good, and {folder} is none: of defective "
                     "parts it is a kind of defect, once there is a folder good beside it"
@@ -176,20 +176,37 @@ def _next(recording: Recording, asked: Asked) -> str:
     good = [folder for folder in recording.folders if folder.name.lower() in _GOOD]
     if not good:
         folder = next(iter(recording.folders))
+        if not _has_good(folder):  # neither training nor eval takes it yet
+            return _again(asked, _good_beside(asked.out))
         return f"andon eval --bundle BUNDLE --data {quoted(_set_of(folder)[0])}"
     few = [folder for folder in good if len(_images(folder)) < FEWEST]
     if few:
-        again = f"andon record --config {quoted(asked.config)} --out {quoted(asked.out)}"
-        only = "".join(f" --camera {name}" for name in asked.cameras)
-        only += "" if asked.every is None else f" --every {asked.every:g}"
         few_shots = f"; or, of 1 to 4 images: andon enroll --support {quoted(few[0])}"
-        return f"{again}{only} --count {SENSIBLE}{few_shots if len(_images(few[0])) <= 4 else ''}"
+        return _again(asked, asked.out) + (few_shots if len(_images(few[0])) <= 4 else "")
     data, others = _set_of(good[0])
     recorded = sorted({folder_name(_product_folder(folder)) for folder in good})
     where = "" if find_spec("torch") else f"copy {quoted(data)} to the workstation, then there: "
     only = f" --products {quoted(','.join(recorded))}" if others - set(recorded) else ""
     group = f" --group-by {quoted(GROUP_BY)}" if _several_of_a_part(good) else ""
     return f"{where}andon train --method hvq --data {quoted(data)}{only}{group}{_roi(recording)}"
+
+
+def _again(asked: Asked, out: str) -> str:
+    """The command that records as this one did, into `out`."""
+    only = "".join(f" --camera {name}" for name in asked.cameras)
+    only += "" if asked.every is None else f" --every {asked.every:g}"
+    return f"andon record --config {quoted(asked.config)} --out {quoted(out)}{only} --count {SENSIBLE}"
+
+
+def _has_good(folder: Path) -> bool:
+    """Whether its product has good parts."""
+    return any((_product_folder(folder) / good).is_dir() for good in (*_GOOD, "train"))
+
+
+def _good_beside(out: str) -> str:
+    """Where the good parts belong of a product whose defective ones go there."""
+    above = Path(out).parent
+    return str(above.parent / "train" / "good" if above.name == "test" else above / "good")
 
 
 def _several_of_a_part(folders: Sequence[Path]) -> bool:

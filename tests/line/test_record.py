@@ -120,6 +120,22 @@ def test_the_next_command_trains_on_what_was_recorded_alone(
     assert f"--data {tmp_path / 'set/nut'} --group-by" in said["next"], "what is no set is not looked through"
 
 
+@pytest.mark.parametrize(("folder", "good"), [("scratch", "good"), ("test/scratch", "train/good")])
+def test_after_defective_parts_the_next_command_is_one_that_runs(
+    tmp_path: Path, parts: Path, make_line: Any, run: Any, folder: str, good: str
+) -> None:
+    line = make_line({"cam0": {"source": {"kind": "folder", "path": str(parts)}}})
+    arguments = ("--config", line, "--camera", "cam0", "--out")
+    _, said, text = run(*arguments, tmp_path / "set/nut" / folder)
+    into = tmp_path / "set/nut" / good
+    assert said["next"] == f"andon record --config {line} --out {into} --camera cam0 --count 200", "no set yet"
+    assert "warning: training looks for good parts" in text
+    assert run(*arguments, into)[0] == 0
+    _, said, _ = run(*arguments, tmp_path / "set/nut" / folder)
+    assert said["next"] == f"andon eval --bundle BUNDLE --data {tmp_path / 'set'}"
+    assert {s.label for s in open_dataset(tmp_path / "set").samples} == {"good", "scratch"}
+
+
 def test_a_folder_beside_it_that_nobody_may_enter_is_no_set(
     tmp_path: Path, parts: Path, make_line: Any, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
