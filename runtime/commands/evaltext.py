@@ -89,15 +89,26 @@ def next_threshold(points: Mapping[str, Sequence[Point]], detector: Detector, ar
         values = [quoted(f"{product}={value}") for product, value in found.items()]
         tried = " ".join(f"--threshold {value}" for value in values)
         kept = " ".join(f"--set {value}" for value in values)
-        these = f"--bundle {quoted(args.bundle)} --data {quoted(args.data)}"
-        these += "" if args.program == "default" else f" --program {quoted(args.program)}"
-        these += "" if args.verdicts is None else f" --verdicts {quoted(args.verdicts)}"
-        these += _at(args.camera)
-        of = "" if args.program == "default" else f" --programs {quoted(args.program)}"
+        kept += "" if args.program == "default" else f" --programs {quoted(args.program)}"
         print(
-            f"next, to miss fewer: andon eval {these} {tried}; to keep it: andon calibrate --bundle "
-            f"{quoted(args.bundle)} {kept}{of}{_at(args.camera)} (by hand: it promises nothing)"
+            f"next, to miss fewer: andon eval {_same_images(args)} {tried}; to keep it: andon calibrate --bundle "
+            f"{quoted(args.bundle)} {kept}{_at(args.camera)} (by hand: it promises nothing)"
         )
+
+
+def _same_images(args: argparse.Namespace) -> str:
+    """The options by which `andon eval` judges the same images in the same way."""
+    these = f"--bundle {quoted(args.bundle)} --data {quoted(args.data)}"
+    these += "" if args.products is None else "".join([" --products", *(f" {quoted(name)}" for name in args.products)])
+    for name, usual in (("split", "test"), ("product", "given"), ("program", "default"), ("on_corrupt", "error")):
+        value = getattr(args, name)
+        these += "" if value == usual else f" --{name.replace('_', '-')} {quoted(value)}"
+    for name in ("limit", "verdicts"):
+        value = getattr(args, name)
+        these += "" if value is None else f" --{name} {quoted(value)}"
+    for product, region in args.roi or ():
+        these += f" --roi {quoted((f'{product}=' if product else '') + ','.join(map(str, region)))}"
+    return these + _at(args.camera)
 
 
 def at_camera(camera: str | None) -> str:

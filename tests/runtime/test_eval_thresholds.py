@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 from collections.abc import Callable
 from html import unescape
 from pathlib import Path
@@ -54,6 +56,32 @@ def test_eval_says_what_other_thresholds_would_do(
     _, _, text = run(capsys, "eval", "--bundle", calibrated, "--data", data, "--program", "short", *ENGINE)
     next_step = next(line for line in text.splitlines() if line.startswith("next, to miss fewer"))
     assert "--program short --threshold a=" in next_step and "--programs short (by hand" in next_step, "of its scale"
+
+
+def test_the_next_command_is_of_the_same_images(
+    calibrated: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(data / "a", data / "no product of the bundle")
+    chosen = ("--products", "a", "--limit", 50, "--on-corrupt", "skip", "--roi", "a=0,0,8,8")
+    code, result, text = run(capsys, "eval", "--bundle", calibrated, "--data", data, *chosen, *ENGINE)
+    printed = next(line for line in text.splitlines() if line.startswith("next, to miss fewer"))
+    command = shlex.split(printed.partition("andon ")[2].partition(";")[0])
+    code, again, text = run(capsys, *command, *ENGINE)
+    assert code == 0 and again["thresholds_tried"], text
+    assert again["images"] == result["images"] and again["mean"]["image_AUROC"] == result["mean"]["image_AUROC"]
+    assert "[0, 0, 8, 8] is cut out of pictures of 8 x 8, as --roi says" in text
+
+
+def test_the_threshold_that_it_offers_to_keep_is_one_of_the_same_program(
+    calibrated: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = Bundle.load(calibrated)
+    _, _, text = run(capsys, "eval", "--bundle", calibrated, "--data", data, "--program", "short", *ENGINE)
+    keep = text.partition("to keep it: andon ")[2].partition(" (by hand")[0]
+    assert run(capsys, *shlex.split(keep))[0] == 0
+    after = Bundle.load(calibrated)
+    assert after.threshold("a") == before.threshold("a"), "its scores have another scale"
+    assert after.threshold("a", "short") != before.threshold("a", "short")
 
 
 def test_a_threshold_can_be_tried_and_leaves_the_bundle_as_it_is(
