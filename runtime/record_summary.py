@@ -200,7 +200,8 @@ def _again(asked: Asked, out: str) -> str:
 
 def _has_good(folder: Path) -> bool:
     """Whether its product has good parts."""
-    return any((_product_folder(folder) / good).is_dir() for good in (*_GOOD, "train"))
+    beside = _product_folder(folder).iterdir()
+    return any(path.name.lower() in (*_GOOD, "train") and path.is_dir() for path in beside)
 
 
 def _good_beside(out: str) -> str:

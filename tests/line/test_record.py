@@ -134,6 +134,8 @@ def test_after_defective_parts_the_next_command_is_one_that_runs(
     _, said, _ = run(*arguments, tmp_path / "set/nut" / folder)
     assert said["next"] == f"andon eval --bundle BUNDLE --data {tmp_path / 'set'}"
     assert {s.label for s in open_dataset(tmp_path / "set").samples} == {"good", "scratch"}
+    into.rename(into.with_name("Good"))  # which is read as good, too
+    assert run(*arguments, tmp_path / "set/nut" / folder)[1]["next"].startswith("andon eval")
 
 
 def test_a_folder_beside_it_that_nobody_may_enter_is_no_set(
